@@ -1,0 +1,206 @@
+"""The shape of a ScratchGPT: every number that decides what the model is, checked when it is made.
+
+Notable:
+- The fields bear transformers' standard names; GPT-2's old ones (`n_embd`, `n_layer`, ...) are accepted and mean the same.
+- Four words pick the architecture. The defaults are GPT-2; the other column is Qwen3 (dense):
+
+      position_embedding_type   "learned"    | "rotary"
+      norm_type                 "layernorm"  | "rmsnorm"
+      qk_norm                   False        | True
+      mlp_type                  "plain"      | "gated"
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import RopeParameters
+
+# GPT-2's published sizes (Radford et al., 2019), by their number of parameters with the head tied to the embedding.
+PRESETS = {
+    "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "355M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "774M": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "1.5B": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
+}
+
+CHOICES = {
+    "position_embedding_type": ("learned", "rotary"),
+    "norm_type": ("layernorm", "rmsnorm"),
+    "mlp_type": ("plain", "gated"),
+}
+
+
+@strict
+class ScratchGPTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a ScratchGPT. The defaults make GPT-2 124M.
+
+    Args:
+        vocab_size (`int`): number of token ids the model knows.
+        max_position_embeddings (`int`): longest sequence, in tokens.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`, *optional*): width inside the MLP; 4 x `hidden_size` when not given.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): number of query heads.
+        num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
+            (grouped-query attention, Ainslie et al., 2023); as many as query heads when not given.
+        head_dim (`int`, *optional*): width of one head; `hidden_size / num_attention_heads` when not given.
+        position_embedding_type (`str`): `"learned"` table of positions, or `"rotary"` (Su et al., 2021).
+        norm_type (`str`): `"layernorm"` or `"rmsnorm"` (Zhang and Sennrich, 2019), before attention, MLP and head.
+        qk_norm (`bool`): RMS-normalise each query and key head, as Qwen3 does.
+        mlp_type (`str`): `"plain"` (up, activation, down) or `"gated"` (Shazeer, 2020).
+        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`; tanh-approximated GELU for a plain MLP and
+            SiLU for a gated one when not given.
+        attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have a bias.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). Zero by default: a model
+            that sees its corpus about once has nothing to overfit. GPT-2 was published with 0.1.
+        norm_eps (`float`): added to the variance in each norm.
+        initializer_range (`float`): standard deviation of fresh weights.
+        tie_word_embeddings (`bool`): whether the head shares the weights of the token embedding.
+        rope_parameters (`dict`, *optional*): transformers' description of rotary embeddings, scaling included. Only
+            read with `position_embedding_type="rotary"`.
+        use_cache (`bool`): whether a forward pass returns keys and values for the next one.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
+
+    Raises:
+        ValueError: a value or a combination of values that no model can have; the message says what is allowed.
+
+    Example:
+
+    ```python
+    >>> ScratchGPTConfig.from_preset("355M", max_position_embeddings=2048).num_hidden_layers
+    24
+    ```
+    """
+
+    model_type = "scratchgpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "n_positions": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "activation_function": "hidden_act",
+        "attn_pdrop": "attention_dropout",
+        "resid_pdrop": "hidden_dropout",
+        "embd_pdrop": "embedding_dropout",
+        "layer_norm_epsilon": "norm_eps",
+    }
+
+    # How to split the model over devices: attention by heads, the MLP by its inner width.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 1024
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    position_embedding_type: str = "learned"
+    norm_type: str = "layernorm"
+    qk_norm: bool = False
+    mlp_type: str = "plain"
+    hidden_act: str | None = None
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # GPT-2's names first, so that what is derived below sees their values.
+        for old_name in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, old_name, kwargs.pop(old_name))
+        self._validate_sizes()
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}): change one of them, or give head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.hidden_act is None:
+            self.hidden_act = "gelu_pytorch_tanh" if self.mlp_type == "plain" else "silu"
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type == "learned":
+            self.rope_parameters = None
+        self.validate_architecture()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "ScratchGPTConfig":
+        """One of GPT-2's sizes (`"124M"`, `"355M"`, `"774M"`, `"1.5B"`), with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def _validate_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "max_position_embeddings",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}.")
+
+    def validate_architecture(self) -> None:
+        """Raise `ValueError` for what no model can be. Runs on construction, and again whenever a config is saved."""
+        self._validate_sizes()
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a probability: it must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}): each key and value head serves the same number of query heads."
+            )
+        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of numbers: head_dim must be even, got {self.head_dim}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, list) else [ids]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {token_id}."
+                    )
+
+
+__all__ = ["ScratchGPTConfig"]

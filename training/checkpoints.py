@@ -1,0 +1,45 @@
+"""Folders that a run leaves behind: new when it starts, whole when it ends."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from training.arguments import UserError
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse a folder that holds something, so that no result is ever written over.
+
+    Raises:
+        UserError: the folder is not empty, is a file, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: give the name of a new folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / "config.json").exists():
+            what = "a finished model"
+        elif (folder / "metrics.jsonl").exists():
+            what = "a run that did not finish"
+        else:
+            what = "files"
+        raise UserError(f"--output_dir {folder} already holds {what}: pass another --output_dir, or move that folder away.")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: no permission to write in {parent}.")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when all of them are written, and vanish when one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield temporary
+        # config.json is what makes a folder a model: it comes last.
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

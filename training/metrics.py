@@ -1,0 +1,61 @@
+"""How good a model is, and the file that remembers it."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+
+from training.windows import IGNORED
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A language model's loss on a text."""
+
+    loss: float  # nats a token
+    perplexity: float
+    bits_per_byte: float  # of the text in UTF-8: comparable between tokenizers
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.3f}, perplexity {self.perplexity:,.1f}, {self.bits_per_byte:.3f} bits per byte"
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, num_bytes: int) -> Evaluation:
+    """Score every label of the loader once, weighted by tokens.
+
+    Args:
+        accelerator, model, loader: prepared by Accelerate.
+        num_bytes: length in UTF-8 bytes of the text that the labels spell.
+    """
+    model.eval()
+    nats, tokens = 0.0, 0
+    for batch in loader:
+        nats += model(**batch, num_items_in_batch=1, use_cache=False).loss.item()  # divided by one: a sum
+        tokens += int((batch["shift_labels"] != IGNORED).sum())
+    nats, tokens = (sum(column) for column in zip(*gather_object([(nats, tokens)]), strict=True))
+    loss = nats / tokens
+    return Evaluation(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, written as things happen, by the main process."""
+
+    def __init__(self, path: Path, accelerator: Accelerator):
+        self.path, self.is_writer = path, accelerator.is_main_process
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, step: int, values: Any) -> None:
+        """Append a dataclass's values under the number of the step."""
+        row = {"step": step, **{name: value for name, value in asdict(values).items() if name != "number"}}
+        self.rows.append(row)
+        if self.is_writer:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")

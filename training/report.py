@@ -1,0 +1,197 @@
+"""What a person sees of a run: samples, the curve, the model card."""
+
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.loop import Step
+from training.metrics import Evaluation
+
+CURVE = "loss.png"
+PROMPT_TOKENS = 16
+
+
+class ProgressBar:
+    """Steps done and time left, with the loss and the speed of training (evaluations apart) as they are now."""
+
+    def __init__(self, num_steps: int, accelerator: Accelerator):
+        self.bar = tqdm(total=num_steps, desc="Training", unit=" steps", disable=not accelerator.is_main_process)
+        self.loss = self.speed = 0.0
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, step: Step) -> None:
+        """One step on. Loss and speed are smoothed, each new step counting for a tenth."""
+        weight = max(0.1, 1 / step.number)
+        self.loss += weight * (step.loss - self.loss)
+        self.speed += weight * (step.tokens / step.seconds - self.speed)
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.bar.disable:
+            self.bar.write(text)
+
+
+def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts: the ids of the first words of each text, as in training after the beginning-of-text token."""
+    return [[tokenizer.bos_token_id, *tokenizer(text[:500])["input_ids"][:PROMPT_TOKENS]] for text in texts]
+
+
+def sample(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str]]:
+    """Continue each prompt with the model's generation config, from the same random numbers each time.
+
+    Returns:
+        A list of pairs: the prompt and its continuation, as text.
+    """
+    model.eval()
+    samples = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+        texts = tokenizer.batch_decode([prompt, output[0, len(prompt) :]], skip_special_tokens=True)
+        samples.append((texts[0], texts[1]))
+    return samples
+
+
+def format_samples(samples: list[tuple[str, str]]) -> str:
+    """Samples as plain text, the prompt set off from what the model wrote."""
+    return "\n".join(f"[{prompt.lstrip()}]{continuation.rstrip()}\n" for prompt, continuation in samples)
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
+    """The curve of training and validation loss over steps, as a PNG."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    training = [(row["step"], row["loss"]) for row in rows if "learning_rate" in row]
+    validation = [(row["step"], row["loss"]) for row in rows if "perplexity" in row]
+    axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.6, linewidth=1, label="training")
+    axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def hardware() -> str:
+    """The device in words, as on a label."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    dataset: str,
+    before: Evaluation,
+    after: Evaluation,
+    samples_before: list[tuple[str, str]],
+    samples_after: list[tuple[str, str]],
+    facts: dict[str, Any],
+) -> None:
+    """The model card: what the model is, how good, how made, and how to use it.
+
+    Args:
+        folder: where `README.md` goes, beside the curve.
+        name: the model's name, for people.
+        dataset: the corpus, in words.
+        before, after: validation before the first step and after the last.
+        samples_before, samples_after: from the same prompts.
+        facts: the rows of the table "How it was trained".
+    """
+    metrics = {"loss": after.loss, "perplexity": after.perplexity, "bits_per_byte": after.bits_per_byte}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"{dataset} (held-out documents)",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["scratchgpt"],
+        model_name=name,
+        eval_results=results,
+    )
+    facts = {
+        **facts,
+        "Hardware": hardware(),
+        "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
+        "Command": f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A small GPT, trained from scratch with ScratchGPT. It continues text in the manner of its corpus; it knows nothing else, and
+what it says is not to be relied on.
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
+print(generate({samples_after[0][0]!r}, max_new_tokens=64)[0]["generated_text"])
+```
+
+## How good it is
+
+On held-out documents, of which nothing was seen in training:
+
+| | loss (nats per token) | perplexity | bits per byte |
+|---|---|---|---|
+| before training | {before.loss:.3f} | {before.perplexity:,.1f} | {before.bits_per_byte:.3f} |
+| after training | {after.loss:.3f} | {after.perplexity:,.1f} | {after.bits_per_byte:.3f} |
+
+![Loss over steps]({CURVE})
+
+## What it writes
+
+Prompts in brackets: the beginnings of held-out documents. Temperature 0.8, top-k 50.
+
+Before training:
+
+```text
+{format_samples(samples_before)}```
+
+After training:
+
+```text
+{format_samples(samples_after)}```
+
+## How it was trained
+
+| | |
+|---|---|
+{table}
+"""
+    ModelCard(text).save(folder / "README.md")

@@ -1,0 +1,168 @@
+"""From documents to what the model reads: token ids in one flat file, cut into windows, dealt out in batches.
+
+Notable:
+- The ids of a split stand one after another in a file that is memory-mapped: `<bos> document <eos> <bos> document <eos> ...`
+  The file is named by the content of texts and tokenizer, so it is reused when nothing has changed and never otherwise.
+- A window's labels are shifted here, once: `shift_labels[i]` is the id that comes after `input_ids[i]`. Neighbouring windows
+  share one id, so every id of a split but the very first is predicted exactly once.
+- Which windows make up step n depends on the seed and on n alone, not on the number of processes or on what ran before.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from modeling_scratchgpt import ScratchGPTTokenizer
+from training.arguments import UserError
+
+IGNORED = -100  # the label that counts for nothing, everywhere in transformers
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of one split, and the length of its text in UTF-8 bytes."""
+
+    ids: np.ndarray
+    num_bytes: int
+
+
+def train_tokenizer(texts: datasets.Dataset, vocab_size: int, context_length: int) -> ScratchGPTTokenizer:
+    """ScratchGPT's tokenizer for these texts, trained once and then read from the cache."""
+    path = _cached(texts, f"tokenizer {vocab_size}", "tokenizer")
+    if not path.exists():
+        batches = (batch["text"] for batch in texts.iter(batch_size=100))
+        with _appearing_whole(path) as temporary:
+            ScratchGPTTokenizer.train(batches, vocab_size, show_progress=True).save_pretrained(temporary)
+    return ScratchGPTTokenizer.from_pretrained(path, model_max_length=context_length)
+
+
+def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Tokens:
+    """The ids of all texts as one memory-mapped array, made once.
+
+    Args:
+        texts: a dataset with the column `text`.
+        tokenizer: a fast tokenizer with `bos_token_id` and `eos_token_id`.
+        name: what the progress bar calls the texts.
+    """
+    backend, bos, eos = tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    path = _cached(texts, f"tokens {bos} {eos} {backend.to_str()}", dtype.name)
+    if not path.exists():
+        # A special token spelled out in a text is text: it must not end a document in the middle of it.
+        backend.encode_special_tokens = True
+        with _appearing_whole(path) as temporary, open(temporary, "wb") as file:
+            with tqdm(total=len(texts), desc=f"Tokenizing {name}", unit=" documents") as bar:
+                for batch in texts.iter(batch_size=100):
+                    for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False):
+                        file.write(np.array([bos, *encoding.ids, eos], dtype=dtype).tobytes())
+                    bar.update(len(batch["text"]))
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    num_bytes = sum(len(text.encode()) for text in texts["text"])
+    return Tokens(np.memmap(path, dtype=dtype, mode="r"), num_bytes)
+
+
+def _cached(texts: datasets.Dataset, made_with: str, ending: str) -> Path:
+    """Where the thing made from these texts in this way is kept, beside the cache of `datasets`."""
+    content = hashlib.sha256(made_with.encode())
+    for text in texts["text"]:
+        content.update(hashlib.sha256(text.encode()).digest())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{content.hexdigest()[:32]}.{ending}"
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[Path]:
+    """A name to write a file or a folder under; it becomes `path` when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    yield temporary
+    os.rename(temporary, path)
+
+
+class Windows(torch.utils.data.Dataset):
+    """
+    Windows of `context_length` ids and, for each id, the one that follows.
+
+    The last window is filled up with padding that no loss counts; so is any window past the end, which lets a batch
+    always be full.
+
+    Args:
+        tokens: the ids of a split.
+        context_length: ids in a window.
+        pad_token_id: what the end is filled up with.
+
+    Raises:
+        UserError: there are fewer ids than one window needs.
+    """
+
+    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int, split: str):
+        if len(tokens.ids) <= context_length:
+            raise UserError(
+                f"the {split} text has {len(tokens.ids)} tokens, fewer than one window of --context_length "
+                f"{context_length} and the token after it: give more text or a shorter context."
+            )
+        self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens.ids) - 1) // self.context_length)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = index * self.context_length
+        ids = torch.from_numpy(self.tokens.ids[start : start + self.context_length + 1].astype(np.int64))
+        inputs = torch.full((self.context_length,), self.pad_token_id)
+        labels = torch.full((self.context_length,), IGNORED)
+        inputs[: max(len(ids) - 1, 0)] = ids[:-1]
+        labels[: max(len(ids) - 1, 0)] = ids[1:]
+        return {"input_ids": inputs, "shift_labels": labels}
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """
+    The batches of a whole run: epoch after epoch, each in an order of its own.
+
+    Args:
+        num_windows: windows to draw from.
+        batch_size: windows in a batch, over all processes.
+        num_batches: batches in the run.
+        seed: decides every order.
+    """
+
+    drop_last = True
+
+    def __init__(self, num_windows: int, batch_size: int, num_batches: int, seed: int):
+        self.num_windows, self.batch_size, self.num_batches, self.seed = num_windows, batch_size, num_batches, seed
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = self._indices()
+        for _ in range(self.num_batches):
+            yield [next(indices) for _ in range(self.batch_size)]
+
+    def _indices(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            yield from np.random.default_rng((self.seed, epoch)).permutation(self.num_windows).tolist()
+            epoch += 1
+
+
+def training_loader(windows: Windows, batch_size: int, num_batches: int, seed: int) -> DataLoader:
+    """Every batch of a run, in order."""
+    return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), batch_size, num_batches, seed))
+
+
+def evaluation_loader(windows: Windows, batch_size: int) -> DataLoader:
+    """Every window once, in order, in full batches: the last one is filled up with empty windows."""
+    num_batches = -(-len(windows) // batch_size)
+    return DataLoader(windows, batch_size=batch_size, sampler=range(num_batches * batch_size))
