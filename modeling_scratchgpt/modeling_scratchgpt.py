@@ -112,6 +112,7 @@ class ScratchGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.writes_to_residual = True
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -136,9 +137,7 @@ class ScratchGPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -160,6 +159,7 @@ class ScratchGPTMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.writes_to_residual = True
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -205,15 +205,15 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights and zero biases; what writes to the residual stream is scaled down by its number of writes.
+        """Normal weights, zero biases; what writes to the residual stream starts smaller, by the number of its writes.
 
-        Raises nothing. Source: GPT-2 (Radford et al., 2019), section 2.3.
+        Source: GPT-2 (Radford et al., 2019), section 2.3. The mark sits on the projection itself, because transformers
+        passes over modules of custom code that hold no parameter of their own.
         """
         super()._init_weights(module)
-        writes = {ScratchGPTAttention: "o_proj", ScratchGPTMLP: "down_proj"}
-        if type(module) in writes:
+        if getattr(module, "writes_to_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(getattr(module, writes[type(module)]).weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers. The folder also gets the code, and says which class each Auto class finds in it."""
@@ -367,4 +367,4 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["ScratchGPTPreTrainedModel", "ScratchGPTModel", "ScratchGPTForCausalLM"]
+__all__ = ["ScratchGPTForCausalLM", "ScratchGPTModel", "ScratchGPTPreTrainedModel"]

@@ -43,9 +43,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
     model_input_names = ["input_ids", "attention_mask"]
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str] | Iterator[str], vocab_size: int, show_progress: bool = False
-    ) -> "ScratchGPTTokenizer":
+    def train(cls, texts: Iterable[str] | Iterator[str], vocab_size: int, show_progress: bool = False) -> "ScratchGPTTokenizer":
         """Learn the merges from `texts`, which are read once and never held together.
 
         Args:

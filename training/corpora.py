@@ -79,10 +79,8 @@ def split_documents(corpus: Dataset, validation_fraction: float, seed: int) -> t
         seed: decides which documents are held out.
 
     Raises:
-        UserError: the fraction is not between 0 and 1, or a side would be empty.
+        UserError: a side would be empty.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"--validation_fraction must be between 0 and 1, got {validation_fraction}.")
     if len(corpus) * validation_fraction >= 1:
         parts = corpus.train_test_split(test_size=validation_fraction, seed=seed)
         return parts["train"], parts["test"]
@@ -120,7 +118,9 @@ def _read_hub(source: str, text_column: str) -> Dataset:
             f"({' '.join(str(error).split())[:200]})."
         ) from error
     if text_column not in dataset.column_names:
-        raise UserError(f"--dataset {source}: no column {text_column!r}; it has {', '.join(dataset.column_names)}. Set --text_column.")
+        raise UserError(
+            f"--dataset {source}: no column {text_column!r}; it has {', '.join(dataset.column_names)}. Set --text_column."
+        )
     return dataset.select_columns(text_column).rename_column(text_column, "text").cast(TEXT)
 
 
@@ -142,7 +142,9 @@ def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"--dataset {path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#x}).") from error
+            raise UserError(
+                f"--dataset {path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})."
+            ) from error
         if text.strip():
             yield {"text": text}
 

@@ -9,7 +9,7 @@ Notable:
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch import nn
-from torch.utils.data import DataLoader
 
 from training.arguments import UserError
 from training.windows import IGNORED
@@ -41,7 +40,8 @@ def start_accelerator() -> Accelerator:
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # The launchers ask for one thread a process when nobody said otherwise; share out all cores instead.
-        torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        cores = psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
 
 
@@ -50,7 +50,7 @@ def training_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    loader: DataLoader,
+    loader: Iterable[dict[str, torch.Tensor]],
     gradient_accumulation_steps: int,
     max_grad_norm: float,
 ) -> Iterator[Step]:
@@ -81,7 +81,7 @@ def training_steps(
                 loss = model(**batch, num_items_in_batch=tokens, use_cache=False).loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
-        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
         learning_rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -89,4 +89,4 @@ def training_steps(
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         if mean_loss != mean_loss or mean_loss == float("inf"):
             raise UserError(f"the loss of step {number} is {mean_loss}: lower --learning_rate (now {learning_rate:g}).")
-        yield Step(number, mean_loss, float(gradient_norm), learning_rate, int(tokens), time.perf_counter() - start)
+        yield Step(number, mean_loss, gradient_norm, learning_rate, int(tokens), time.perf_counter() - start)

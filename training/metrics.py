@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
 
 from training.windows import IGNORED
 
@@ -28,7 +28,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, num_bytes: int) -> Evaluation:
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, torch.Tensor]], num_bytes: int
+) -> Evaluation:
     """Score every label of the loader once, weighted by tokens.
 
     Args:

@@ -23,6 +23,4 @@ def make_schedule(
     optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_learning_rate_ratio: float = 0.1
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then a cosine down to a tenth: the schedule of GPT-3 and nanoGPT."""
-    return get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, warmup_steps, max_steps, min_lr_rate=min_learning_rate_ratio
-    )
+    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, max_steps, min_lr_rate=min_learning_rate_ratio)

@@ -15,6 +15,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from modeling_scratchgpt.tokenization_scratchgpt import MIN_VOCAB_SIZE
 from training.arguments import UserError, model_config, option, parse_arguments, run
 from training.checkpoints import check_output_folder, written_whole
 from training.corpora import check_sources, read_corpus, split_documents
@@ -53,10 +54,19 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
     for name in ("context_length", "batch_size", "gradient_accumulation_steps", "max_steps", "eval_every"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
-    if not 0 < arguments.learning_rate < float("inf"):
-        raise UserError(f"--learning_rate must be a positive number, got {arguments.learning_rate}.")
+    if arguments.warmup_steps < 0:
+        raise UserError(f"--warmup_steps must be at least 0, got {arguments.warmup_steps}.")
+    if arguments.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"--vocab_size must be at least {MIN_VOCAB_SIZE} to hold every byte, got {arguments.vocab_size}.")
+    if not 0 < arguments.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name} must be a positive number, got {getattr(arguments, name)}.")
+    if not 0 <= arguments.weight_decay < float("inf"):
+        raise UserError(f"--weight_decay must be zero or more, got {arguments.weight_decay}.")
     if arguments.batch_size % num_processes:
-        raise UserError(f"--batch_size {arguments.batch_size} cannot be shared evenly by {num_processes} processes: make it a multiple.")
+        raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
     check_sources(arguments.dataset)
 
 
@@ -70,7 +80,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     # Corpus -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
-    accelerator.print(f"Reading {' '.join(arguments.dataset)}")
+    dataset = " ".join(arguments.dataset)
+    accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         corpus = read_corpus(arguments.dataset, arguments.text_column)
         training_texts, validation_texts = split_documents(corpus, arguments.validation_fraction, arguments.seed)
@@ -139,13 +150,13 @@ def main() -> None:
             write_card(
                 folder,
                 name=output_dir.name,
-                dataset=" ".join(arguments.dataset),
+                dataset=dataset,
                 before=before,
                 after=after,
                 samples_before=samples_before,
                 samples_after=samples_after,
                 facts={
-                    "Corpus": f"{' '.join(arguments.dataset)}: {len(training_texts):,} documents, {len(training_tokens.ids):,} tokens",
+                    "Corpus": f"{dataset}: {len(training_texts):,} documents, {len(training_tokens.ids):,} tokens",
                     "Parameters": f"{model.num_parameters():,}",
                     "Training": f"{arguments.max_steps:,} steps, {tokens_seen:,} tokens, {minutes:.1f} minutes",
                     "Settings": ", ".join(f"{name} {value}" for name, value in vars(arguments).items()),

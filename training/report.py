@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.loop import Step
 from training.metrics import Evaluation
 
@@ -56,7 +57,7 @@ def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 
 def sample(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
+    model: ScratchGPTForCausalLM, prompts: list[list[int]], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
     """Continue each prompt with the model's generation config, from the same random numbers each time.
 

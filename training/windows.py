@@ -8,6 +8,7 @@ Notable:
 - Which windows make up step n depends on the seed and on n alone, not on the number of processes or on what ran before.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
@@ -54,19 +55,18 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
         tokenizer: a fast tokenizer with `bos_token_id` and `eos_token_id`.
         name: what the progress bar calls the texts.
     """
-    backend, bos, eos = tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     path = _cached(texts, f"tokens {bos} {eos} {backend.to_str()}", dtype.name)
     if not path.exists():
-        # A special token spelled out in a text is text: it must not end a document in the middle of it.
-        backend.encode_special_tokens = True
-        with _appearing_whole(path) as temporary, open(temporary, "wb") as file:
-            with tqdm(total=len(texts), desc=f"Tokenizing {name}", unit=" documents") as bar:
-                for batch in texts.iter(batch_size=100):
-                    for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False):
-                        file.write(np.array([bos, *encoding.ids, eos], dtype=dtype).tobytes())
-                    bar.update(len(batch["text"]))
-        backend.encode_special_tokens = tokenizer.split_special_tokens
+        bar = tqdm(total=len(texts), desc=f"Tokenizing {name}", unit=" documents")
+        with _appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
+            for batch in texts.iter(batch_size=100):
+                for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False):
+                    file.write(np.array([bos, *encoding.ids, eos], dtype=dtype).tobytes())
+                bar.update(len(batch["text"]))
     num_bytes = sum(len(text.encode()) for text in texts["text"])
     return Tokens(np.memmap(path, dtype=dtype, mode="r"), num_bytes)
 

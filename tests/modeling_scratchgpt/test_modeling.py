@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
+from tests.conftest import TINY
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree(tiny_model):
+    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    for attention_mask in (None, mask):
+        logits = []
+        for attention in ("eager", "sdpa"):
+            tiny_model.set_attn_implementation(attention)
+            logits.append(tiny_model(ids, attention_mask=attention_mask).logits)
+        real = slice(None) if attention_mask is None else mask.bool()
+        torch.testing.assert_close(logits[0][real], logits[1][real], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_future_is_not_seen(tiny_model):
+    ids = random_ids(1, 20)
+    changed = ids.clone()
+    changed[0, 12] = (ids[0, 12] + 1) % 300
+    before, after = tiny_model(ids).logits, tiny_model(changed).logits
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+@torch.no_grad()
+def test_the_cache_changes_nothing(tiny_model):
+    ids = random_ids(2, 20)
+    whole = tiny_model(ids, use_cache=False).logits
+    first = tiny_model(ids[:, :13], use_cache=True)
+    rest = [first.logits]
+    cache = first.past_key_values
+    for position in range(13, 20):
+        step = tiny_model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        rest.append(step.logits)
+    torch.testing.assert_close(torch.cat(rest, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_with_and_without_cache_is_the_same(tiny_model):
+    ids = random_ids(2, 9)
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(
+        tiny_model.generate(ids, use_cache=True, **options), tiny_model.generate(ids, use_cache=False, **options)
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_nothing(tiny_model, side):
+    ids = random_ids(1, 11)
+    padding = torch.full((1, 5), TINY["pad_token_id"])
+    parts = (padding, ids) if side == "left" else (ids, padding)
+    padded = torch.cat(parts, dim=1)
+    real = slice(5, None) if side == "left" else slice(None, 11)
+    mask = torch.zeros_like(padded)
+    mask[:, real] = 1
+    torch.testing.assert_close(
+        tiny_model(padded, attention_mask=mask).logits[:, real], tiny_model(ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_loss_by_hand(tiny_model):
+    ids = random_ids(2, 10)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    output = tiny_model(ids, labels=labels)
+    log_probabilities = output.logits.log_softmax(-1)
+    terms = [
+        -log_probabilities[row, position, labels[row, position + 1]]
+        for row in range(2)
+        for position in range(9)
+        if labels[row, position + 1] != -100
+    ]
+    torch.testing.assert_close(output.loss, sum(terms) / len(terms))
+
+    shifted = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), dim=1)
+    torch.testing.assert_close(tiny_model(ids, shift_labels=shifted).loss, output.loss)
+    torch.testing.assert_close(tiny_model(ids, labels=labels, num_items_in_batch=7).loss, sum(terms) / 7)
+
+
+def test_loss_is_one_whatever_the_split(tiny_model):
+    """Gradient accumulation: the pieces of a batch add up to its loss and its gradient."""
+    ids = random_ids(4, 12)
+    labels = ids.clone()
+    labels[0, :10] = -100
+    tiny_model(ids, labels=labels).loss.backward()
+    whole = [parameter.grad.clone() for parameter in tiny_model.parameters()]
+    tiny_model.zero_grad()
+    count = (labels[:, 1:] != -100).sum()
+    for row in range(4):
+        tiny_model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=count).loss.backward()
+    for parameter, gradient in zip(tiny_model.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_too_many_tokens_for_learned_positions_say_what_to_do():
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
+    with pytest.raises(ValueError, match=r"65 tokens were given, but this model has learned only 64 positions .* rotary"):
+        model(random_ids(1, 65))
+
+
+@torch.no_grad()
+def test_padding_does_not_use_up_positions():
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
+    ids = random_ids(1, 64)
+    padded = torch.cat((torch.full((1, 6), 2), ids), dim=1)
+    mask = torch.cat((torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 64, dtype=torch.long)), dim=1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 6:], model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_are_ids_or_embeddings(tiny_model):
+    ids = random_ids(1, 5)
+    embeddings = tiny_model.get_input_embeddings()(ids)
+    torch.testing.assert_close(tiny_model(inputs_embeds=embeddings).logits, tiny_model(ids).logits)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            tiny_model(**wrong)
+
+
+def test_fresh_weights_have_gpt2s_spread():
+    config = ScratchGPTConfig(**{**TINY, "hidden_size": 128, "num_hidden_layers": 4})
+    torch.manual_seed(0)
+    model = ScratchGPTForCausalLM(config)
+    layer = model.model.layers[1]
+    scaled = 0.02 / math.sqrt(2 * 4)
+    for weight, std in (
+        (model.lm_head.weight, 0.02),
+        (model.model.embed_positions.weight, 0.02),
+        (layer.self_attn.q_proj.weight, 0.02),
+        (layer.mlp.up_proj.weight, 0.02),
+        (layer.self_attn.o_proj.weight, scaled),
+        (layer.mlp.down_proj.weight, scaled),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not layer.mlp.up_proj.bias.any()
+
+
+def test_auto_classes_know_the_model(tiny_model, tiny_config, tmp_path):
+    assert type(AutoModel.from_config(tiny_config)) is ScratchGPTModel
+    tiny_model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is ScratchGPTForCausalLM
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    backbone = AutoModel.from_pretrained(tmp_path)
+    ids = random_ids(1, 6)
+    torch.testing.assert_close(backbone(ids).last_hidden_state, tiny_model.model(ids).last_hidden_state)
+
+
+def test_hidden_states_and_attentions(tiny_model):
+    tiny_model.set_attn_implementation("eager")
+    output = tiny_model(random_ids(2, 7), output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 7, 32)] * 3
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 7, 7)] * 2
+    for weights in output.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
+        assert not weights.triu(1).any()
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model):
+    ids = random_ids(2, 10)
+    tiny_model.train()
+    tiny_model(ids, labels=ids).loss.backward()
+    plain = [parameter.grad.clone() for parameter in tiny_model.parameters()]
+    tiny_model.zero_grad()
+    tiny_model.gradient_checkpointing_enable()
+    tiny_model(ids, labels=ids).loss.backward()
+    for parameter, gradient in zip(tiny_model.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

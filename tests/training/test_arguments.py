@@ -1,0 +1,86 @@
+from dataclasses import dataclass
+
+import pytest
+
+from training.arguments import UserError, model_config, option, parse_arguments
+
+
+@dataclass
+class Arguments:
+    config: str = option("unused.yaml", "YAML")
+    words: list[str] = option(["one"], "several")
+    model: list[str] = option([], "model fields")
+    number: int = option(3, "a number")
+    rate: float = option(0.5, "a rate")
+
+
+def parse(tmp_path, yaml, *typed):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml)
+    return parse_arguments(Arguments, "test", ["--config", str(file), *typed])
+
+
+def test_defaults_file_and_command_line_in_that_order(tmp_path):
+    arguments = parse(tmp_path, "number: 7\nrate: 1.0e-3\nwords: [a, b]\n", "--rate", "0.25")
+    assert (arguments.number, arguments.rate, arguments.words) == (7, 0.25, ["a", "b"])
+    assert parse(tmp_path, "number: 7", "--number", "8").number == 8
+    assert parse(tmp_path, "words: single").words == ["single"]
+
+
+def test_model_fields_are_overridden_one_by_one(tmp_path):
+    arguments = parse(tmp_path, "model:\n  hidden_size: 64\n  num_attention_heads: 2\n", "--model", "hidden_size=128")
+    config = model_config(arguments.model, vocab_size=300, context_length=32)
+    assert (config.hidden_size, config.num_attention_heads, config.vocab_size) == (128, 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "typed", "message"),
+    [
+        ("numbr: 7", (), r"config\.yaml: unrecognized arguments: --numbr 7 \(--help lists all"),
+        ("number: many", (), r"config\.yaml: argument --number: invalid int value: 'many'"),
+        ("- a\n- b", (), "must hold `name: value` lines"),
+        ("a: [", (), "is not YAML"),
+        ("", (), "must hold `name: value` lines"),
+        ("number: 7", ("--numbr", "8"), "unrecognized arguments: --numbr 8"),
+        ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
+        ("number: 7", ("stray",), "unrecognized arguments: stray"),
+        (
+            "number: 7",
+            ("--num", "8"),
+            "unrecognized arguments: --num 8",
+        ),  # abbreviations change meaning
+    ],
+)
+def test_mistakes_are_named(tmp_path, yaml, typed, message):
+    with pytest.raises(UserError, match=message):
+        parse(tmp_path, yaml, *typed)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.yaml: No such file or directory"):
+        parse_arguments(Arguments, "test", ["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_presets_and_values_of_every_kind():
+    words = ["preset=124M", "qk_norm=true", "attention_dropout=0.1", "norm_type=rmsnorm", "head_dim=null", "n_layer=2"]
+    config = model_config(words, vocab_size=300, context_length=32)
+    assert (config.hidden_size, config.num_hidden_layers, config.qk_norm, config.norm_type) == (768, 2, True, "rmsnorm")
+    assert config.max_position_embeddings == 32
+    assert model_config(["n_positions=64"], 300, 32).max_position_embeddings == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hiden_size=3"], "--model hiden_size=3: give fields of ScratchGPTConfig as name=value.* there are .*hidden_size"),
+        (["hidden_size"], "--model hidden_size: give fields"),
+        (["vocab_size=5"], "--model vocab_size=5"),
+        (["hidden_size=-3"], "--model: hidden_size must be a positive integer, got -3"),
+        (["hidden_size=wide"], "--model: .*hidden_size.* expected int, got str"),
+        (["preset=7B"], "--model: unknown preset '7B': choose one of 124M"),
+        (["max_position_embeddings=16"], "--context_length 32 is longer than the model's max_position_embeddings"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        model_config(words, vocab_size=300, context_length=32)
