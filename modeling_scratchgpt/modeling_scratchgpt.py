@@ -13,6 +13,7 @@ D head_dim, V vocab_size.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,13 @@ def make_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
     """The norm over the last dimension that the config asks for."""
     norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm_class(size, eps=config.norm_eps)
+
+
+def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A projection that writes to the residual stream. The mark tells `_init_weights` to start it smaller."""
+    projection = nn.Linear(in_features, out_features, bias=bias)
+    projection.writes_to_residual = True  # type: ignore[assignment]
+    return projection
 
 
 class ScratchGPTRotaryEmbedding(nn.Module):
@@ -75,7 +83,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "ScratchGPTAttention",
     query: torch.Tensor,  # (B, H, T, D)
     key: torch.Tensor,  # (B, K, S, D)
     value: torch.Tensor,  # (B, K, S, D)
@@ -111,8 +119,7 @@ class ScratchGPTAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.writes_to_residual = True
+        self.o_proj = residual_projection(query_size, config.hidden_size, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -158,8 +165,7 @@ class ScratchGPTMLP(nn.Module):
     def __init__(self, config: ScratchGPTConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.down_proj.writes_to_residual = True
+        self.down_proj = residual_projection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -207,22 +213,22 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights, zero biases; what writes to the residual stream starts smaller, by the number of its writes.
 
-        Source: GPT-2 (Radford et al., 2019), section 2.3. The mark sits on the projection itself, because transformers
-        passes over modules of custom code that hold no parameter of their own.
+        Source: GPT-2 (Radford et al., 2019), section 2.3. The mark is on the projections themselves, because
+        transformers passes over modules of custom code that hold no parameter of their own.
         """
         super()._init_weights(module)
-        if getattr(module, "writes_to_residual", False):
+        if isinstance(module, nn.Linear) and hasattr(module, "writes_to_residual"):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in transformers. The folder also gets the code, and says which class each Auto class finds in it."""
         self.config.auto_map = {
             "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
             "AutoModelForCausalLM": "modeling_scratchgpt.ScratchGPTForCausalLM",
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ScratchGPTModel(ScratchGPTPreTrainedModel):
@@ -253,7 +259,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
         attention_mask: torch.Tensor | None = None,  # (B, S), 1 for tokens and 0 for padding
-        position_ids: torch.LongTensor | None = None,  # (B, T)
+        position_ids: torch.Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
         use_cache: bool | None = None,
@@ -327,7 +333,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,  # (B, T), shifted here

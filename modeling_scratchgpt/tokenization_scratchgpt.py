@@ -84,7 +84,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
             vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
             lines = Path(merges_file).read_text(encoding="utf-8").splitlines()
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
+            tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))  # type: ignore[arg-type]  # pairs, or refused
         except OSError:
             raise
         except Exception as error:  # `tokenizers` raises bare exceptions

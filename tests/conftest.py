@@ -1,6 +1,10 @@
 """Shared pieces of the tests: where the real inputs are, and models small enough to run in a blink."""
 
 import os
+
+# Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,6 @@ import pytest
 import torch
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-
-# Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 MODERN: dict[str, Any] = {
     "position_embedding_type": "rotary",

@@ -67,7 +67,7 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
         parser.parse_args(options)
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
-    (arguments,) = parser.parse_args_into_dataclasses(args=options + typed, look_for_args_file=False)
+    arguments = arguments_class(**vars(parser.parse_args(options + typed)))
     model_in_file = from_file.get("model", [])
     if hasattr(arguments, "model") and arguments.model != model_in_file:
         arguments.model = model_in_file + arguments.model  # typed fields override the file's, one by one

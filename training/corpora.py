@@ -31,6 +31,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "testing", "_vendor", "__py
 LONGEST_SIGNATURE = 300  # characters; longer ones are machine-made and say nothing a reader would read
 TEXT_FILES = (".txt", ".md")
 TEXT = Features({"text": Value("string")})
+DOCSTRINGS = Features({name: Value("string") for name in ("library", "module", "signature", "docstring")})
 
 
 def read_corpus(sources: list[str], text_column: str = "text") -> Dataset:
@@ -101,7 +102,7 @@ def _read_source(source: str, text_column: str) -> Dataset:
     if Path(source).exists() or not _may_be_hub_id(source):
         paths = _text_files(source)
         stamps = [(str(path), path.stat().st_mtime_ns) for path in paths]
-        return _generate(_text_documents, {"files": stamps})
+        return _generate(_text_documents, TEXT, {"files": stamps})
     return _read_hub(source, text_column)
 
 
@@ -140,7 +141,7 @@ def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
     """One document a file. The second of each pair, the time of its last change, keeps `datasets`' cache honest."""
     for path, _ in files:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"--dataset {path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})."
@@ -149,10 +150,10 @@ def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
             yield {"text": text}
 
 
-def _generate(rows: Any, arguments: dict[str, Any], num_proc: int | None = None) -> Dataset:
+def _generate(rows: Any, features: Features, arguments: dict[str, Any], num_proc: int | None = None) -> Dataset:
     """`Dataset.from_generator`, with the user's mistakes let through as they are."""
     try:
-        return Dataset.from_generator(rows, gen_kwargs=arguments, num_proc=num_proc)
+        return Dataset.from_generator(rows, features=features, gen_kwargs=arguments, num_proc=num_proc)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -173,7 +174,7 @@ def _without_duplicates(corpus: Dataset) -> Dataset:
 
 def read_docs() -> Dataset:
     """The docstrings of the standard library, torch, transformers, numpy and pandas: one document a module."""
-    return _generate(_docs_documents, {"entries": read_docstrings()})
+    return _generate(_docs_documents, TEXT, {"entries": read_docstrings()})
 
 
 def read_docstrings() -> Dataset:
@@ -193,7 +194,7 @@ def read_docstrings() -> Dataset:
         for path in sorted(root.rglob("*.py"))
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
     ]
-    return _generate(_docstrings, {"files": files}, num_proc=os.cpu_count())
+    return _generate(_docstrings, DOCSTRINGS, {"files": files}, num_proc=os.cpu_count())
 
 
 def _docstrings(files: list[tuple[str, str, str, int]]) -> Iterator[dict[str, str]]:

@@ -82,7 +82,7 @@ def training_steps(
                 accelerator.backward(loss)
             step_loss += loss.detach()
         gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

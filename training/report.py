@@ -65,14 +65,14 @@ def sample(
         A list of pairs: the prompt and its continuation, as text.
     """
     model.eval()
-    samples = []
+    samples: list[Any] = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
-        texts = tokenizer.batch_decode([prompt, output[0, len(prompt) :]], skip_special_tokens=True)
-        samples.append((texts[0], texts[1]))
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)  # type: ignore[misc]
+        parts = (prompt, output[0, len(prompt) :].tolist())
+        samples.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts))
     return samples
 
 

@@ -75,43 +75,48 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     assert len(ScratchGPTTokenizer.train([], vocab_size=259)) == 259  # the bytes alone will do
 
 
-class TestGPT2:
-    @pytest.fixture(scope="class")
-    def files(self, real_data):
-        return real_data / "gpt2-tokenizer" / "encoder.json", real_data / "gpt2-tokenizer" / "vocab.bpe"
+@pytest.fixture(scope="module")
+def gpt2_files(real_data):
+    return real_data / "gpt2-tokenizer" / "encoder.json", real_data / "gpt2-tokenizer" / "vocab.bpe"
 
-    @pytest.fixture(scope="class")
-    def gpt2(self, files):
-        return ScratchGPTTokenizer.from_gpt2_files(*files)
 
-    def test_the_verdict(self, gpt2, real_data):
-        text = (real_data / "the-verdict" / "the-verdict.txt").read_text(encoding="utf-8")
-        ids = gpt2(text)["input_ids"]
-        assert ids[:10] == [40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138]
-        assert len(ids) == 5145
-        assert gpt2.decode(ids) == text
+@pytest.fixture(scope="module")
+def gpt2(gpt2_files):
+    return ScratchGPTTokenizer.from_gpt2_files(*gpt2_files)
 
-    @settings(max_examples=200, deadline=None)
-    @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
-    def test_same_ids_as_transformers(self, gpt2, files, text):
-        theirs = GPT2Tokenizer(vocab=str(files[0]), merges=str(files[1]))
-        assert gpt2(text)["input_ids"] == theirs(text)["input_ids"]
 
-    def test_one_token_begins_and_ends(self, gpt2):
-        assert len(gpt2) == 50257
-        assert gpt2.bos_token_id == gpt2.eos_token_id == 50256
-        assert gpt2("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
+def test_gpt2_the_verdict(gpt2, real_data):
+    text = (real_data / "the-verdict" / "the-verdict.txt").read_text(encoding="utf-8")
+    ids = gpt2(text)["input_ids"]
+    assert ids[:10] == [40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138]
+    assert len(ids) == 5145
+    assert gpt2.decode(ids) == text
 
-    def test_saved_and_loaded(self, gpt2, tmp_path):
-        gpt2.save_pretrained(tmp_path)
-        assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
 
-    def test_files_that_are_not_gpt2s_are_refused(self, files, tmp_path):
-        broken = tmp_path / "broken"
-        broken.write_text("{not json")
-        with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
-            ScratchGPTTokenizer.from_gpt2_files(broken, files[1])
-        with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
-            ScratchGPTTokenizer.from_gpt2_files(files[0], files[0])
-        with pytest.raises(FileNotFoundError):
-            ScratchGPTTokenizer.from_gpt2_files(tmp_path / "missing", files[1])
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
+def test_gpt2_same_ids_as_transformers(gpt2, gpt2_files, text):
+    theirs = GPT2Tokenizer(vocab=str(gpt2_files[0]), merges=str(gpt2_files[1]))
+    assert gpt2(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_gpt2_one_token_begins_and_ends(gpt2):
+    assert len(gpt2) == 50257
+    assert gpt2.bos_token_id == gpt2.eos_token_id == 50256
+    assert gpt2("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
+
+
+def test_gpt2_saved_and_loaded(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
+
+
+def test_gpt2_files_that_are_not_gpt2s_are_refused(gpt2_files, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("{not json")
+    with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
+        ScratchGPTTokenizer.from_gpt2_files(broken, gpt2_files[1])
+    with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
+        ScratchGPTTokenizer.from_gpt2_files(gpt2_files[0], gpt2_files[0])
+    with pytest.raises(FileNotFoundError):
+        ScratchGPTTokenizer.from_gpt2_files(tmp_path / "missing", gpt2_files[1])

@@ -45,7 +45,9 @@ def test_accumulation_is_one_large_batch(tiny_model):
         assert one.loss == pytest.approx(two.loss, rel=1e-5)
         assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-4)
         assert one.tokens == two.tokens
-    for one, two in zip(tiny_model.parameters(), other.parameters(), strict=True):
+    for (name, one), two in zip(tiny_model.named_parameters(), other.parameters(), strict=True):
+        if name.endswith("k_proj.bias"):
+            continue  # softmax does not see it: its gradient is rounding noise, which Adam blows up to full steps
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
