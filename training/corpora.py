@@ -146,8 +146,7 @@ def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
             raise UserError(
                 f"--dataset {path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})."
             ) from error
-        if text.strip():
-            yield {"text": text}
+        yield {"text": text}
 
 
 def _generate(rows: Any, features: Features, arguments: dict[str, Any], num_proc: int | None = None) -> Dataset:

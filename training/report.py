@@ -66,10 +66,10 @@ def sample(
     """
     model.eval()
     samples: list[Any] = []
-    for prompt in prompts:
+    for seed, prompt in enumerate(prompts):
         ids = torch.tensor([prompt], device=model.device)
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)  # type: ignore[misc]
         parts = (prompt, output[0, len(prompt) :].tolist())
         samples.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts))
@@ -88,7 +88,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     training = [(row["step"], row["loss"]) for row in rows if "learning_rate" in row]
     validation = [(row["step"], row["loss"]) for row in rows if "perplexity" in row]
-    axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.6, linewidth=1, label="training")
+    axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
     axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
