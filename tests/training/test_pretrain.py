@@ -193,7 +193,7 @@ def test_help_is_worth_reading():
 
 
 def test_the_default_corpus(caches, tmp_path):
-    """The README's first command, cut short: the docstrings of what is installed, and the YAML's own model, but for its size."""
+    """The README's first command, cut short: the docstrings of what is installed, and the YAML's model in small."""
     cut = ["--max_steps", "2", "--model", "hidden_size=32", "intermediate_size=32", "num_hidden_layers=1"]
     process = launch(["accelerate", "launch"], "--output_dir", str(tmp_path / "docs"), *cut, **caches)
     assert process.returncode == 0, process.stderr
