@@ -10,6 +10,8 @@ Notable:
       mlp_type                  "plain"      | "gated"
 """
 
+from dataclasses import field
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -122,7 +124,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -148,7 +150,11 @@ class ScratchGPTConfig(PreTrainedConfig):
             self.hidden_act = "gelu_pytorch_tanh" if self.mlp_type == "plain" else "silu"
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
-            self.rope_parameters = None
+            del self.rope_parameters  # transformers takes a config that has them for a rotary model
+        absent = {"gate_proj": self.mlp_type == "plain", "q_norm": not self.qk_norm, "k_norm": not self.qk_norm}
+        self.base_model_tp_plan = {
+            name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
+        }
         self.validate_architecture()
 
     @classmethod

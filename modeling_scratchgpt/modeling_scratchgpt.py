@@ -24,7 +24,13 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -33,6 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
+from .cross_entropy import IGNORE_INDEX, cross_entropy, linear_cross_entropy, reduce_losses
 
 
 def make_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
@@ -227,6 +234,9 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
             "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
             "AutoModelForCausalLM": "modeling_scratchgpt.ScratchGPTForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_scratchgpt.ScratchGPTForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_scratchgpt.ScratchGPTForTokenClassification",
+            "AutoModelForQuestionAnswering": "modeling_scratchgpt.ScratchGPTForQuestionAnswering",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -247,11 +257,20 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids must be within the vocabulary (0 to {self.config.vocab_size - 1}), got {input_ids.min()} to "
+                f"{input_ids.max()}: is this the tokenizer the model was trained with?"
+            ) from error
+
     def _positions(self, attention_mask: torch.Tensor | None, past_length: int, length: int, device) -> torch.Tensor:
         """Position of each token now: how many real tokens stand before it. (B or 1, T)."""
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        return torch.arange(past_length, past_length + length, device=device).unsqueeze(0)
+        return torch.arange(length, device=device).unsqueeze(0) + past_length
 
     @merge_with_config_defaults
     @capture_outputs
@@ -261,26 +280,47 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,  # (B, S), 1 for tokens and 0 for padding
         position_ids: torch.Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
+        inputs_embeds: torch.Tensor | None = None,  # (B, T, C)
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """The last hidden states (B, T, C), and with `use_cache` the keys and values for the next call.
 
+        Several documents may stand in one row: where `position_ids` start again, a new one begins, and no token sees
+        another's document. There must be no `attention_mask` then.
+
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a mask of another
+                shape; more tokens than learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self._embed(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            fits = attention_mask.shape[1] == length if past_key_values is None else attention_mask.shape[1] >= length
+            if attention_mask.shape[0] != batch or not fits:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}: it must be (batch, tokens cached and now), here "
+                    f"({batch}, {past_length + length})."
+                )
+
+        # Only positions that the caller gives can tell of several documents in a row, and only before there is a cache.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = inputs_embeds.shape[1]
         if position_ids is None:
             position_ids = self._positions(attention_mask, past_length, length, inputs_embeds.device)
 
+        hidden_states, position_embeddings = inputs_embeds, None
         if self.config.position_embedding_type == "learned":
             limit = self.config.max_position_embeddings
             if past_length + length > limit and position_ids.max() >= limit:
@@ -289,19 +329,9 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                     "(max_position_embeddings): shorten the text, or train a model with rotary positions."
                 )
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
-            position_embeddings = None
         else:
-            hidden_states = inputs_embeds
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -333,20 +363,27 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,  # (B, T), shifted here
-        shift_labels: torch.LongTensor | None = None,  # (B, T), shifted already
+        labels: torch.Tensor | None = None,  # (B, T)
+        shift_labels: torch.Tensor | None = None,  # (B, T)
         use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the loss when there are labels.
 
-        Labels of -100 count for nothing. `labels` are the input ids themselves: position t is scored on `labels[t + 1]`.
-        `shift_labels` hold what comes next already. The loss is the mean over scored tokens in nats, or their sum
-        divided by `num_items_in_batch` when that is given (one loss, however a batch is split).
+        Args:
+            labels: the input ids themselves; position t is scored on `labels[t + 1]`. -100 counts for nothing.
+            shift_labels: what comes next, shifted already; instead of `labels`.
+            num_items_in_batch: the sum of the losses is divided by it, so that a batch has one loss however it is split;
+                without it the loss is the mean over scored tokens, in nats.
+            skip_logits: whether to give the loss alone, which saves most of the memory of a training step. While
+                training with labels that is the default; pass False to get the logits all the same.
+            logits_to_keep: compute only the last so many logits, or those at these positions.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -357,13 +394,20 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)  # (B, T, V)
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        # The lean loss needs the head's bare weight: one that LoRA, a quantizer or FSDP has wrapped has to be called.
+        is_bare = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        if skip_logits is None:
+            skip_logits = self.training and shift_labels is not None
+        loss = logits = None
+        if skip_logits and shift_labels is not None and is_bare:
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, T, V)
+            if shift_labels is not None:
+                loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -372,5 +416,188 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
+        """Also refuse, before the first token, to go past the learned positions."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit:
+            raise ValueError(
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones are more "
+                f"than the {limit} positions that this model has learned: pass max_new_tokens={limit - input_ids_length} or "
+                "less, or shorten the prompt."
+            )
 
-__all__ = ["ScratchGPTForCausalLM", "ScratchGPTModel", "ScratchGPTPreTrainedModel"]
+
+class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
+    """One set of scores a text, read off its last real token: any number of classes, several at once, or numbers."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ScratchGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        labels: torch.Tensor | None = None,  # (B,) classes or numbers, or (B, num_labels) of 0 and 1 or numbers
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores (B, num_labels), and the loss that `config.problem_type` asks for when there are labels.
+
+        The attention mask alone says which token is the last real one, on whichever side the padding is; without a mask
+        it is the last of the row. A `problem_type` that is not set is told from the labels, as in transformers.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, C)
+        last = torch.full(hidden_states.shape[:1], hidden_states.shape[1] - 1, device=hidden_states.device)
+        if attention_mask is not None:
+            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            last = (places * (attention_mask != 0)).argmax(-1).to(hidden_states.device)  # (B,)
+        rows = torch.arange(len(last), device=hidden_states.device)
+        logits = self.score(hidden_states[rows, last])  # (B, num_labels)
+        return SequenceClassifierOutputWithPast(
+            loss=None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type == "single_label_classification":
+            return cross_entropy(logits, labels, num_items_in_batch)
+        logits, labels = logits.float(), labels.float().view_as(logits)
+        regression = self.config.problem_type == "regression"
+        per_element = nn.functional.mse_loss if regression else nn.functional.binary_cross_entropy_with_logits
+        return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)
+
+
+class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
+    """One class a token."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ScratchGPTModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 counts for nothing
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Scores (B, T, num_labels), and the loss when there are labels."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        return TokenClassifierOutput(
+            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
+    """Where in the text the answer starts and ends."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.model = ScratchGPTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        start_positions: torch.LongTensor | None = None,  # (B,)
+        end_positions: torch.LongTensor | None = None,  # (B,)
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """Scores of each token as start and as end (B, T), and the mean of both losses. Places past the end do not count."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss, end_loss = (
+                cross_entropy(
+                    logits,
+                    places.view(-1).masked_fill(places.view(-1) >= logits.shape[1], IGNORE_INDEX),
+                    num_items_in_batch,
+                )
+                for logits, places in ((start_logits, start_positions), (end_logits, end_positions))
+            )
+            loss = (start_loss + end_loss) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "ScratchGPTForCausalLM",
+    "ScratchGPTForQuestionAnswering",
+    "ScratchGPTForSequenceClassification",
+    "ScratchGPTForTokenClassification",
+    "ScratchGPTModel",
+    "ScratchGPTPreTrainedModel",
+]

@@ -1,0 +1,156 @@
+"""The lean loss against torch's own, which holds all the logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from modeling_scratchgpt import cross_entropy as module
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+
+
+def inputs(tokens: int, width: int, vocab_size: int, ignored: float, seed: int, scale: float = 1.0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = (scale * torch.randn(tokens, width, generator=generator)).requires_grad_()
+    weight = torch.randn(vocab_size, width, generator=generator).requires_grad_()
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE_INDEX
+    return hidden_states, weight, targets
+
+
+def torchs_own(hidden_states, weight, targets, num_items_in_batch=None):
+    logits = (hidden_states @ weight.T).float()
+    if num_items_in_batch is None:
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
+
+
+def loss_and_gradients(function, hidden_states, weight, *arguments):
+    hidden_states.grad = weight.grad = None
+    loss = function(hidden_states, weight, *arguments)
+    loss.backward()
+    return loss.detach(), hidden_states.grad, weight.grad
+
+
+def assert_same(ours, theirs):
+    """Equal to 1e-5 of the largest number, in float32."""
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * max(two.abs().max().item(), 1e-6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 70),
+    width=st.integers(1, 20),
+    vocab_size=st.integers(1, 90),
+    ignored=st.sampled_from([0.0, 0.3, 0.9]),
+    rows_in_a_chunk=st.integers(1, 80),
+    num_items_in_batch=st.sampled_from([None, 1, 17, torch.tensor(5)]),
+    seed=st.integers(0, 1000),
+)
+def test_value_and_gradients(tokens, width, vocab_size, ignored, rows_in_a_chunk, num_items_in_batch, seed):
+    hidden_states, weight, targets = inputs(tokens, width, vocab_size, ignored, seed)
+    targets[0] = 0  # at least one that counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_BYTES", rows_in_a_chunk * 4 * vocab_size)
+        ours = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, num_items_in_batch)
+    assert_same(ours, loss_and_gradients(torchs_own, hidden_states, weight, targets, num_items_in_batch))
+
+
+def test_nothing_that_counts():
+    hidden_states, weight, targets = inputs(5, 4, 7, 1.1, seed=0)
+    assert_same(
+        loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, 3),
+        loss_and_gradients(torchs_own, hidden_states, weight, targets, 3),
+    )
+    assert linear_cross_entropy(hidden_states, weight, targets).isnan()
+    assert torchs_own(hidden_states, weight, targets).isnan()
+
+
+def test_large_logits_do_not_overflow():
+    hidden_states, weight, targets = inputs(30, 16, 50, 0.2, seed=0, scale=300.0)
+    ours = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
+    assert all(tensor.isfinite().all() for tensor in ours)
+    assert_same(ours, loss_and_gradients(torchs_own, hidden_states, weight, targets))
+
+
+def test_only_the_gradients_that_are_needed():
+    hidden_states, weight, targets = inputs(20, 8, 30, 0.2, seed=0)
+    weight.requires_grad_(False)  # LoRA: a frozen head
+    linear_cross_entropy(hidden_states, weight, targets).backward()
+    assert weight.grad is None
+    expected = torch.autograd.grad(torchs_own(hidden_states, weight, targets), hidden_states)[0]
+    torch.testing.assert_close(hidden_states.grad, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden_states, weight, targets), torchs_own(hidden_states, weight, targets)
+        )
+
+
+def test_backward_twice_adds_up():
+    hidden_states, weight, targets = inputs(20, 8, 30, 0.0, seed=0)
+    loss = linear_cross_entropy(hidden_states, weight, targets) * 3
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+def test_autocast():
+    hidden_states, weight, targets = inputs(40, 16, 50, 0.2, seed=0)
+    results = []
+    for function in (linear_cross_entropy, torchs_own):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(loss_and_gradients(function, hidden_states, weight, targets))
+    exact = loss_and_gradients(torchs_own, hidden_states, weight, targets)
+    for ours, theirs, right in zip(*results, exact, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        # As close to the float32 result as torch's own is under autocast.
+        assert (ours - right).abs().max() <= 1.5 * (theirs - right).abs().max() + 1e-6
+
+
+def test_bfloat16_weights():
+    hidden_states, weight, targets = inputs(40, 16, 50, 0.2, seed=0)
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden_states, weight)]
+    loss, *gradients = loss_and_gradients(linear_cross_entropy, *half, targets)
+    exact = loss_and_gradients(torchs_own, *(tensor.detach().float().requires_grad_() for tensor in half), targets)
+    assert loss.dtype == torch.float32
+    for ours, right in zip((loss, *gradients), exact, strict=True):
+        torch.testing.assert_close(ours.float(), right, rtol=2e-2, atol=2e-2 * right.abs().max().item())
+
+
+def test_compiled_in_one_graph():
+    hidden_states, weight, targets = inputs(40, 16, 50, 0.2, seed=0)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    assert_same(
+        loss_and_gradients(compiled, hidden_states, weight, targets),
+        loss_and_gradients(torchs_own, hidden_states, weight, targets),
+    )
+
+
+def test_the_operator_is_well_formed():
+    hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
+    torch.library.opcheck(module._linear_cross_entropy, (hidden_states, weight, targets, True, True))
+
+
+def test_the_logits_are_never_all_there():
+    """The largest tensor made on the way is one chunk of logits, not all of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), kwargs=None):
+            nonlocal largest
+            result = operator(*arguments, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    hidden_states, weight, targets = inputs(512, 4, 1000, 0.0, seed=0)
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(module, "CHUNK_BYTES", 16 * 4 * 1000)
+        # The operator's body, where the mode sees what it does.
+        module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, True, True)
+    assert largest == 16 * 1000

@@ -1,0 +1,190 @@
+"""The heads: what they compute, what they pool, and one loss whatever the split."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from modeling_scratchgpt import (
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
+)
+
+
+def make(head_class, config: ScratchGPTConfig, **fields):
+    torch.manual_seed(0)
+    model = head_class(ScratchGPTConfig(**{**config.to_dict(), **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_real_token_classifies(tiny_config, side):
+    """Also where padding and end of text are one token, which pooling by id takes for the same."""
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5, pad_token_id=1)
+    ids = random_ids(3, 9)
+    ids[:, -1] = 1  # each text ends in the end-of-text token
+    alone = model(ids).logits
+    padding = torch.full((3, 4), 1)
+    mask = torch.cat((torch.zeros(3, 4), torch.ones(3, 9)), dim=1).long()
+    padded = torch.cat((padding, ids), dim=1)
+    if side == "right":
+        padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
+    hidden = model.model(ids).last_hidden_state[:, -1]
+    torch.testing.assert_close(alone, hidden @ model.score.weight.T)
+
+
+CASES = {
+    "classes": ({"num_labels": 4}, lambda: torch.tensor([3, 0, 1, 2])),
+    "several at once": (
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        lambda: torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
+    ),
+    "a number": ({"num_labels": 1}, lambda: torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "numbers": (
+        {"num_labels": 2, "problem_type": "regression"},
+        lambda: torch.tensor([[0.5, 1], [2, -1], [0.1, 0.2], [3, 4]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_of_sequence_classification(tiny_config, case):
+    fields, make_labels = CASES[case]
+    model = make(ScratchGPTForSequenceClassification, tiny_config, **fields)
+    ids, labels = random_ids(4, 8), make_labels()
+    output = model(ids, labels=labels)
+    expected = {
+        "classes": lambda: functional.cross_entropy(output.logits, labels),
+        "several at once": lambda: functional.binary_cross_entropy_with_logits(output.logits, labels),
+        "a number": lambda: functional.mse_loss(output.logits[:, 0], labels),
+        "numbers": lambda: functional.mse_loss(output.logits, labels),
+    }[case]()
+    torch.testing.assert_close(output.loss, expected)
+    pieces = [
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=labels.numel()).loss for row in range(4)
+    ]
+    torch.testing.assert_close(sum(pieces), expected)
+
+
+def test_the_kind_of_problem_is_told_from_the_labels(tiny_config):
+    for num_labels, labels, kind in (
+        (1, torch.rand(2), "regression"),
+        (3, torch.tensor([0, 2]), "single_label_classification"),
+        (3, torch.rand(2, 3), "multi_label_classification"),
+    ):
+        model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=num_labels)
+        model(random_ids(2, 5), labels=labels)
+        assert model.config.problem_type == kind
+
+
+def test_loss_of_token_classification(tiny_config):
+    model = make(ScratchGPTForTokenClassification, tiny_config, num_labels=4)
+    ids = random_ids(3, 8)
+    labels = torch.randint(0, 4, (3, 8))
+    labels[1, :5] = labels[2, 2:] = -100
+    output = model(ids, labels=labels)
+    expected = functional.cross_entropy(output.logits.view(-1, 4), labels.view(-1))
+    torch.testing.assert_close(output.loss, expected)
+    count = (labels != -100).sum()
+    pieces = [model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=count).loss for row in range(3)]
+    torch.testing.assert_close(sum(pieces), expected)
+
+
+def test_loss_of_question_answering(tiny_config):
+    model = make(ScratchGPTForQuestionAnswering, tiny_config)
+    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 99])  # 99: cut off
+    output = model(ids, start_positions=starts, end_positions=ends)
+    expected = functional.cross_entropy(output.start_logits, starts) + functional.cross_entropy(output.end_logits[:2], ends[:2])
+    torch.testing.assert_close(output.loss, expected / 2)
+    pieces = [
+        model(ids[r : r + 1], start_positions=starts[r : r + 1], end_positions=ends[r : r + 1], num_items_in_batch=3).loss
+        for r in range(3)
+    ]
+    by_hand = functional.cross_entropy(output.start_logits, starts, reduction="sum") + functional.cross_entropy(
+        output.end_logits[:2], ends[:2], reduction="sum"
+    )
+    torch.testing.assert_close(sum(pieces), by_hand / 6)
+
+
+def test_training_skips_the_logits_and_loses_nothing(tiny_model):
+    ids = random_ids(2, 12)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    tiny_model.train()
+    results = {}
+    for skip in (None, True, False):
+        tiny_model.zero_grad()
+        output = tiny_model(ids, labels=labels, skip_logits=skip)
+        output.loss.backward()
+        results[skip] = (output, [parameter.grad.clone() for parameter in tiny_model.parameters()])
+    assert results[None][0].logits is None
+    assert results[True][0].logits is None
+    assert results[False][0].logits.shape == (2, 12, 300)
+    for skip in (None, True):
+        torch.testing.assert_close(results[skip][0].loss, results[False][0].loss)
+        for one, two in zip(results[skip][1], results[False][1], strict=True):
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+    tiny_model.eval()
+    assert tiny_model(ids, labels=labels).logits is not None
+    assert tiny_model(ids, labels=labels, skip_logits=True).logits is None
+
+
+def test_a_wrapped_head_is_called(tiny_model):
+    """An adapter around the head must not be passed by: then the loss comes from the logits."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    wrapped = Doubled(32, 300, bias=False)
+    wrapped.weight = tiny_model.lm_head.weight
+    tiny_model.lm_head = wrapped
+    ids = random_ids(2, 12)
+    with_logits = tiny_model(ids, labels=ids).loss
+    tiny_model.train()
+    torch.testing.assert_close(tiny_model(ids, labels=ids).loss, with_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_documents_do_not_see_each_other(tiny_model, attention, use_cache):
+    tiny_model.set_attn_implementation(attention)
+    lengths = (5, 1, 9, 3)
+    documents = [random_ids(1, 9)[:, :length] + index for index, length in enumerate(lengths)]
+    packed = torch.cat(documents, dim=1)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = tiny_model(packed, position_ids=position_ids, use_cache=use_cache).logits
+    separate = torch.cat([tiny_model(document).logits for document in documents], dim=1)
+    torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_to_keep(tiny_model):
+    ids = random_ids(2, 10)
+    logits = tiny_model(ids).logits
+    torch.testing.assert_close(tiny_model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(tiny_model(ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
+
+
+def test_wrong_inputs_are_named(tiny_model):
+    ids = random_ids(2, 6)
+    with pytest.raises(ValueError, match=r"input_ids must be within the vocabulary \(0 to 299\), got 3 to 300"):
+        tiny_model(torch.tensor([[3, 300]]))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 5\): it must be .* here \(2, 6\)"):
+        tiny_model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"attention_mask is \(3, 6\)"):
+        tiny_model(ids, attention_mask=torch.ones(3, 6))
+    with pytest.raises(ValueError, match="attn_implementation=.sparkling"):
+        ScratchGPTForCausalLM._from_config(tiny_model.config, attn_implementation="sparkling")
