@@ -41,7 +41,8 @@ class ScratchGPTConfig(PreTrainedConfig):
         vocab_size (`int`): number of token ids the model knows.
         max_position_embeddings (`int`): longest sequence, in tokens.
         hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`, *optional*): width inside the MLP; 4 x `hidden_size` when not given.
+        intermediate_size (`int`, *optional*): width inside the MLP; when not given 4 x `hidden_size` if it is plain, and if it
+            is gated 8/3 x, rounded up to a multiple of 64.
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): number of query heads.
         num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
@@ -136,7 +137,9 @@ class ScratchGPTConfig(PreTrainedConfig):
             setattr(self, old_name, kwargs.pop(old_name))
         self._validate_sizes()
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            # A gated MLP has three matrices: 8/3 of the width gives it the size of a plain one (Shazeer, 2020).
+            gated = 64 * -(-self.hidden_size // 24)
+            self.intermediate_size = gated if self.mlp_type == "gated" else 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

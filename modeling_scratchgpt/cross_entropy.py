@@ -2,7 +2,7 @@
 
 For N tokens and a vocabulary of V, the logits and their gradients are two matrices N x V; at GPT-2's vocabulary they are most
 of the memory of a training step. Here they exist for a few hundred tokens at a time: a chunk's logits are computed, turned into
-its part of the loss and, in place, into its part of the gradients, and forgotten. The idea is Liger Kernel's (Hsu et al., 2024).
+its part of the loss and, in place, into its part of the gradients, and forgotten. After Liger Kernel (Hsu et al., 2024).
 
 Notable:
 - Gradients are computed in the forward pass, where the logits are; backward only scales them. So a training step does the same

@@ -422,9 +422,9 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         limit = self.config.max_position_embeddings
         if self.config.position_embedding_type == "learned" and generation_config.max_length > limit:
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones are more "
-                f"than the {limit} positions that this model has learned: pass max_new_tokens={limit - input_ids_length} or "
-                "less, or shorten the prompt."
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones are "
+                f"more than the {limit} positions that this model has learned: pass max_new_tokens="
+                f"{max(limit - input_ids_length, 0)} or less, or shorten the prompt."
             )
 
 

@@ -53,8 +53,11 @@ class ScratchGPTTokenizer(TokenizersBackend):
             show_progress: whether `tokenizers` draws its own progress bars.
 
         Raises:
+            TypeError: `texts` is one text; its letters would be taken for texts.
             ValueError: `vocab_size` leaves no room for the bytes.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list or an iterator of texts, got one text: put it in a list.")
         if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "

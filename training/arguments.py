@@ -1,13 +1,15 @@
 """What a run is asked to do: a YAML file, overridden by the command line, checked before anything starts.
 
 Notable:
-- One parser for both. The YAML's keys are turned into command-line options and put before the ones that were typed, so a
-  wrong type or an unknown name is refused in the same words wherever it stands, and the last word wins.
-- `--model` takes any field of `ScratchGPTConfig` as `name=value`; the fields are checked by the config itself.
+- One parser for both. The YAML is read as if its lines had been typed, so a wrong type or an unknown name is refused in the
+  same words wherever it stands; what it says becomes the defaults of the command line, and shows in `--help`.
+- `--model` takes any field of `ScratchGPTConfig` as `name=value`, one by one over the file's; the config checks them.
 - A mistake of the user ends in one line and exit code 2, never in a traceback.
 """
 
+import argparse
 import dataclasses
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,11 +30,23 @@ class UserError(Exception):
     """Something only the user can put right. The message says what was given, what is allowed and what to do."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a help text; lists get a fresh copy."""
+def option(default: Any, help: str, **keywords: Any) -> Any:
+    """A dataclass field with a default, a help text and more words for argparse; lists get a fresh copy."""
+    metadata = {"help": help, **keywords}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def model_option() -> Any:
+    """The `model` field of a recipe: words that add to those of the file instead of replacing them."""
+    return option(
+        [], "Fields of ScratchGPTConfig as name=value; preset=124M starts afresh from a size of GPT-2.", action="extend"
+    )
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, the description as it was written."""
 
 
 class _Parser(HfArgumentParser):
@@ -53,44 +67,44 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     Raises:
         UserError: no such file, not YAML, an unknown name, a value of the wrong type.
     """
-    parser = _Parser(arguments_class, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(arguments_class, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
     typed = list(sys.argv[1:] if argv is None else argv)
-    default_config = next(field.default for field in dataclasses.fields(arguments_class) if field.name == "config")  # type: ignore[arg-type]
     first_look = _Parser(allow_abbrev=False, add_help=False)
-    first_look.add_argument("--config", default=default_config)
-    config_file = Path(first_look.parse_known_args(typed)[0].config)
-    from_file = _read_yaml(config_file)
-    if "model" in from_file:  # one mapping in the file, `name=value` words on the command line
-        from_file["model"] = [f"{name}={value}" for name, value in (from_file["model"] or {}).items()]
-    options = [word for name, value in from_file.items() for word in _as_option(name, value)]
+    first_look.add_argument("--config", default=parser.get_default("config"))
+    config_file = first_look.parse_known_args(typed)[0].config
     try:
-        parser.parse_args(options)
+        from_file = parser.parse_args(_as_options(_read_yaml(config_file)))
     except UserError as error:
-        raise UserError(f"{config_file}: {error}") from error
-    arguments = arguments_class(**vars(parser.parse_args(options + typed)))
-    model_in_file = from_file.get("model", [])
-    if hasattr(arguments, "model") and arguments.model != model_in_file:
-        arguments.model = model_in_file + arguments.model  # typed fields override the file's, one by one
-    return arguments
+        raise UserError(f"--config {config_file}: {error}") from error
+    parser.set_defaults(**{**vars(from_file), "config": config_file})
+    return arguments_class(**vars(parser.parse_args(typed)))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The file's content; a path is looked up here, then in the folder that holds `training/`."""
+    file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}. Give the path of a YAML file.") from error
+        raise UserError(f"{error.strerror}. Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"--config {path} must hold `name: value` lines.")
+        raise UserError("it must hold `name: value` lines.")
     return content
 
 
-def _as_option(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *map(str, values)]
+def _as_options(content: dict[str, Any]) -> list[str]:
+    """The words that would say the same on the command line."""
+    options = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            value = [f"{field}={'null' if field_value is None else field_value}" for field, field_value in value.items()]
+        if value is not None and value != []:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return options
 
 
 def model_config(fields: Sequence[str], vocab_size: int, context_length: int) -> ScratchGPTConfig:
@@ -106,26 +120,46 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
     """
     known = {*ScratchGPTConfig.__annotations__, *ScratchGPTConfig.attribute_map, "preset"} - {"vocab_size"}
     values: dict[str, Any] = {"max_position_embeddings": context_length}
+    preset = None
     for word in fields:
         name, equals, text = word.partition("=")
         if not equals or name not in known:
-            raise UserError(
-                f"--model {word}: give fields of ScratchGPTConfig as name=value, such as hidden_size=256; "
-                f"there are {', '.join(sorted(known))}."
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"did you mean {close[0]}?"
+                if close
+                else f"there are {', '.join(sorted(known - set(ScratchGPTConfig.attribute_map)))}."
             )
-        values[name] = yaml.safe_load(text)
-    preset = values.pop("preset", None)
+            raise UserError(f"--model {word}: give fields of ScratchGPTConfig as name=value, such as hidden_size=256; {hint}")
+        if name == "preset":  # starts afresh: what was said before, in the file above all, belongs to another model
+            preset, values = text, {"max_position_embeddings": context_length}
+        else:
+            values[name] = _yaml_value(word, text)
     try:
         make = ScratchGPTConfig if preset is None else partial(ScratchGPTConfig.from_preset, preset)
         config = make(vocab_size=vocab_size, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"--model: {' '.join(str(error).split())}") from error
+    except StrictDataclassError as error:
+        raise UserError(f"--model: {error.__cause__}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model: {error}") from error
     if config.max_position_embeddings < context_length:
         raise UserError(
             f"--context_length {context_length} is longer than the model's max_position_embeddings "
             f"({config.max_position_embeddings}): shorten the one or raise the other."
         )
     return config
+
+
+def own_fields(config: ScratchGPTConfig) -> dict[str, Any]:
+    """What makes this model, field by field, as `--model` and the YAML name it."""
+    return {name: getattr(config, name) for name in ScratchGPTConfig.__annotations__ if hasattr(config, name)}
+
+
+def _yaml_value(word: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--model {word}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
 def run(main: Callable[[], None]) -> None:

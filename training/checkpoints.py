@@ -14,10 +14,8 @@ def check_output_folder(folder: Path) -> None:
     """Refuse a folder that holds something, so that no result is ever written over.
 
     Raises:
-        UserError: the folder is not empty, is a file, or cannot be written.
+        UserError: the folder is not empty, is not a folder, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: give the name of a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
         if (folder / "config.json").exists():
             what = "a finished model"
@@ -26,9 +24,15 @@ def check_output_folder(folder: Path) -> None:
         else:
             what = "files"
         raise UserError(f"--output_dir {folder} already holds {what}: pass another --output_dir, or move that folder away.")
-    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: no permission to write in {parent}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        folder.rmdir()  # it comes back with the first result
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be written ({error.strerror}): give the name of a new folder."
+        ) from error
 
 
 @contextmanager

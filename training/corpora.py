@@ -87,8 +87,10 @@ def split_documents(corpus: Dataset, validation_fraction: float, seed: int) -> t
         return parts["train"], parts["test"]
 
     def cut(row: dict[str, Any], head: bool) -> dict[str, str]:
-        place = round(len(row["text"]) * (1 - validation_fraction))
-        return {"text": row["text"][:place] if head else row["text"][place:]}
+        text = row["text"]
+        place = round(len(text) * (1 - validation_fraction))
+        place = 1 + max(text.rfind("\n", 0, place), text.rfind(" ", 0, place), -1) or place  # between words
+        return {"text": text[:place] if head else text[place:]}
 
     train, validation = (corpus.map(cut, fn_kwargs={"head": head}) for head in (True, False))
     if not any(validation["text"]) or not any(train["text"]):

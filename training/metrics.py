@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from tqdm.auto import tqdm
 
 from training.windows import IGNORED
 
@@ -39,7 +40,8 @@ def evaluate(
     """
     model.eval()
     nats, tokens = 0.0, 0
-    for batch in loader:
+    bar = tqdm(loader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process)
+    for batch in bar:
         nats += model(**batch, num_items_in_batch=1, use_cache=False).loss.item()  # divided by one: a sum
         tokens += int((batch["shift_labels"] != IGNORED).sum())
     nats, tokens = (sum(column) for column in zip(*gather_object([(nats, tokens)]), strict=True))
@@ -53,6 +55,8 @@ class MetricsFile:
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path, self.is_writer = path, accelerator.is_main_process
         self.rows: list[dict[str, Any]] = []
+        if self.is_writer:
+            path.touch(exist_ok=False)  # also where another run has come to the same folder since it was checked
 
     def write(self, step: int, values: Any) -> None:
         """Append a dataclass's values under the number of the step."""

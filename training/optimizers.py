@@ -1,8 +1,10 @@
 """The optimizer and its schedule."""
 
+import math
+
 import torch
 from torch import nn
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -19,8 +21,20 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_learning_rate_ratio: float = 0.1
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to a tenth: the schedule of GPT-3 and nanoGPT."""
-    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, max_steps, min_lr_rate=min_learning_rate_ratio)
+def make_schedule(optimizer: torch.optim.Optimizer, warmup_fraction: float, max_steps: int) -> LambdaLR:
+    """Linear warm-up, then a cosine down to a tenth of the highest rate: the schedule of GPT-3 and nanoGPT.
+
+    Args:
+        optimizer: its learning rates are the highest ones.
+        warmup_fraction: share of the steps that warm up; the first step is at the first rate above zero.
+        max_steps: steps in the run.
+    """
+    warmup_steps = math.ceil(warmup_fraction * max_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    return LambdaLR(optimizer, factor)

@@ -8,7 +8,6 @@ With nothing given it reads training/configs/pretrain.yaml: a small GPT on the d
 installed beside it, in about five minutes of training on two CPU cores. Whatever is typed overrides the file.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from accelerate.utils import set_seed
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MIN_VOCAB_SIZE
-from training.arguments import UserError, model_config, option, parse_arguments, run
+from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
 from training.checkpoints import check_output_folder, written_whole
 from training.corpora import check_sources, read_corpus, split_documents
 from training.loop import start_accelerator, training_steps
 from training.metrics import MetricsFile, evaluate
 from training.optimizers import make_optimizer, make_schedule
-from training.report import CURVE, ProgressBar, beginnings, draw_loss, format_samples, hardware, sample, write_card
+from training.report import CURVE, ProgressBar, beginnings, draw_loss, duration, format_samples, hardware, sample, write_card
 from training.windows import Windows, evaluation_loader, tokenize, train_tokenizer, training_loader
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
@@ -31,20 +30,20 @@ NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 @dataclass
 class PretrainArguments:
     config: str = option("training/configs/pretrain.yaml", "YAML file with values for any of these arguments.")
-    dataset: list[str] = option(["docs"], "Where the text comes from: `docs`, text files, folders, ids of datasets on the Hub.")
+    dataset: list[str] = option(["docs"], "`docs`, .txt and .md files, folders of them, or ids of datasets on the Hub.")
     text_column: str = option("text", "Column of the text in datasets from the Hub.")
-    validation_fraction: float = option(0.02, "Share of the documents held out for validation.")
-    vocab_size: int = option(4096, "Tokens of the byte-level BPE tokenizer that is trained on the corpus.")
-    model: list[str] = option([], "Fields of ScratchGPTConfig as name=value; preset=124M starts from a size of GPT-2.")
+    validation_fraction: float = option(0.02, "Share held out: whole documents, or the end of each if they are few.")
+    vocab_size: int = option(4096, "Most tokens of the byte-level BPE tokenizer that is trained on the corpus.")
+    model: list[str] = model_option()
     context_length: int = option(256, "Tokens the model sees at once.")
-    batch_size: int = option(16, "Windows in a batch, over all processes.")
+    batch_size: int = option(4, "Windows in a batch, over all processes.")
     gradient_accumulation_steps: int = option(1, "Batches that make up one optimizer step.")
-    max_steps: int = option(400, "Optimizer steps.")
-    learning_rate: float = option(1e-3, "Highest learning rate; a cosine takes it to a tenth.")
-    warmup_steps: int = option(40, "Steps over which the learning rate rises from zero.")
+    max_steps: int = option(1000, "Optimizer steps.")
+    learning_rate: float = option(4e-3, "Highest learning rate; a cosine takes it down to a tenth.")
+    warmup_fraction: float = option(0.05, "Share of the steps over which the learning rate rises.")
     weight_decay: float = option(0.1, "AdamW's decay of the matrices.")
     max_grad_norm: float = option(1.0, "Longest gradient; a longer one is scaled down to it.")
-    eval_every: int = option(100, "Steps between looks at the validation text.")
+    eval_every: int = option(250, "Steps between looks at the held-out text.")
     seed: int = option(0, "Decides weights, held-out documents and the order of the windows.")
     output_dir: str = option("outputs/pretrain", "New folder for the model.")
 
@@ -54,8 +53,10 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
     for name in ("context_length", "batch_size", "gradient_accumulation_steps", "max_steps", "eval_every"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
-    if arguments.warmup_steps < 0:
-        raise UserError(f"--warmup_steps must be at least 0, got {arguments.warmup_steps}.")
+    if not 0 <= arguments.warmup_fraction <= 1:
+        raise UserError(f"--warmup_fraction must be between 0 and 1, got {arguments.warmup_fraction}.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}.")
     if arguments.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab_size must be at least {MIN_VOCAB_SIZE} to hold every byte, got {arguments.vocab_size}.")
     if not 0 < arguments.validation_fraction < 1:
@@ -75,12 +76,13 @@ def main() -> None:
     output_dir = Path(arguments.output_dir)
     accelerator = start_accelerator()
     check(arguments, accelerator.num_processes)
-    check_output_folder(output_dir)
+    if accelerator.is_main_process:
+        check_output_folder(output_dir)
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     accelerator.wait_for_everyone()
 
     # Corpus -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
-    dataset = " ".join(arguments.dataset)
+    dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         corpus = read_corpus(arguments.dataset, arguments.text_column)
@@ -91,8 +93,9 @@ def main() -> None:
     training_windows = Windows(training_tokens, arguments.context_length, tokenizer.pad_token_id, "training")
     validation_windows = Windows(validation_tokens, arguments.context_length, tokenizer.pad_token_id, "validation")
     accelerator.print(
-        f"{len(training_texts):,} documents to train on ({len(training_tokens.ids):,} tokens), {len(validation_texts):,} held "
-        f"out ({len(validation_tokens.ids):,} tokens of {validation_tokens.num_bytes / len(validation_tokens.ids):.2f} bytes)"
+        f"Documents to train on: {len(training_texts):,} ({len(training_tokens.ids):,} tokens); held out: "
+        f"{len(validation_texts):,} ({len(validation_tokens.ids):,} tokens of "
+        f"{validation_tokens.num_bytes / len(validation_tokens.ids):.2f} bytes); vocabulary: {len(tokenizer):,}"
     )
 
     set_seed(arguments.seed)
@@ -101,9 +104,9 @@ def main() -> None:
         setattr(config, name, getattr(tokenizer, name))
     model = ScratchGPTForCausalLM(config)
     model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
-    accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware()}")
+    accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware(accelerator.num_processes)}")
     optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
-    schedule = make_schedule(optimizer, arguments.warmup_steps, arguments.max_steps)
+    schedule = make_schedule(optimizer, arguments.warmup_fraction, arguments.max_steps)
     num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
     prepared_model, optimizer, training_batches, validation_batches = accelerator.prepare(
         model,
@@ -120,7 +123,7 @@ def main() -> None:
     samples_before = sample(model, prompts, SAMPLE_TOKENS, tokenizer)
     accelerator.print(f"\nBefore training: {before}. Samples, the prompts in brackets:\n\n{format_samples(samples_before)}")
 
-    start, after = time.perf_counter(), before
+    after, seconds, tokens_seen = before, 0.0, 0
     with ProgressBar(arguments.max_steps, accelerator) as bar:
         for step in training_steps(
             accelerator,
@@ -133,16 +136,16 @@ def main() -> None:
         ):
             bar.update(step)
             metrics.write(step.number, step)
+            seconds, tokens_seen = seconds + step.seconds, tokens_seen + step.tokens
             if step.number % arguments.eval_every == 0 or step.number == arguments.max_steps:
                 after = evaluate(accelerator, prepared_model, validation_batches, validation_tokens.num_bytes)
                 metrics.write(step.number, after)
                 bar.say(f"Step {step.number:,}: {after}")
-    minutes = (time.perf_counter() - start) / 60
     samples_after = sample(model, prompts, SAMPLE_TOKENS, tokenizer)
     accelerator.print(f"\nAfter training: {after}. The same prompts:\n\n{format_samples(samples_after)}")
 
+    took = f"{arguments.max_steps:,} steps, {tokens_seen:,} tokens, {duration(seconds)}"
     if accelerator.is_main_process:
-        tokens_seen = sum(row["tokens"] for row in metrics.rows if "tokens" in row)
         with written_whole(output_dir) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -158,12 +161,13 @@ def main() -> None:
                 facts={
                     "Corpus": f"{dataset}: {len(training_texts):,} documents, {len(training_tokens.ids):,} tokens",
                     "Parameters": f"{model.num_parameters():,}",
-                    "Training": f"{arguments.max_steps:,} steps, {tokens_seen:,} tokens, {minutes:.1f} minutes",
-                    "Settings": ", ".join(f"{name} {value}" for name, value in vars(arguments).items()),
+                    "Training": took,
+                    "Hardware": hardware(accelerator.num_processes),
                 },
+                settings={**vars(arguments), "model": own_fields(config)},
             )
     accelerator.print(
-        f"{arguments.max_steps:,} steps took {minutes:.1f} minutes. The model, its card and its curve are in {output_dir}/:\n"
+        f"Trained for {took}. The model, its card and its curve are in {output_dir}/:\n"
         f"    AutoModelForCausalLM.from_pretrained({str(output_dir)!r}, trust_remote_code=True)"
     )
     accelerator.end_training()

@@ -9,10 +9,12 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +23,7 @@ from training.loop import Step
 from training.metrics import Evaluation
 
 CURVE = "loss.png"
-PROMPT_TOKENS = 16
+PROMPT_CHARACTERS = 60
 
 
 class ProgressBar:
@@ -53,7 +55,8 @@ class ProgressBar:
 
 def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Prompts: the ids of the first words of each text, as in training after the beginning-of-text token."""
-    return [[tokenizer.bos_token_id, *tokenizer(text[:500])["input_ids"][:PROMPT_TOKENS]] for text in texts]
+    openings = (text[:PROMPT_CHARACTERS].rsplit(maxsplit=1)[0] for text in texts)  # no half word at the end
+    return [[tokenizer.bos_token_id, *tokenizer.backend_tokenizer.encode(opening).ids] for opening in openings]
 
 
 def sample(
@@ -66,11 +69,14 @@ def sample(
     """
     model.eval()
     samples: list[Any] = []
+    limit = model.config.max_position_embeddings
     for seed, prompt in enumerate(prompts):
+        prompt = prompt[: limit // 2]
         ids = torch.tensor([prompt], device=model.device)
+        new_tokens = min(max_new_tokens, limit - len(prompt))
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)  # type: ignore[misc]
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[misc]
         parts = (prompt, output[0, len(prompt) :].tolist())
         samples.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts))
     return samples
@@ -91,16 +97,26 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
     axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def hardware() -> str:
-    """The device in words, as on a label."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def hardware(num_processes: int) -> str:
+    """What the run was made on, as on a label."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{device}, processes: {num_processes}, threads in each: {torch.get_num_threads()}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+
+
+def _without_folders(word: str) -> str:
+    """A path says where things lie on the author's machine; a card is for others."""
+    return Path(word).name if word.startswith(("/", "~")) else word
 
 
 def write_card(
@@ -111,7 +127,8 @@ def write_card(
     after: Evaluation,
     samples_before: list[tuple[str, str]],
     samples_after: list[tuple[str, str]],
-    facts: dict[str, Any],
+    facts: dict[str, str],
+    settings: dict[str, Any],
 ) -> None:
     """The model card: what the model is, how good, how made, and how to use it.
 
@@ -122,13 +139,14 @@ def write_card(
         before, after: validation before the first step and after the last.
         samples_before, samples_after: from the same prompts.
         facts: the rows of the table "How it was trained".
+        settings: every argument of the run, the model's fields among them.
     """
     metrics = {"loss": after.loss, "perplexity": after.perplexity, "bits_per_byte": after.bits_per_byte}
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"{dataset} (held-out documents)",
+            dataset_name=f"{dataset} (held-out text)",
             metric_type=metric,
             metric_value=round(value, 4),
         )
@@ -143,9 +161,8 @@ def write_card(
     )
     facts = {
         **facts,
-        "Hardware": hardware(),
         "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
-        "Command": f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     text = f"""---
@@ -166,7 +183,7 @@ print(generate({samples_after[0][0]!r}, max_new_tokens=64)[0]["generated_text"])
 
 ## How good it is
 
-On held-out documents, of which nothing was seen in training:
+On held-out text, of which nothing was seen in training:
 
 | | loss (nats per token) | perplexity | bits per byte |
 |---|---|---|---|
@@ -177,7 +194,7 @@ On held-out documents, of which nothing was seen in training:
 
 ## What it writes
 
-Prompts in brackets: the beginnings of held-out documents. Temperature 0.8, top-k 50.
+Prompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.
 
 Before training:
 
@@ -194,5 +211,8 @@ After training:
 | | |
 |---|---|
 {table}
+
+```yaml
+{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```
 """
     ModelCard(text).save(folder / "README.md")

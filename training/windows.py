@@ -109,7 +109,8 @@ class Windows(torch.utils.data.Dataset):
         if len(tokens.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(tokens.ids)} tokens, fewer than one window of --context_length "
-                f"{context_length} and the token after it: give more text or a shorter context."
+                f"{context_length} and the token after it: give more text, a shorter context or another "
+                "--validation_fraction."
             )
         self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
 

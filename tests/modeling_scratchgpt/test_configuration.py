@@ -42,7 +42,7 @@ def test_gpt2s_names_mean_the_same():
 
 def test_what_is_derived():
     config = ScratchGPTConfig(hidden_size=96, num_attention_heads=6, mlp_type="gated")
-    assert (config.intermediate_size, config.head_dim, config.num_key_value_heads, config.hidden_act) == (384, 16, 6, "silu")
+    assert (config.intermediate_size, config.head_dim, config.num_key_value_heads, config.hidden_act) == (256, 16, 6, "silu")
     assert not hasattr(config, "rope_parameters")
     rotary = ScratchGPTConfig(position_embedding_type="rotary")
     assert rotary.rope_parameters == {"rope_theta": 10_000, "rope_type": "default"}

@@ -62,6 +62,11 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
 
 
+def test_one_text_is_not_a_list_of_texts():
+    with pytest.raises(TypeError, match="texts must be a list or an iterator of texts, got one text"):
+        ScratchGPTTokenizer.train("to be or not to be", vocab_size=300)
+
+
 def test_batches_are_padded_and_masked(tokenizer):
     texts = ["to be", "to be or not to be"]
     batch = tokenizer(texts, padding=True)

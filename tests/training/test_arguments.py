@@ -2,14 +2,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import UserError, model_config, option, parse_arguments
+from training.arguments import UserError, model_config, model_option, option, parse_arguments
 
 
 @dataclass
 class Arguments:
     config: str = option("unused.yaml", "YAML")
     words: list[str] = option(["one"], "several")
-    model: list[str] = option([], "model fields")
+    model: list[str] = model_option()
     number: int = option(3, "a number")
     rate: float = option(0.5, "a rate")
 
@@ -40,7 +40,6 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
         ("number: many", (), r"config\.yaml: argument --number: invalid int value: 'many'"),
         ("- a\n- b", (), "must hold `name: value` lines"),
         ("a: [", (), "is not YAML"),
-        ("", (), "must hold `name: value` lines"),
         ("number: 7", ("--numbr", "8"), "unrecognized arguments: --numbr 8"),
         ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
         ("number: 7", ("stray",), "unrecognized arguments: stray"),
@@ -61,6 +60,27 @@ def test_a_missing_file_is_named(tmp_path):
         parse_arguments(Arguments, "test", ["--config", str(tmp_path / "missing.yaml")])
 
 
+def test_a_preset_starts_afresh(tmp_path):
+    arguments = parse(tmp_path, "model:\n  hidden_size: 64\n  norm_type: rmsnorm\n", "--model", "preset=355M", "n_layer=2")
+    config = model_config(arguments.model, vocab_size=300, context_length=32)
+    assert (config.hidden_size, config.num_hidden_layers, config.norm_type) == (1024, 2, "layernorm")
+
+
+def test_fields_typed_in_several_places_add_up(tmp_path):
+    arguments = parse(tmp_path, "number: 7", "--model", "hidden_size=64", "--model", "n_head=2")
+    assert arguments.model == ["hidden_size=64", "n_head=2"]
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert parse(tmp_path, "# nothing\n").number == 3
+
+
+def test_help_shows_the_files_values(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "number: 77", "--help")
+    assert "(default: 77)" in capsys.readouterr().out
+
+
 def test_presets_and_values_of_every_kind():
     words = ["preset=124M", "qk_norm=true", "attention_dropout=0.1", "norm_type=rmsnorm", "head_dim=null", "n_layer=2"]
     config = model_config(words, vocab_size=300, context_length=32)
@@ -72,11 +92,13 @@ def test_presets_and_values_of_every_kind():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hiden_size=3"], "--model hiden_size=3: give fields of ScratchGPTConfig as name=value.* there are .*hidden_size"),
+        (["hiden_size=3"], "--model hiden_size=3: give fields of ScratchGPTConfig as name=value.* did you mean hidden_size?"),
+        (["q=3"], "--model q=3: give fields of ScratchGPTConfig as name=value.* there are .*hidden_size"),
+        (["hidden_size=["], r"--model hidden_size=\[: the value is not YAML"),
         (["hidden_size"], "--model hidden_size: give fields"),
         (["vocab_size=5"], "--model vocab_size=5"),
         (["hidden_size=-3"], "--model: hidden_size must be a positive integer, got -3"),
-        (["hidden_size=wide"], "--model: .*hidden_size.* expected int, got str"),
+        (["hidden_size=wide"], "--model: Field 'hidden_size' expected int, got str"),
         (["preset=7B"], "--model: unknown preset '7B': choose one of 124M"),
         (["max_position_embeddings=16"], "--context_length 32 is longer than the model's max_position_embeddings"),
     ],

@@ -27,7 +27,7 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
 
 def train(model: ScratchGPTForCausalLM, loader, accumulation: int = 1, clip: float = 1.0, learning_rate: float = 1e-2):
     optimizer = make_optimizer(model, learning_rate, weight_decay=0.1)
-    schedule = make_schedule(optimizer, warmup_steps=2, max_steps=10)
+    schedule = make_schedule(optimizer, warmup_fraction=0.2, max_steps=10)
     return list(training_steps(Accelerator(), model, optimizer, schedule, loader, accumulation, clip))
 
 
@@ -59,7 +59,7 @@ def test_what_a_step_says_is_true(tiny_model):
     assert step.number == 1
     assert step.loss == pytest.approx(expected, rel=1e-5)
     assert step.tokens == (batch["shift_labels"] != IGNORED).sum()
-    assert step.learning_rate == 0.0  # the first step of the warm-up
+    assert step.learning_rate == 0.005  # the first of two steps of warm-up
     assert step.gradient_norm > 0
     assert step.seconds > 0
 
@@ -93,13 +93,13 @@ def test_decay_on_matrices_only(tiny_model):
 
 def test_schedule_by_hand():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = make_schedule(optimizer, warmup_steps=4, max_steps=12)
+    schedule = make_schedule(optimizer, warmup_fraction=1 / 3, max_steps=12)
     rates = []
     for _ in range(13):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates[:5] == pytest.approx([0, 0.5, 1, 1.5, 2])
+    assert rates[:5] == pytest.approx([0.5, 1, 1.5, 2, 2])
     assert rates[8] == pytest.approx(2 * (0.1 + 0.9 * 0.5))  # half of the way down
     assert rates[12] == pytest.approx(0.2)
 
