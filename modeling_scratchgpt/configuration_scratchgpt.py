@@ -10,12 +10,13 @@ Notable:
       mlp_type                  "plain"      | "gated"
 """
 
+import json
 from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # GPT-2's published sizes (Radford et al., 2019), by their number of parameters with the head tied to the embedding.
 PRESETS = {
@@ -134,7 +135,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # GPT-2's names first, so that what is derived below sees their values.
         for old_name in self.attribute_map.keys() & kwargs.keys():
-            setattr(self, old_name, kwargs.pop(old_name))
+            setattr(self, self.attribute_map[old_name], kwargs.pop(old_name))
         self._validate_sizes()
         if self.intermediate_size is None:
             # A gated MLP has three matrices: 8/3 of the width gives it the size of a plain one (Shazeer, 2020).
@@ -182,6 +183,24 @@ class ScratchGPTConfig(PreTrainedConfig):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}.")
 
+    def _validate_rotary(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of numbers: head_dim must be even, got {self.head_dim}.")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_parameters: rope_type {rope_type!r} is unknown, choose one of {known}.")
+        for name in ("rope_theta", "factor"):
+            value = self.rope_parameters.get(name, 1.0)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"rope_parameters: {name} must be a positive number, got {value!r}.")
+        try:
+            json.dumps(self.rope_parameters, sort_keys=True)
+            if rope_type != "default":
+                ROPE_INIT_FUNCTIONS[rope_type](self)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"rope_parameters {self.rope_parameters} cannot be: {error}") from error
+
     def validate_architecture(self) -> None:
         """Raise `ValueError` for what no model can be. Runs on construction, and again whenever a config is saved."""
         self._validate_sizes()
@@ -199,8 +218,8 @@ class ScratchGPTConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}): each key and value head serves the same number of query heads."
             )
-        if self.position_embedding_type == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers: head_dim must be even, got {self.head_dim}.")
+        if self.position_embedding_type == "rotary":
+            self._validate_rotary()
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -298,6 +298,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
         batch, length = inputs_embeds.shape[:2]
+        if batch == 0 or length == 0:
+            raise ValueError(f"there is no token in inputs of {batch} rows and {length} columns: give at least one.")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             fits = attention_mask.shape[1] == length if past_key_values is None else attention_mask.shape[1] >= length

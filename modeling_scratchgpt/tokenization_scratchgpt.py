@@ -8,6 +8,7 @@ Notable:
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from transformers import TokenizersBackend
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS_TOKEN, EOS_TOKEN, PAD_TOKEN]
+MAX_VOCAB_SIZE = 2**24  # far above any in use; tokenizers reserves the memory for all of it
+LONG_RUN = re.compile(r"(\S{512}|\s{512})")
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and every byte
 
 
@@ -54,14 +57,14 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
         Raises:
             TypeError: `texts` is one text; its letters would be taken for texts.
-            ValueError: `vocab_size` leaves no room for the bytes.
+            ValueError: `vocab_size` leaves no room for the bytes, or is beyond all measure.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list or an iterator of texts, got one text: put it in a list.")
-        if vocab_size < MIN_VOCAB_SIZE:
+        if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(
-                f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
-                f"got {vocab_size}."
+                f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) and "
+                f"at most {MAX_VOCAB_SIZE}, got {vocab_size}."
             )
         tokenizer = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -70,7 +73,9 @@ class ScratchGPTTokenizer(TokenizersBackend):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=show_progress,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        # Training takes the square of a word's length: a megabyte without a space would take days.
+        pieces = (piece for text in texts for piece in LONG_RUN.split(text) if piece)
+        tokenizer.train_from_iterator(pieces, trainer)
         return cls(tokenizer_object=tokenizer, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN)
 
     @classmethod

@@ -10,6 +10,7 @@ Notable:
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,7 +74,11 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     first_look.add_argument("--config", default=parser.get_default("config"))
     config_file = first_look.parse_known_args(typed)[0].config
     try:
-        from_file = parser.parse_args(_as_options(_read_yaml(config_file)))
+        content = _read_yaml(config_file)
+        unknown = content.keys() - {field.name for field in dataclasses.fields(arguments_class)} | content.keys() & {"config"}  # type: ignore[arg-type]
+        if unknown:
+            raise UserError(f"unrecognized names: {', '.join(sorted(unknown))} (--help lists all arguments)")
+        from_file = parser.parse_args(_as_options(content))
     except UserError as error:
         raise UserError(f"--config {config_file}: {error}") from error
     parser.set_defaults(**{**vars(from_file), "config": config_file})
@@ -87,7 +92,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{error.strerror}. Give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
@@ -158,15 +163,23 @@ def own_fields(config: ScratchGPTConfig) -> dict[str, Any]:
 def _yaml_value(word: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--model {word}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr (from one process) and exit code 2."""
+    """Run an entry point; a `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+        ):
+            raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,18 @@ def check_output_folder(folder: Path) -> None:
     Raises:
         UserError: the folder is not empty, is not a folder, or cannot be written.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        str(folder).encode()
+        in_use = folder.is_dir() and any(folder.iterdir())
+        if not in_use:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            folder.rmdir()  # it comes back with the first result
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--output_dir {folder!s:.200} cannot be written ({reason}): give the name of a new folder.") from error
+    if in_use:
         if (folder / "config.json").exists():
             what = "a finished model"
         elif (folder / "metrics.jsonl").exists():
@@ -24,15 +35,6 @@ def check_output_folder(folder: Path) -> None:
         else:
             what = "files"
         raise UserError(f"--output_dir {folder} already holds {what}: pass another --output_dir, or move that folder away.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        folder.rmdir()  # it comes back with the first result
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be written ({error.strerror}): give the name of a new folder."
-        ) from error
 
 
 @contextmanager

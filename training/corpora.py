@@ -55,19 +55,18 @@ def read_corpus(sources: list[str], text_column: str = "text") -> Dataset:
 
 
 def check_sources(sources: list[str]) -> None:
-    """Refuse at once what cannot be a source: a cheap look before any long work.
+    """Refuse at once what cannot be read, before any long work.
 
     Raises:
-        UserError: no source, a path that is not there, a folder without text files, a binary file.
+        UserError: no source, a path that is not there or not readable, a folder without text files, a file that is not
+            UTF-8 text.
     """
     if not sources:
         raise UserError("--dataset is empty: give `docs`, text files, folders or the id of a dataset on the Hub.")
     for source in sources:
-        if source != "docs" and (Path(source).exists() or not _may_be_hub_id(source)):
+        if source != "docs" and not _is_hub_id(source):
             for path in _text_files(source):
-                with open(path, "rb") as file:
-                    if b"\0" in file.read(65536):
-                        raise UserError(f"--dataset {path}: this is a binary file; ScratchGPT reads UTF-8 text.")
+                _read_text(path)
 
 
 def split_documents(corpus: Dataset, validation_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -101,15 +100,20 @@ def split_documents(corpus: Dataset, validation_fraction: float, seed: int) -> t
 def _read_source(source: str, text_column: str) -> Dataset:
     if source == "docs":
         return read_docs()
-    if Path(source).exists() or not _may_be_hub_id(source):
-        paths = _text_files(source)
-        stamps = [(str(path), path.stat().st_mtime_ns) for path in paths]
-        return _generate(_text_documents, TEXT, {"files": stamps})
-    return _read_hub(source, text_column)
+    if _is_hub_id(source):
+        return _read_hub(source, text_column)
+    digests = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in _text_files(source)]
+    return _generate(_text_documents, TEXT, {"files": digests})
 
 
-def _may_be_hub_id(source: str) -> bool:
-    return not source.endswith(TEXT_FILES) and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+def _is_hub_id(source: str) -> bool:
+    """Whether it is shaped like an id, with nothing of that name here."""
+    return (
+        not os.path.exists(source)
+        and not source.endswith(TEXT_FILES)
+        and source.count("/") <= 1
+        and not source.startswith((".", "/", "~"))
+    )
 
 
 def _read_hub(source: str, text_column: str) -> Dataset:
@@ -128,27 +132,46 @@ def _read_hub(source: str, text_column: str) -> Dataset:
 
 
 def _text_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.is_file())
-        if not files:
-            raise UserError(f"--dataset {source}: there is no {' or '.join(TEXT_FILES)} file in this folder.")
-        return files
-    if not path.is_file():
-        raise UserError(f"--dataset {source}: no such file or folder.")
-    return [path]
+    """The file itself, or all text files below the folder, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        path = Path(os.path.expanduser(source))
+        str(path).encode()
+        if path.is_dir():
+            names = (Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files)
+            files = sorted(name for name in names if name.suffix.lower() in TEXT_FILES and name.is_file())
+            if not files:
+                raise UserError(f"--dataset {source}: there is no {' or '.join(TEXT_FILES)} file in this folder.")
+            return files
+        if not path.is_file():
+            raise UserError(f"--dataset {source}: no such file or folder.")
+        return [path]
+    except OSError as error:
+        raise UserError(f"--dataset {source}: {error.strerror}: {error.filename}.") from error
+    except ValueError as error:
+        raise UserError(f"--dataset {source!r}: this is no name of a file ({error}).") from error
 
 
-def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
-    """One document a file. The second of each pair, the time of its last change, keeps `datasets`' cache honest."""
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if b"\0" in data:
+            raise UserError(f"--dataset {path}: this is a binary file; ScratchGPT reads UTF-8 text.")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--dataset {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"--dataset {path}: not UTF-8 text (byte {error.start} is {byte:#x}).") from error
+
+
+def _text_documents(files: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """One document a file. The second of each pair, the digest of its content, keeps `datasets`' cache honest."""
     for path, _ in files:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--dataset {path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})."
-            ) from error
-        yield {"text": text}
+        yield {"text": _read_text(Path(path))}
 
 
 def _generate(rows: Any, features: Features, arguments: dict[str, Any], num_proc: int | None = None) -> Dataset:

@@ -7,6 +7,7 @@ Notable:
 """
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,12 @@ def start_accelerator() -> Accelerator:
         cores = psutil.cpu_count(logical=False) or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
+
+
+def check_finite(loss: float, what: str) -> None:
+    """Raise `UserError` when the loss is not a finite number: the weights have blown up, and no step will mend them."""
+    if not math.isfinite(loss):
+        raise UserError(f"{what} is {loss}: the weights have blown up. Lower --learning_rate, then --weight_decay.")
 
 
 def training_steps(
@@ -87,6 +94,5 @@ def training_steps(
         schedule.step()
         optimizer.zero_grad()
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
-        if mean_loss != mean_loss or mean_loss == float("inf"):
-            raise UserError(f"the loss of step {number} is {mean_loss}: lower --learning_rate (now {learning_rate:g}).")
+        check_finite(mean_loss, f"the loss of step {number}")
         yield Step(number, mean_loss, gradient_norm, learning_rate, int(tokens), time.perf_counter() - start)

@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
+from training.arguments import UserError
+from training.loop import check_finite
 from training.windows import IGNORED
 
 
@@ -37,6 +39,9 @@ def evaluate(
     Args:
         accelerator, model, loader: prepared by Accelerate.
         num_bytes: length in UTF-8 bytes of the text that the labels spell.
+
+    Raises:
+        UserError: the loss is not a finite number.
     """
     model.eval()
     nats, tokens = 0.0, 0
@@ -46,6 +51,7 @@ def evaluate(
         tokens += int((batch["shift_labels"] != IGNORED).sum())
     nats, tokens = (sum(column) for column in zip(*gather_object([(nats, tokens)]), strict=True))
     loss = nats / tokens
+    check_finite(loss, "the loss on the held-out text")
     return Evaluation(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
 
 
@@ -56,7 +62,10 @@ class MetricsFile:
         self.path, self.is_writer = path, accelerator.is_main_process
         self.rows: list[dict[str, Any]] = []
         if self.is_writer:
-            path.touch(exist_ok=False)  # also where another run has come to the same folder since it was checked
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError as error:
+                raise UserError(f"--output_dir {path.parent}: another run has taken it meanwhile, pass another.") from error
 
     def write(self, step: int, values: Any) -> None:
         """Append a dataclass's values under the number of the step."""

@@ -8,13 +8,14 @@ With nothing given it reads training/configs/pretrain.yaml: a small GPT on the d
 installed beside it, in about five minutes of training on two CPU cores. Whatever is typed overrides the file.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from modeling_scratchgpt.tokenization_scratchgpt import MIN_VOCAB_SIZE
+from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
 from training.checkpoints import check_output_folder, written_whole
 from training.corpora import check_sources, read_corpus, split_documents
@@ -55,10 +56,13 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
     if not 0 <= arguments.warmup_fraction <= 1:
         raise UserError(f"--warmup_fraction must be between 0 and 1, got {arguments.warmup_fraction}.")
-    if arguments.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {arguments.seed}.")
-    if arguments.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"--vocab_size must be at least {MIN_VOCAB_SIZE} to hold every byte, got {arguments.vocab_size}.")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed must be at least 0 and below 2^32, got {arguments.seed}.")
+    if not MIN_VOCAB_SIZE <= arguments.vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size must be at least {MIN_VOCAB_SIZE}, to hold every byte, and at most {MAX_VOCAB_SIZE}; "
+            f"got {arguments.vocab_size}."
+        )
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
     for name in ("learning_rate", "max_grad_norm"):
@@ -73,7 +77,7 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
 
 def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
-    output_dir = Path(arguments.output_dir)
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
     accelerator = start_accelerator()
     check(arguments, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -112,7 +116,7 @@ def main() -> None:
         model,
         optimizer,
         training_loader(training_windows, arguments.batch_size, num_batches, arguments.seed),
-        evaluation_loader(validation_windows, arguments.batch_size),
+        evaluation_loader(validation_windows, arguments.batch_size, accelerator.num_processes),
     )
 
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
+from modeling_scratchgpt.tokenization_scratchgpt import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN
 from training.arguments import UserError
 
 IGNORED = -100  # the label that counts for nothing, everywhere in transformers
@@ -38,13 +40,27 @@ class Tokens:
 
 
 def train_tokenizer(texts: datasets.Dataset, vocab_size: int, context_length: int) -> ScratchGPTTokenizer:
-    """ScratchGPT's tokenizer for these texts, trained once and then read from the cache."""
-    path = _cached(texts, f"tokenizer {vocab_size}", "tokenizer")
+    """ScratchGPT's tokenizer for these texts, trained once and then read from the cache.
+
+    Raises:
+        UserError: the file in the cache is damaged.
+    """
+    path = _cached(texts, f"tokenizer {vocab_size}", "json")
     if not path.exists():
-        batches = (batch["text"] for batch in texts.iter(batch_size=100))
+        passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
+        trained = ScratchGPTTokenizer.train(passages, vocab_size, show_progress=True)
         with _appearing_whole(path) as temporary:
-            ScratchGPTTokenizer.train(batches, vocab_size, show_progress=True).save_pretrained(temporary)
-    return ScratchGPTTokenizer.from_pretrained(path, model_max_length=context_length)
+            trained.backend_tokenizer.save(str(temporary))
+    try:
+        return ScratchGPTTokenizer(
+            tokenizer_object=Tokenizer.from_file(str(path)),
+            bos_token=BOS_TOKEN,
+            eos_token=EOS_TOKEN,
+            pad_token=PAD_TOKEN,
+            model_max_length=context_length,
+        )
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise UserError(f"the cached tokenizer {path} is damaged ({error}): delete it.") from error
 
 
 def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Tokens:
@@ -60,15 +76,28 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
     backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     path = _cached(texts, f"tokens {bos} {eos} {backend.to_str()}", dtype.name)
-    if not path.exists():
+    if not _is_whole(path, dtype):
+        count = 0
         bar = tqdm(total=len(texts), desc=f"Tokenizing {name}", unit=" documents")
         with _appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
             for batch in texts.iter(batch_size=100):
                 for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False):
                     file.write(np.array([bos, *encoding.ids, eos], dtype=dtype).tobytes())
+                    count += len(encoding.ids) + 2
                 bar.update(len(batch["text"]))
+            file.write(np.uint64(count).tobytes())  # the last eight bytes tell whether the file is whole
     num_bytes = sum(len(text.encode()) for text in texts["text"])
-    return Tokens(np.memmap(path, dtype=dtype, mode="r"), num_bytes)
+    ids = np.memmap(path, dtype=dtype, mode="r", shape=((path.stat().st_size - 8) // dtype.itemsize,))
+    return Tokens(ids, num_bytes)
+
+
+def _is_whole(path: Path, dtype: np.dtype) -> bool:
+    if not path.exists() or path.stat().st_size < 8:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        count = int(np.frombuffer(file.read(), dtype=np.uint64)[0])
+    return path.stat().st_size == count * dtype.itemsize + 8
 
 
 def _cached(texts: datasets.Dataset, made_with: str, ending: str) -> Path:
@@ -83,10 +112,13 @@ def _cached(texts: datasets.Dataset, made_with: str, ending: str) -> Path:
 
 @contextmanager
 def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file or a folder under; it becomes `path` when it is complete."""
+    """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    yield temporary
-    os.rename(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -163,7 +195,8 @@ def training_loader(windows: Windows, batch_size: int, num_batches: int, seed: i
     return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), batch_size, num_batches, seed))
 
 
-def evaluation_loader(windows: Windows, batch_size: int) -> DataLoader:
+def evaluation_loader(windows: Windows, batch_size: int, num_processes: int = 1) -> DataLoader:
     """Every window once, in order, in full batches: the last one is filled up with empty windows."""
+    batch_size = min(batch_size, num_processes * -(-len(windows) // num_processes))
     num_batches = -(-len(windows) // batch_size)
     return DataLoader(windows, batch_size=batch_size, sampler=range(num_batches * batch_size))

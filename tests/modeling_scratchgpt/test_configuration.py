@@ -5,6 +5,8 @@ from transformers import AutoConfig
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
+ROTARY = {"position_embedding_type": "rotary"}
+
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
@@ -73,6 +75,11 @@ def test_saving_and_loading_changes_nothing(tiny_config, tmp_path):
         ({"attention_dropout": 1.0}, "at least 0 and below 1, got 1.0"),
         ({"hidden_dropout": -0.1}, "at least 0 and below 1"),
         ({"embedding_dropout": float("nan")}, "at least 0 and below 1, got nan"),
+        ({**ROTARY, "rope_parameters": {"rope_type": "nonsense"}}, "rope_type 'nonsense' is unknown, choose one of default"),
+        ({**ROTARY, "rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({**ROTARY, "rope_parameters": {"rope_theta": 0}}, "rope_theta must be a positive number, got 0"),
+        ({**ROTARY, "rope_parameters": {"rope_theta": "abc"}}, "rope_theta must be a positive number, got 'abc'"),
+        ({**ROTARY, "rope_parameters": {1: 2}}, "cannot be"),
         ({"norm_eps": 0.0}, "norm_eps must be a positive number"),
         ({"initializer_range": float("inf")}, "initializer_range must be a positive number"),
         ({"eos_token_id": 50257}, r"eos_token_id must be within the vocabulary \(0 to 50256\) or None, got 50257"),
@@ -85,9 +92,12 @@ def test_nonsense_is_refused_with_what_is_allowed(values, message):
         ScratchGPTConfig(**values)
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"hidden_size": 7.5}, {"qk_norm": "yes"}, {"norm_type": 3}])
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": "wide"}, {"hidden_size": 7.5}, {"qk_norm": "yes"}, {"norm_type": 3}, {"n_layer": 1.5}]
+)
 def test_wrong_types_are_refused(values):
-    with pytest.raises(StrictDataclassError, match=next(iter(values))):
+    name = ScratchGPTConfig.attribute_map.get(*[next(iter(values))] * 2)
+    with pytest.raises(StrictDataclassError, match=name):
         ScratchGPTConfig(**values)
 
 

@@ -62,6 +62,14 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
 
 
+@pytest.mark.parametrize("letter", ["x", " ", "7", "!"])
+def test_a_text_without_spaces_is_no_harder(letter):
+    """Training takes the square of a word's length; a megabyte of DNA must not take days."""
+    tokenizer = ScratchGPTTokenizer.train([letter * 1_000_000], vocab_size=300)
+    text = letter * 10_000
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
 def test_one_text_is_not_a_list_of_texts():
     with pytest.raises(TypeError, match="texts must be a list or an iterator of texts, got one text"):
         ScratchGPTTokenizer.train("to be or not to be", vocab_size=300)
@@ -75,8 +83,9 @@ def test_batches_are_padded_and_masked(tokenizer):
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size must be at least 259 .* got 258"):
-        ScratchGPTTokenizer.train(TEXTS, vocab_size=258)
+    for wrong in (258, 2**40):
+        with pytest.raises(ValueError, match=f"vocab_size must be at least 259 .* got {wrong}"):
+            ScratchGPTTokenizer.train(TEXTS, vocab_size=wrong)
     assert len(ScratchGPTTokenizer.train([], vocab_size=259)) == 259  # the bytes alone will do
 
 

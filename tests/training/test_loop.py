@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.arguments import UserError
 from training.loop import start_accelerator, training_steps
-from training.metrics import evaluate
+from training.metrics import MetricsFile, evaluate
 from training.optimizers import make_optimizer, make_schedule
 from training.windows import IGNORED
 
@@ -79,7 +79,7 @@ def test_the_gradient_is_clipped(tiny_model):
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss of step 1 is nan: lower --learning_rate"):
+    with pytest.raises(UserError, match="the loss of step 1 is nan: .* Lower --learning_rate"):
         train(tiny_model, batches(2))
 
 
@@ -117,6 +117,19 @@ def test_evaluation_by_hand(tiny_model):
     assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
+
+
+def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
+    with torch.no_grad():
+        tiny_model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the loss on the held-out text is nan"):
+        evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    with pytest.raises(UserError, match="another run has taken it meanwhile"):
+        MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
 
 
 def test_a_uniform_model_has_the_loss_of_chance(tiny_model):

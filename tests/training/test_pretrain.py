@@ -66,6 +66,7 @@ def test_it_leaves_a_complete_model_folder(run):
         "README.md",
         "config.json",
         "configuration_scratchgpt.py",
+        "cross_entropy.py",
         "generation_config.json",
         "loss.png",
         "metrics.jsonl",

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,8 @@ def test_every_token_but_the_first_is_predicted_once(length, context_length, bat
     windows = Windows(Tokens(ids, 0), context_length, pad_token_id=2, split="test")
     predicted, batches = [], list(evaluation_loader(windows, batch_size))
     for batch in batches:
-        assert batch["input_ids"].shape == batch["shift_labels"].shape == (batch_size, context_length)
+        shape = (min(batch_size, len(windows)), context_length)
+        assert batch["input_ids"].shape == batch["shift_labels"].shape == shape
         scored = batch["shift_labels"] != IGNORED
         assert torch.equal(batch["input_ids"][scored] + 1, batch["shift_labels"][scored])
         assert (batch["input_ids"][~scored] == 2).all()
@@ -72,7 +75,7 @@ def test_token_file_holds_the_documents_between_their_marks(tmp_path, monkeypatc
     assert tokens.ids.dtype == np.uint16
     assert tokens.num_bytes == sum(len(text.encode()) for text in TEXTS["text"])
     assert tokenizer.model_max_length == 16
-    assert not [path for path in (tmp_path / "scratchgpt").iterdir() if path.suffix not in (".tokenizer", ".uint16")]
+    assert not [path for path in (tmp_path / "scratchgpt").iterdir() if path.suffix not in (".json", ".uint16")]
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path, monkeypatch):
@@ -100,3 +103,35 @@ def test_what_is_cached_is_reused_until_something_changes(tmp_path, monkeypatch)
     make(TEXTS, 265)
     make(Dataset.from_dict({"text": [*TEXTS["text"][:2], "größer 🙃"]}), 270)
     assert len(files()) == 3 * len(first)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40])
+def test_a_truncated_token_file_is_made_again(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = train_tokenizer(TEXTS, 270, 16)
+    whole = tokenize(TEXTS, tokenizer, "test").ids.tolist()
+    (file,) = (tmp_path / "scratchgpt").glob("*.uint16")
+    os.truncate(file, size)
+    assert tokenize(TEXTS, tokenizer, "test").ids.tolist() == whole
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    train_tokenizer(TEXTS, 270, 16)
+    (file,) = (tmp_path / "scratchgpt").glob("*.json")
+    os.truncate(file, 100)
+    with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is damaged .*: delete it"):
+        train_tokenizer(TEXTS, 270, 16)
+
+
+def test_nothing_half_made_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = ScratchGPTTokenizer.train(["a"], 259)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "array", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(TEXTS, tokenizer, "test")
+    assert not list((tmp_path / "scratchgpt").iterdir())
