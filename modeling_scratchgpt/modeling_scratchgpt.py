@@ -369,7 +369,6 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,  # (B, T)
-        shift_labels: torch.Tensor | None = None,  # (B, T)
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
@@ -380,13 +379,15 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: the input ids themselves; position t is scored on `labels[t + 1]`. -100 counts for nothing.
-            shift_labels: what comes next, shifted already; instead of `labels`.
+            shift_labels (among `kwargs`: Trainer takes every argument with "label" in its name for one that each batch has):
+                what comes next, shifted already; instead of `labels`.
             num_items_in_batch: the sum of the losses is divided by it, so that a batch has one loss however it is split;
                 without it the loss is the mean over scored tokens, in nats.
             skip_logits: whether to give the loss alone, which saves most of the memory of a training step. While
                 training with labels that is the default; pass False to get the logits all the same.
             logits_to_keep: compute only the last so many logits, or those at these positions.
         """
+        shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

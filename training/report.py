@@ -1,6 +1,7 @@
 """What a person sees of a run: samples, the curve, the model card."""
 
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ class ProgressBar:
 
 def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Prompts: the ids of the first words of each text, as in training after the beginning-of-text token."""
-    openings = (text[:PROMPT_CHARACTERS].rsplit(maxsplit=1)[0] for text in texts)  # no half word at the end
+    openings = (re.sub(r"\S+\Z", "", text[:PROMPT_CHARACTERS]) for text in texts)  # no half word at the end
     return [[tokenizer.bos_token_id, *tokenizer.backend_tokenizer.encode(opening).ids] for opening in openings]
 
 

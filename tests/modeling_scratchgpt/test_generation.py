@@ -1,0 +1,214 @@
+"""Everything `generate` offers without a network, on both architectures."""
+
+import pytest
+import torch
+from transformers import StaticCache, TextIteratorStreamer
+from transformers.generation import BaseStreamer
+
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer
+from tests.conftest import TINY
+
+
+def prompts(rows: int = 2, length: int = 7) -> torch.Tensor:
+    return torch.randint(3, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def generate(model: ScratchGPTForCausalLM, ids: torch.Tensor, **options) -> torch.Tensor:
+    options = {
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(ids),
+        **options,
+    }
+    torch.manual_seed(0)
+    return model.generate(ids, **options)
+
+
+@torch.no_grad()
+def greedy_by_hand(model: ScratchGPTForCausalLM, ids: torch.Tensor, new_tokens: int = 16) -> torch.Tensor:
+    for _ in range(new_tokens):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_greedy_is_what_it_says_whatever_the_cache(tiny_model, options):
+    assert torch.equal(generate(tiny_model, prompts(), **options), greedy_by_hand(tiny_model, prompts()))
+
+
+def test_a_static_cache_of_ones_own(tiny_model):
+    cache = StaticCache(config=tiny_model.config, max_cache_len=40)
+    assert torch.equal(generate(tiny_model, prompts(), past_key_values=cache), greedy_by_hand(tiny_model, prompts()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"typical_p": 0.9},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
+        {"num_beams": 3},
+    ],
+    ids=str,
+)
+def test_sampling_is_repeatable_and_within_the_vocabulary(tiny_model, options, rows):
+    first, second = (generate(tiny_model, prompts(rows), do_sample=True, **options) for _ in range(2))
+    assert first.shape == (rows, 7 + 16)
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, :7], prompts(rows))
+
+
+def test_top_k_holds_for_each_row(tiny_model):
+    ids = prompts(4)
+    best = tiny_model(ids).logits[:, -1].topk(2).indices
+    for seed in range(10):
+        torch.manual_seed(seed)
+        output = tiny_model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=2, max_new_tokens=1, eos_token_id=None
+        )
+        assert all(output[row, -1] in best[row] for row in range(4))
+
+
+@torch.no_grad()
+def test_beam_search_finds_what_greedy_misses(tiny_model):
+    def score(output: torch.Tensor) -> float:
+        log_probabilities = tiny_model(output).logits.log_softmax(-1)
+        return log_probabilities[:, 6:-1].gather(2, output[:, 7:, None]).sum().item()
+
+    ids = prompts(1)
+    assert score(generate(tiny_model, ids, num_beams=8)) >= score(generate(tiny_model, ids)) - 1e-4
+
+
+def test_prompt_lookup_and_assistant_change_only_the_speed(tiny_model):
+    ids = prompts(1).repeat(1, 2)  # something to look up
+    plain = generate(tiny_model, ids)
+    assert torch.equal(generate(tiny_model, ids, prompt_lookup_num_tokens=3), plain)
+    torch.manual_seed(1)
+    assistant = ScratchGPTForCausalLM(tiny_model.config).eval()
+    assert torch.equal(generate(tiny_model, ids, assistant_model=assistant), plain)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_padded_batch_says_what_each_row_says_alone(tiny_model, use_cache):
+    rows = [prompts(1, length) for length in (3, 9, 6)]
+    width = max(row.shape[1] for row in rows)
+    padded = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=2) for row in rows])
+    mask = (padded != 2).long()
+    together = generate(tiny_model, padded, attention_mask=mask, use_cache=use_cache)
+    for row, output in zip(rows, together, strict=True):
+        assert torch.equal(output[width:], generate(tiny_model, row)[0, row.shape[1] :])
+
+
+def test_each_row_stops_at_its_own_end(tiny_model):
+    plain = generate(tiny_model, prompts(3))
+    end = plain[0, 9].item()  # what the first row says third
+    output = generate(tiny_model, prompts(3), eos_token_id=end, pad_token_id=2)
+    for row, whole in zip(output[:, 7:].tolist(), plain[:, 7:].tolist(), strict=True):
+        said = row[: row.index(end) + 1] if end in row else row
+        assert said == whole[: len(said)]
+        assert set(row[len(said) :]) <= {2}
+
+
+def test_going_on_from_a_cache(tiny_model):
+    ids = prompts()
+    first = tiny_model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    rest = generate(tiny_model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=8)
+    assert torch.equal(rest, generate(tiny_model, ids))
+
+
+def test_from_embeddings(tiny_model):
+    ids = prompts()
+    output = tiny_model.generate(
+        inputs_embeds=tiny_model.get_input_embeddings()(ids),
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert torch.equal(output, generate(tiny_model, ids)[:, 7:])
+
+
+def test_from_nothing(tiny_model):
+    output = tiny_model.generate(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert output.shape == (1, 6)
+    assert output[0, 0] == TINY["bos_token_id"]
+
+
+def test_scores_are_the_logits(tiny_model):
+    output = tiny_model.generate(
+        prompts(),
+        attention_mask=torch.ones(2, 7),
+        max_new_tokens=3,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with torch.no_grad():
+        logits = tiny_model(output.sequences).logits[:, 6:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_streaming_tells_tokens_as_they_come(tiny_model):
+    class Listener(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    listener = Listener()
+    output = generate(tiny_model, prompts(1), streamer=listener)
+    assert listener.ended
+    assert listener.tokens == output[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ScratchGPTTokenizer:
+    return ScratchGPTTokenizer.train(["to be or not to be that is the question"] * 9, vocab_size=300)
+
+
+def test_streaming_text(tiny_model, tokenizer):
+    inputs = tokenizer("to be", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    output = generate(tiny_model, inputs["input_ids"], streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_stop_strings(tiny_model, tokenizer):
+    inputs = tokenizer("to be", return_tensors="pt")
+    prompt_length = inputs["input_ids"].shape[1]
+    new = [tokenizer.decode([token]) for token in generate(tiny_model, inputs["input_ids"])[0, prompt_length:]]
+    stop = next(text for text in new[3:] if text.isascii())
+    output = generate(tiny_model, inputs["input_ids"], stop_strings=[stop], tokenizer=tokenizer)
+    told = [tokenizer.decode([token]) for token in output[0, prompt_length:]]
+    assert told == new[: len(told)]
+    assert stop in told[-1]
+    assert stop not in "".join(told[:-1])
+
+
+def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatch):
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
+    monkeypatch.setattr(ScratchGPTModel, "forward", None)  # not to be called
+    with pytest.raises(ValueError, match=r"7 tokens and 58 new ones are more than the 64 positions .* max_new_tokens=57"):
+        generate(model, prompts(), max_new_tokens=58)
+
+
+def test_up_to_the_last_learned_position():
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
+    assert generate(model, prompts(), max_new_tokens=57).shape == (2, 64)
