@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 32 * 2**20  # of float32 logits: near a CPU's cache, large enough for fast products
+CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small beside a model
 
 
 def reduce_losses(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -57,22 +57,31 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     hidden_states, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORE_INDEX).sum()
+    divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden_states.device)
     with torch.autocast(device, enabled=False):
-        loss_sum, *_ = _linear_cross_entropy(
+        loss, *_ = _linear_cross_entropy(
             hidden_states,
             weight,
             targets,
+            divisor,
             torch.is_grad_enabled() and hidden_states.requires_grad,
             torch.is_grad_enabled() and weight.requires_grad,
         )
-    return reduce_losses(loss_sum, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+    return loss
 
 
 @torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    divisor: torch.Tensor,
+    needs_hidden_grad: bool,
+    needs_weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the losses (), and its gradients by hidden states (N, C) and weight (V, C), each empty if not needed."""
+    """The loss (), and its gradients by hidden states (N, C) and weight (V, C), each empty if not needed."""
     hidden_grad, weight_grad = _empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
     hidden_grad.zero_()
     weight_grad.zero_()
@@ -84,27 +93,28 @@ def _linear_cross_entropy(
         # A run of rows is a view; picked rows are a copy.
         chunk = hidden_states[rows[0] : rows[-1] + 1] if everything else hidden_states[rows]  # (n, C)
         target = targets[rows]
-        logits = (chunk @ weight.T).float()  # (n, V)
+        logits = (weight @ chunk.T).float()  # (V, n): this way around the product is the faster one
         if not (needs_hidden_grad or needs_weight_grad):
-            loss_sum += functional.cross_entropy(logits, target, reduction="sum")
+            loss_sum += functional.cross_entropy(logits.T, target, reduction="sum")
             continue
         # Loss and gradient share the softmax: loss = log(sum(exp)) - logit of the target, gradient = softmax - one-hot.
-        target_logits = logits.gather(1, target[:, None])
-        largest = logits.amax(1, keepdim=True)
+        columns = torch.arange(len(rows), device=rows.device)
+        largest = logits.amax(0)
+        loss_sum += (largest - logits[target, columns]).sum()
         exponentials = logits.sub_(largest).exp_()
-        total = exponentials.sum(1, keepdim=True)
-        loss_sum += (total.log() + largest - target_logits).sum()
-        gradient = exponentials.div_(total)
-        gradient.scatter_add_(1, target[:, None], torch.full_like(target_logits, -1.0))
+        total = exponentials.sum(0)
+        loss_sum += total.log().sum()
+        gradient = exponentials.div_(total * divisor)
+        gradient[target, columns] -= 1.0 / divisor
         gradient = gradient.to(weight.dtype)
         if needs_hidden_grad:
-            hidden_grad[rows] = gradient @ weight
+            hidden_grad[rows] = gradient.T @ weight
         if needs_weight_grad:
             if weight_grad.dtype == gradient.dtype:
-                weight_grad.addmm_(gradient.T, chunk)
+                weight_grad.addmm_(gradient, chunk)
             else:  # half precision: the chunks are summed up in float32
-                weight_grad += gradient.T @ chunk
-    return loss_sum, hidden_grad, weight_grad
+                weight_grad += gradient @ chunk
+    return loss_sum / divisor, hidden_grad, weight_grad
 
 
 def _empty_gradients(
@@ -117,22 +127,28 @@ def _empty_gradients(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden_states, weight, targets, needs_hidden_grad, needs_weight_grad):
-    loss_sum = torch.empty((), dtype=torch.float32, device=hidden_states.device)
-    return loss_sum, *_empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
+def _(hidden_states, weight, targets, divisor, needs_hidden_grad, needs_weight_grad):
+    loss = torch.empty((), dtype=torch.float32, device=hidden_states.device)
+    return loss, *_empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
 
 
 def _remember(ctx, inputs, output) -> None:
-    _, weight, _, ctx.needs_hidden_grad, ctx.needs_weight_grad = inputs
-    ctx.weight_dtype = weight.dtype
+    hidden_states, weight, _, _, ctx.needs_hidden_grad, ctx.needs_weight_grad = inputs
+    ctx.hidden_dtype, ctx.weight_dtype = hidden_states.dtype, weight.dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _scale(ctx, loss_grad, *_):
     hidden_grad, weight_grad = ctx.saved_tensors
+    # Mostly the loss is the end of the graph and there is nothing to scale; a look tells, but on a GPU it would mean waiting,
+    # and under a compiler's tracing there is no value to look at.
+    can_look = type(loss_grad) is torch.Tensor and loss_grad.device.type == "cpu"
+    if not (can_look and loss_grad == 1):
+        hidden_grad, weight_grad = hidden_grad * loss_grad, weight_grad * loss_grad
     return (
-        (hidden_grad * loss_grad).to(hidden_grad.dtype) if ctx.needs_hidden_grad else None,
-        (weight_grad * loss_grad).to(ctx.weight_dtype) if ctx.needs_weight_grad else None,
+        hidden_grad.to(ctx.hidden_dtype) if ctx.needs_hidden_grad else None,
+        weight_grad.to(ctx.weight_dtype) if ctx.needs_weight_grad else None,
+        None,
         None,
         None,
         None,

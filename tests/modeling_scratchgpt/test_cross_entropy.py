@@ -131,7 +131,7 @@ def test_compiled_in_one_graph():
 
 def test_the_operator_is_well_formed():
     hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
-    torch.library.opcheck(module._linear_cross_entropy, (hidden_states, weight, targets, True, True))
+    torch.library.opcheck(module._linear_cross_entropy, (hidden_states, weight, targets, torch.tensor(3.0), True, True))
 
 
 def test_the_logits_are_never_all_there():
@@ -152,5 +152,5 @@ def test_the_logits_are_never_all_there():
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(module, "CHUNK_BYTES", 16 * 4 * 1000)
         # The operator's body, where the mode sees what it does.
-        module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, True, True)
+        module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, torch.tensor(512.0), True, True)
     assert largest == 16 * 1000
