@@ -15,6 +15,8 @@ D head_dim, V vocab_size.
 import math
 import os
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +42,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
 from .cross_entropy import IGNORE_INDEX, cross_entropy, linear_cross_entropy, reduce_losses
+from .packed_linear import packed_linears
 
 
 def make_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
@@ -127,9 +130,10 @@ class ScratchGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = residual_projection(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        # Read here once: a config looks its fields up slowly, and a token that is decoded passes each layer.
+        self.attention_dropout, self.hidden_dropout = config.attention_dropout, config.hidden_dropout
 
     def forward(
         self,
@@ -141,8 +145,10 @@ class ScratchGPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, D)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, K, T, D)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
 
         if position_embeddings is not None:
@@ -158,12 +164,12 @@ class ScratchGPTAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )  # (B, T, H, D)
         output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
-        return self.dropout(self.o_proj(output)), weights
+        return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
 
 
 class ScratchGPTMLP(nn.Module):
@@ -177,12 +183,12 @@ class ScratchGPTMLP(nn.Module):
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.hidden_dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up = self.up_proj(hidden_states)
         wide = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.dropout(self.down_proj(wide))
+        return nn.functional.dropout(self.down_proj(wide), self.hidden_dropout, self.training)
 
 
 class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
@@ -418,6 +424,11 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @wraps(GenerationMixin.generate)  # type: ignore[arg-type]
+    def generate(self, *args, **kwargs) -> Any:  # type: ignore[override]
+        with packed_linears(self):
+            return super().generate(*args, **kwargs)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
         """Also refuse, before the first token, to go past the learned positions."""

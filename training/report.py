@@ -77,7 +77,7 @@ def sample(
         new_tokens = min(max_new_tokens, limit - len(prompt))
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[misc]
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[arg-type]
         parts = (prompt, output[0, len(prompt) :].tolist())
         samples.append(tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts))
     return samples

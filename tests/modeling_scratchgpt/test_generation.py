@@ -6,6 +6,7 @@ from transformers import StaticCache, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer
+from modeling_scratchgpt.packed_linear import packed_linears
 from tests.conftest import TINY
 
 
@@ -193,9 +194,10 @@ def test_streaming_text(tiny_model, tokenizer):
 def test_stop_strings(tiny_model, tokenizer):
     inputs = tokenizer("to be", return_tensors="pt")
     prompt_length = inputs["input_ids"].shape[1]
-    new = [tokenizer.decode([token]) for token in generate(tiny_model, inputs["input_ids"])[0, prompt_length:]]
-    stop = next(text for text in new[3:] if text.isascii())
-    output = generate(tiny_model, inputs["input_ids"], stop_strings=[stop], tokenizer=tokenizer)
+    sampled = {"do_sample": True, "top_k": 0}
+    new = [tokenizer.decode([token]) for token in generate(tiny_model, inputs["input_ids"], **sampled)[0, prompt_length:]]
+    stop = next(text for text in new[3:] if text and text.isascii())
+    output = generate(tiny_model, inputs["input_ids"], stop_strings=[stop], tokenizer=tokenizer, **sampled)
     told = [tokenizer.decode([token]) for token in output[0, prompt_length:]]
     assert told == new[: len(told)]
     assert stop in told[-1]
@@ -212,3 +214,33 @@ def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatc
 def test_up_to_the_last_learned_position():
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     assert generate(model, prompts(), max_new_tokens=57).shape == (2, 64)
+
+
+@torch.no_grad()
+def test_packed_layers_compute_the_same_and_leave_no_trace(tiny_model):
+    ids = prompts(3)
+    plain = tiny_model(ids).logits
+    one = tiny_model(ids[:, :1]).logits
+    with packed_linears(tiny_model):
+        packed = [module for module in tiny_model.modules() if "forward" in vars(module)]
+        assert len(packed) == sum(type(module) is torch.nn.Linear for module in tiny_model.modules())
+        torch.testing.assert_close(tiny_model(ids).logits, plain, atol=1e-5, rtol=1e-5)
+        for _ in range(2):
+            torch.testing.assert_close(tiny_model(ids[:, :1]).logits, one, atol=1e-5, rtol=1e-5)
+        with packed_linears(tiny_model):  # another thread
+            torch.testing.assert_close(tiny_model(ids[:, :1]).logits, one, atol=1e-5, rtol=1e-5)
+        with torch.enable_grad():
+            assert tiny_model(ids[:, :1]).logits.requires_grad
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert tiny_model.lm_head(torch.randn(1, 32)).dtype == torch.bfloat16
+    assert not [module for module in tiny_model.modules() if "forward" in vars(module)]
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(generate(tiny_model, ids), greedy_by_hand(tiny_model, ids))
+
+
+@torch.no_grad()
+def test_only_plain_float32_layers_are_packed(tiny_model):
+    tiny_model.bfloat16()
+    with packed_linears(tiny_model):
+        assert not [module for module in tiny_model.modules() if "forward" in vars(module)]
