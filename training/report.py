@@ -1,7 +1,6 @@
 """What a person sees of a run: samples, the curve, the model card."""
 
 import platform
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -55,9 +54,13 @@ class ProgressBar:
 
 
 def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts: the ids of the first words of each text, as in training after the beginning-of-text token."""
-    openings = (re.sub(r"\S+\Z", "", text[:PROMPT_CHARACTERS]) for text in texts)  # no half word at the end
-    return [[tokenizer.bos_token_id, *tokenizer.backend_tokenizer.encode(opening).ids] for opening in openings]
+    """Prompts: the ids of the first lines of each text, as in training after the beginning-of-text token."""
+    prompts = []
+    for text in texts:
+        head, newline, _ = text[:PROMPT_CHARACTERS].rpartition("\n")
+        opening = head + newline if head else text[:PROMPT_CHARACTERS].rpartition(" ")[0]  # whole lines, or whole words
+        prompts.append([tokenizer.bos_token_id, *tokenizer.backend_tokenizer.encode(opening).ids])
+    return prompts
 
 
 def sample(

@@ -154,3 +154,19 @@ def test_the_logits_are_never_all_there():
         # The operator's body, where the mode sees what it does.
         module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, torch.tensor(512.0), True, True)
     assert largest == 16 * 1000
+
+
+def test_several_copies_of_the_file_live_side_by_side():
+    """Two folders loaded as remote code in one process define the operator twice."""
+    import importlib.util
+
+    hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
+    expected = linear_cross_entropy(hidden_states, weight, targets)
+    for name in ("first_copy", "second_copy"):
+        spec = importlib.util.spec_from_file_location(name, module.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        torch.testing.assert_close(copy.linear_cross_entropy(hidden_states, weight, targets), expected)
+    torch.testing.assert_close(linear_cross_entropy(hidden_states, weight, targets), expected)
