@@ -72,6 +72,7 @@ def test_it_leaves_a_complete_model_folder(run):
         "metrics.jsonl",
         "model.safetensors",
         "modeling_scratchgpt.py",
+        "packed_linear.py",
         "tokenization_scratchgpt.py",
         "tokenizer.json",
         "tokenizer_config.json",
