@@ -176,6 +176,11 @@ def test_logits_to_keep(tiny_model):
     logits = tiny_model(ids).logits
     torch.testing.assert_close(tiny_model(ids, logits_to_keep=3).logits, logits[:, -3:])
     torch.testing.assert_close(tiny_model(ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
+    of_each_row = tiny_model(ids, logits_to_keep=torch.tensor([[1, 4], [0, 9]])).logits
+    torch.testing.assert_close(of_each_row, torch.stack((logits[0, [1, 4]], logits[1, [0, 9]])))
+    mask = torch.zeros(2, 10, dtype=torch.bool)
+    mask[0, 3] = mask[1, 5:7] = True
+    torch.testing.assert_close(tiny_model(ids, logits_to_keep=mask).logits, logits[mask])
 
 
 def test_wrong_inputs_are_named(tiny_model):
