@@ -91,14 +91,18 @@ def shaken(config: ScratchGPTConfig, amount: float = 0.1) -> ScratchGPTForCausal
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_gpt2_124m_gives_the_same_logits(attention):
+def test_gpt2_124m_gives_the_same_logits_and_gradients(attention):
     ours = shaken(ScratchGPTConfig.from_preset("124M"), amount=0.01)
     ours.set_attn_implementation(attention)
     theirs = pair_with_gpt2(ours)
     ids = torch.randint(0, 50257, (2, 64))
-    with torch.no_grad():
-        difference = (ours(ids).logits - theirs(ids).logits).abs().max()
-    assert difference < 1e-4
+    results = [model(ids, labels=ids) for model in (ours, theirs)]
+    assert (results[0].logits - results[1].logits).abs().max() < 1e-4
+    for result in results:
+        result.loss.backward()
+    our_gradients = gpt2_state({name: parameter.grad for name, parameter in ours.named_parameters()})
+    for name, parameter in theirs.named_parameters():
+        assert (our_gradients[name] - parameter.grad).abs().max() < 1e-4, name
 
 
 CONFIGS = {
