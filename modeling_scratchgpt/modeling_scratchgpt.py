@@ -158,15 +158,9 @@ class ScratchGPTAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
         output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
         return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
@@ -236,13 +230,11 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in transformers. The folder also gets the code, and says which class each Auto class finds in it."""
+        heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
         self.config.auto_map = {
             "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
-            "AutoModelForCausalLM": "modeling_scratchgpt.ScratchGPTForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_scratchgpt.ScratchGPTForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_scratchgpt.ScratchGPTForTokenClassification",
-            "AutoModelForQuestionAnswering": "modeling_scratchgpt.ScratchGPTForQuestionAnswering",
+            **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in heads},
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -316,13 +308,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 )
 
         # Only positions that the caller gives can tell of several documents in a row, and only before there is a cache.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -429,13 +415,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             logits = self.lm_head(kept(hidden_states, logits_to_keep))  # (B, T, V)
             if shift_labels is not None:
                 loss = cross_entropy(logits, shift_labels, num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     @wraps(GenerationMixin.generate)  # type: ignore[arg-type]
     def generate(self, *args, **kwargs) -> Any:  # type: ignore[override]
@@ -469,10 +449,6 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         labels: torch.Tensor | None = None,  # (B,) classes or numbers, or (B, num_labels) of 0 and 1 or numbers
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -482,15 +458,7 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         The attention mask alone says which token is the last real one, on whichever side the padding is; without a mask
         it is the last of the row. A `problem_type` that is not set is told from the labels, as in transformers.
         """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state  # (B, T, C)
         last = torch.full(hidden_states.shape[:1], hidden_states.shape[1] - 1, device=hidden_states.device)
         if attention_mask is not None:
@@ -498,12 +466,9 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
             last = (places * (attention_mask != 0)).argmax(-1).to(hidden_states.device)  # (B,)
         rows = torch.arange(len(last), device=hidden_states.device)
         logits = self.score(hidden_states[rows, last])  # (B, num_labels)
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch),
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
@@ -538,31 +503,15 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 counts for nothing
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Scores (B, T, num_labels), and the loss when there are labels."""
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        return TokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
@@ -579,44 +528,22 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         start_positions: torch.LongTensor | None = None,  # (B,)
         end_positions: torch.LongTensor | None = None,  # (B,)
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """Scores of each token as start and as end (B, T), and the mean of both losses. Places past the end do not count."""
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            start_loss, end_loss = (
-                cross_entropy(
-                    logits,
-                    places.view(-1).masked_fill(places.view(-1) >= logits.shape[1], IGNORE_INDEX),
-                    num_items_in_batch,
-                )
-                for logits, places in ((start_logits, start_positions), (end_logits, end_positions))
-            )
-            loss = (start_loss + end_loss) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+            losses = [
+                cross_entropy(logits, places.masked_fill(places >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
+                for logits, places in ((start_logits, start_positions.flatten()), (end_logits, end_positions.flatten()))
+            ]
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = [
