@@ -12,6 +12,7 @@ Shapes: B batch, T tokens now, S tokens attended to (cached and now), C hidden_s
 D head_dim, V vocab_size.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -124,6 +125,7 @@ class ScratchGPTAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
+        self.same_input = ("q_proj", "k_proj", "v_proj")  # see packed_linear.py
 
         query_size, key_value_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -176,6 +178,7 @@ class ScratchGPTMLP(nn.Module):
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            self.same_input = ("gate_proj", "up_proj")
         self.act_fn = ACT2FN[config.hidden_act]
         self.hidden_dropout = config.hidden_dropout
 
@@ -432,6 +435,10 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
                 f"more than the {limit} positions that this model has learned: pass max_new_tokens="
                 f"{max(limit - input_ids_length, 0)} or less, or shorten the prompt."
             )
+
+
+# `generate` asks custom code for its signature at every token; found here, the answer costs nothing.
+ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCausalLM.forward)  # type: ignore[attr-defined]
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
