@@ -6,7 +6,7 @@ full speed.
 
 Notable:
 - Only while `packed_linears` is entered, and only for a few rows: longer inputs and training take the usual way.
-- Layers that a module names in `same_input` (queries, keys and values, say) become one product, computed when the first is called.
+- Layers that a module names in `same_input` (queries, keys and values) become one product, computed when the first is called.
 - A layer is packed when it is first called with few rows, so a prompt alone costs nothing. Its weight is in memory twice until
   the end; nothing is kept longer, because weights may change where nobody sees it (merging an adapter writes to `.data`).
 - It packs plain `nn.Linear` layers in float32. What an adapter, a quantizer or a compiler has made of a layer stays as it is.
@@ -15,6 +15,7 @@ Notable:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     layers: list[nn.Linear] = []
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         for module in model.modules():
-            children = dict(module.named_children())
+            children: dict[str, Any] = dict(module.named_children())
             together = [children.pop(name) for name in getattr(module, "same_input", ())]
             groups = [together] if all(map(_can_be_packed, together)) else [[layer] for layer in together]
             for group in (*groups, *([layer] for layer in children.values())):
