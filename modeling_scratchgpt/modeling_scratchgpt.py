@@ -407,8 +407,9 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-        # The lean loss needs the head's bare weight: one that LoRA, a quantizer or FSDP has wrapped has to be called.
-        is_bare = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        # The lean loss needs the head's bare weight: what LoRA, a quantizer or a tensor-parallel plan has made of it is called.
+        head = self.lm_head
+        is_bare = type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         loss = logits = None

@@ -31,6 +31,13 @@ if kind == "tensor parallel":
     assert part.numel() * 2 == one.get_parameter(name).numel()
     with torch.no_grad():
         torch.testing.assert_close(two(ids).logits, one(ids).logits, atol=1e-5, rtol=1e-4)
+    for model in (one, two):
+        model.train()
+        model.loss = model(ids, labels=ids).loss
+        model.loss.backward()
+    torch.testing.assert_close(two.loss, one.loss)
+    for name in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"):
+        torch.testing.assert_close(gradient(two, name), one.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 else:
     two = ScratchGPTForCausalLM.from_pretrained(folder)
     for layer in two.model.layers:

@@ -43,7 +43,7 @@ def test_a_static_cache_of_ones_own(tiny_model):
     assert torch.equal(generate(tiny_model, prompts(), past_key_values=cache), greedy_by_hand(tiny_model, prompts()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers' offloaded caches move tensors off a GPU: there is none")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches move tensors off a GPU: there is none")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_a_cache_off_the_gpu(tiny_model, cache):
     model, ids = tiny_model.cuda(), prompts().cuda()

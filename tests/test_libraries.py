@@ -1,0 +1,374 @@
+"""In the hands of other libraries: TRL, lm_eval, transformers serve and chat, a quantizer, each in a short real run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, pipeline
+
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+
+from .conftest import TINY
+
+PAIRS = [
+    ("to be or not to be,", " that is the question"),
+    ("whether 'tis nobler in the mind", " to suffer"),
+    ("to die,", " to sleep"),
+]
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ScratchGPTTokenizer:
+    tokenizer = ScratchGPTTokenizer.train([prompt + completion for prompt, completion in PAIRS] * 9, vocab_size=300)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model, tokenizer, tmp_path) -> str:
+    """A saved model with its tokenizer, as a user has it."""
+    tiny_model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def trainer_options(folder, **options) -> dict:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 60,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,  # what TRL computes is compared with what we compute
+        "seed": 0,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return {**defaults, **options}
+
+
+def test_trl_finetunes_on_completions(tiny_model, tokenizer, tmp_path):
+    """TRL puts its own head on our backbone: its loss is ours, the prompt counts for nothing, the completion is learnt."""
+    from trl import SFTConfig, SFTTrainer
+
+    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    trainer = SFTTrainer(
+        model=tiny_model,
+        args=SFTConfig(**trainer_options(tmp_path), max_length=64),
+        train_dataset=Dataset.from_list(pairs * 8),
+        eval_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    (batch,) = trainer.get_eval_dataloader()
+    scored = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert scored == [completion + tokenizer.eos_token for _, completion in PAIRS]
+    with torch.no_grad():
+        ours = tiny_model.eval()(**batch).loss.item()
+    before = trainer.evaluate()["eval_loss"]
+    assert before == pytest.approx(ours, rel=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.1 * before
+
+    trainer.save_model(str(tmp_path / "tuned"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert type(tuned) is ScratchGPTForCausalLM
+    for prompt, completion in PAIRS:
+        output = tuned.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=20, do_sample=False)
+        assert tokenizer.decode(output[0]) == prompt + completion + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_trl_packs(tiny_model, tokenizer, tmp_path, attention):
+    """TRL packs several documents into one row without padding or mask; they stay as separate as if each were alone.
+
+    It is made for flash attention, which reads the borders that TRL passes along. Ours come from the positions.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    tiny_model.set_attn_implementation(attention)
+    texts = [prompt + completion for prompt, completion in PAIRS]
+    trainer = SFTTrainer(
+        model=tiny_model,
+        args=SFTConfig(**trainer_options(tmp_path, max_steps=12, per_device_train_batch_size=3), max_length=64, packing=True),
+        train_dataset=Dataset.from_dict({"text": texts * 12}),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert batch["input_ids"].shape[0] == 1
+    assert "attention_mask" not in batch
+    # More documents than rows, and a row longer than the model has positions: none of its documents is.
+    assert len(starts) > 6
+    assert batch["input_ids"].shape[1] > TINY["max_position_embeddings"]
+    tiny_model.eval()
+    with torch.no_grad():
+        documents = batch["input_ids"].tensor_split(starts[1:], dim=1)
+        alone = sum(tiny_model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents)
+        packed = tiny_model(**batch).loss.item()
+        trls = trainer.compute_loss(tiny_model, dict(batch)).item()
+    expected = alone.item() / (batch["labels"] != -100).sum().item()
+    assert packed == pytest.approx(expected, rel=1e-4)
+    assert trls == pytest.approx(expected, rel=1e-4)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_trl_prefers(folder, tmp_path):
+    """DPO from a folder: TRL loads it twice, and the one that learns moves away from the one it is held against."""
+    from trl import DPOConfig, DPOTrainer
+
+    completions = [completion for _, completion in PAIRS]
+    rows = [
+        {"prompt": prompt, "chosen": completion, "rejected": completions[index - 1]}
+        for index, (prompt, completion) in enumerate(PAIRS)
+    ]
+    trainer = DPOTrainer(
+        model=folder,
+        args=DPOConfig(**trainer_options(tmp_path, max_steps=15, learning_rate=1e-3), max_length=64, trust_remote_code=True),
+        train_dataset=Dataset.from_list(rows * 8),
+    )
+    reference = {name: tensor.clone() for name, tensor in trainer.ref_model.state_dict().items()}
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # both are the same model still
+    assert history[-1]["rewards/margins"] > 0.5
+    assert history[-1]["rewards/chosen"] > history[-1]["rewards/rejected"]
+    for name, tensor in trainer.ref_model.state_dict().items():
+        assert torch.equal(tensor, reference[name]), name
+
+
+CHOICE_TASK = {
+    "task": "choice",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+}
+TEXT_TASK = {
+    "task": "text",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+
+
+@torch.no_grad()
+def test_lm_eval_scores(tiny_model, tokenizer, folder, tmp_path):
+    """lm_eval's log-likelihoods, of choices and of a text longer than the model's context, are those we compute by hand."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    questions = [
+        {"question": "to be or not to", "choices": ["be", "die, to sleep", "suffer"], "answer": 0},
+        {"question": "whether 'tis nobler in the", "choices": ["mind", "question"], "answer": 0},
+    ]
+    texts = ["to be or not to be", "naïve zyx wvu " * 9]
+    for task, rows in ((CHOICE_TASK, questions), (TEXT_TASK, [{"text": text} for text in texts])):
+        lines = tmp_path / f"{task['task']}.jsonl"
+        lines.write_text("\n".join(json.dumps(row) for row in rows))
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(lines)}}, "test_split": "test"}
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps({**task, **data}))  # JSON is YAML
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": folder, "trust_remote_code": True},
+        tasks=["choice", "text"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        batch_size=2,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+
+    def log_likelihood(context: list[int], continuation: list[int]) -> float:
+        logits = tiny_model(torch.tensor([context + continuation[:-1]])).logits[0, -len(continuation) :]
+        return logits.log_softmax(-1)[range(len(continuation)), continuation].sum().item()
+
+    right = 0
+    for row, sample in zip(questions, results["samples"]["choice"], strict=True):
+        context = tokenizer(row["question"])["input_ids"]
+        by_hand = [log_likelihood(context, tokenizer(" " + choice)["input_ids"]) for choice in row["choices"]]
+        assert [likelihood for likelihood, _ in sample["filtered_resps"]] == pytest.approx(by_hand, rel=1e-4)
+        right += by_hand.index(max(by_hand)) == row["answer"]
+    assert results["results"]["choice"]["acc,none"] == right / 2
+
+    # A long text is scored in windows as wide as the context, which lm_eval finds in the config; the last one reaches back.
+    width, total = TINY["max_position_embeddings"], 0.0
+    for text, sample in zip(texts, results["samples"]["text"], strict=True):
+        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+        by_hand = 0.0
+        for start in range(1, len(ids), width):
+            end = min(start + width, len(ids))
+            by_hand += log_likelihood(ids[max(0, end - 1 - width) : start], ids[start:end])
+        assert sample["filtered_resps"] == pytest.approx([by_hand], rel=1e-4)
+        total += by_hand
+    assert len(ids) > width + 2
+    size = sum(len(text.encode()) for text in texts)
+    assert results["results"]["text"]["bits_per_byte,none"] == pytest.approx(-total / size / torch.tensor(2.0).log().item())
+
+
+# `transformers serve` looks a model's class up in its own namespace, and nowhere else: no code of a folder gets there, whatever
+# `--trust-remote-code` says. So the server is started from Python, with our class put there.
+SERVER = """
+import sys
+import transformers
+from transformers.cli.transformers import main
+from modeling_scratchgpt import ScratchGPTForCausalLM
+
+transformers.ScratchGPTForCausalLM = ScratchGPTForCausalLM
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Where a `transformers serve` listens that lives as long as the tests that ask it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 100
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(address + "/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ask(address: str, request: dict) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(request).encode(), headers), timeout=60) as answer:
+        return answer.read()
+
+
+@pytest.fixture
+def speaker(tiny_config, tokenizer, tmp_path) -> tuple[ScratchGPTForCausalLM, str]:
+    """A model that has learnt one line, and its folder: what it says survives a terminal and a stream of half letters."""
+    torch.manual_seed(0)
+    model = ScratchGPTForCausalLM(tiny_config)
+    ids = tokenizer("\n".join(PAIRS[0]) + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "speaker")
+    tokenizer.save_pretrained(tmp_path / "speaker")
+    return model.eval(), str(tmp_path / "speaker")
+
+
+def test_transformers_serves(server, speaker, tokenizer):
+    """A completion, a chat and a stream are what `generate` says."""
+    model, folder = speaker
+    prompt, said = PAIRS[0]
+    ids = tokenizer(prompt + "\n", return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(output) == said + tokenizer.eos_token
+    options = {"model": folder, "max_tokens": 20, "temperature": 0}
+    answer = json.loads(ask(server + "/v1/completions", {**options, "prompt": prompt + "\n"}))
+    assert answer["choices"][0]["text"] == said
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+    assert answer["usage"]["completion_tokens"] == len(output)
+    options["messages"] = [{"role": "user", "content": prompt}]
+    answer = json.loads(ask(server + "/v1/chat/completions", options))
+    assert answer["choices"][0]["message"]["content"] == said
+    stream = ask(server + "/v1/chat/completions", {**options, "stream": True}).decode()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    assert len(chunks) > 3
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == said
+
+
+def test_transformers_chats(server, speaker):
+    """The chat of the command line, typed through a pipe."""
+    prompt, said = PAIRS[0]
+    process = subprocess.run(
+        [sys.executable, "-m", "transformers.cli.transformers", "chat", speaker[1], server + "/v1",
+         "do_sample=False", "max_new_tokens=20"],
+        input=f"{prompt}\n!exit\n",
+        # Offline, the client would refuse even the server next door.
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert said.strip() in process.stdout
+
+
+@torch.no_grad()
+def test_eight_bits(tiny_model, folder, tmp_path):
+    """Weights in int8 by torchao: nearly the same logits, with and without a cache, and again after saving and loading."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
+    assert type(quantized.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    logits, exact = quantized(ids).logits, tiny_model(ids).logits
+    assert 1e-4 < (logits - exact).norm() / exact.norm() < 0.05
+    output = quantized.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    at_once = quantized(output.sequences).logits[:, 19:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), at_once, atol=1e-4, rtol=1e-4)
+    quantized.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cpu")
+    torch.testing.assert_close(again(ids).logits, logits)
+
+
+def test_a_head_in_eight_bits_still_has_a_loss(tiny_config, tmp_path):
+    """The lean loss reads the head's weight, which is none any more: the head is called instead."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    untied = ScratchGPTConfig(**{**tiny_config.to_dict(), "tie_word_embeddings": False})
+    ScratchGPTForCausalLM(untied).save_pretrained(tmp_path)
+    quantization = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu")
+    assert type(model.lm_head.weight) is not torch.nn.Parameter
+    ids = torch.randint(3, 300, (2, 20))
+    with_logits = model(ids, labels=ids).loss
+    torch.testing.assert_close(model.train()(ids, labels=ids).loss, with_logits)
+
+
+def test_pipeline_in_batches(folder):
+    """A folder is enough, and a prompt's continuation does not depend on what it shares a batch with."""
+    generate = pipeline("text-generation", model=folder, trust_remote_code=True)
+    prompts = ["to be or not to be", "to", "whether 'tis nobler in the mind to suffer", "die"]
+    options = {"max_new_tokens": 8, "do_sample": False, "return_tensors": True}
+    alone = [generate(prompt, **options)[0]["generated_token_ids"] for prompt in prompts]
+    batched = [output[0]["generated_token_ids"] for output in generate(prompts, batch_size=2, **options)]
+    padding = AutoTokenizer.from_pretrained(folder).pad_token_id
+    assert [[token for token in row if token != padding] for row in batched] == alone
