@@ -45,6 +45,18 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
     model_input_names = ["input_ids", "attention_mask"]
 
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether a text's first word gets a space before it, like any other: wanted for texts that are split into words."""
+        return getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
+
+    @add_prefix_space.setter
+    def add_prefix_space(self, value: bool) -> None:
+        words = self.backend_tokenizer.pre_tokenizer
+        if isinstance(words, pre_tokenizers.ByteLevel):
+            words.add_prefix_space = value
+            self.backend_tokenizer.pre_tokenizer = words
+
     @classmethod
     def train(cls, texts: Iterable[str] | Iterator[str], vocab_size: int, show_progress: bool = False) -> "ScratchGPTTokenizer":
         """Learn the merges from `texts`, which are read once and never held together.

@@ -33,6 +33,15 @@ def test_special_tokens_are_three_and_come_first(tokenizer):
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
+def test_words_that_are_split_already_can_get_their_space(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "plain")
+    spaced = ScratchGPTTokenizer.from_pretrained(tmp_path / "plain", add_prefix_space=True)
+    spaced.save_pretrained(tmp_path / "spaced")
+    for loaded in (spaced, AutoTokenizer.from_pretrained(tmp_path / "spaced")):
+        words = loaded(["that", "is", "the"], is_split_into_words=True)["input_ids"]
+        assert words == tokenizer(" that is the")["input_ids"] == loaded("that is the")["input_ids"]
+
+
 @settings(max_examples=500, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=200))
 def test_any_text_comes_back_unchanged(tokenizer, text):
