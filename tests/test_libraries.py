@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -330,6 +331,12 @@ def test_transformers_chats(server, speaker):
     assert said.strip() in process.stdout
 
 
+needs_torchao = pytest.mark.skipif(
+    find_spec("torchao") is None, reason="torchao is not here: pip install -c constraints.txt -e '.[quantization]'"
+)
+
+
+@needs_torchao
 @torch.no_grad()
 def test_eight_bits(tiny_model, folder, tmp_path):
     """Weights in int8 by torchao: nearly the same logits, with and without a cache, and again after saving and loading."""
@@ -349,6 +356,7 @@ def test_eight_bits(tiny_model, folder, tmp_path):
     torch.testing.assert_close(again(ids).logits, logits)
 
 
+@needs_torchao
 def test_a_head_in_eight_bits_still_has_a_loss(tiny_config, tmp_path):
     """The lean loss reads the head's weight, which is none any more: the head is called instead."""
     from torchao.quantization import Int8WeightOnlyConfig
