@@ -1,285 +1,405 @@
 """Texts, from wherever they come, as a `datasets.Dataset` with one document a row.
 
 Notable:
-- `docs` needs no network and no file: it is the docstrings of the standard library and of the libraries that ScratchGPT
-  stands on. They are read with `ast`, so nothing of what is read is ever run or imported.
-- Everything is memory-mapped by `datasets` and kept in its cache; a second run on the same sources starts at once.
-- Documents are split before anything else happens to them, so no token of the validation text is seen in training.
+- A source is `docs` (the docstrings of the installed libraries), text files, tables, folders or globs of them, or a dataset on
+  the Hub.
+- What is read is kept as an Arrow file in the cache of `datasets`, named by the content of its files: reused when nothing has
+  changed, and never otherwise. It is memory-mapped; no step holds more than a few megabytes, or the longest document, at once.
+- Documents are split before anything else happens to them, so no token of the held-out texts is seen in training.
+- Which side a document falls on depends on its own text and the seed: the order of the corpus does not matter, and a corpus
+  that grows moves but a few of the old ones.
 """
 
-import ast
+import array
+import glob
 import hashlib
-import importlib.util
-import inspect
+import itertools
 import os
-import sysconfig
-import textwrap
-import warnings
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from tqdm.auto import tqdm
 
 from training.arguments import UserError
+from training.docstrings import TEXT, read_docs, read_docstrings
+from training.files import FILE_ENDINGS, check_column, check_file, digest_of, find_files, read_file, text_of
 
-DOCS_LIBRARIES = ("torch", "transformers", "numpy", "pandas")
-# Tests say little in their docstrings, and other people's code inside a library says it twice.
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "testing", "_vendor", "__pycache__"}
-LONGEST_SIGNATURE = 300  # characters; longer ones are machine-made and say nothing a reader would read
-TEXT_FILES = (".txt", ".md")
-TEXT = Features({"text": Value("string")})
-DOCSTRINGS = Features({name: Value("string") for name in ("library", "module", "signature", "docstring")})
+BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
+NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
+SHINGLE = 5  # words
 
 
-def read_corpus(sources: list[str], text_column: str = "text") -> Dataset:
-    """All documents of `sources`, in order, without exact duplicates.
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source.
+
+    Attributes:
+        name: the file or folder without the folders above it, or the source as it was given.
+        documents: a dataset with one column, `text`.
+        copies: how many documents were dropped because the very same text came before, in this source or an earlier one.
+        near_copies: how many were dropped because a similar text came before.
+    """
+
+    name: str
+    documents: Dataset
+    copies: int = 0
+    near_copies: int = 0
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three datasets with the column `text` that share no text; `test` may be empty."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def read_corpora(
+    sources: list[str],
+    text_column: str = "text",
+    errors: str = "strict",
+    streaming: bool = False,
+    max_documents: int = 0,
+    near_duplicates: float = 0.0,
+) -> list[Corpus]:
+    """The documents of every source, in order; blank ones and copies are dropped, and the first of each text stays.
 
     Args:
-        sources: `docs`, paths of text files or of folders of them, or ids of datasets on the Hub.
-        text_column: the column that holds the text in datasets from the Hub.
-
-    Returns:
-        A dataset with one column, `text`.
+        sources: `docs`; paths or globs of .txt, .md, .jsonl, .parquet and .csv files, or folders of them (a file named as
+            such is text whatever its ending); ids of datasets on the Hub, `owner/name` or `owner/name:configuration`.
+        text_column: the column, or the JSON key, that holds the text.
+        errors: what becomes of bytes that are not UTF-8: `"strict"` refuses, `"replace"` puts � in their place.
+        streaming: download only what is read of a dataset on the Hub.
+        max_documents: most rows to read of a source; 0 for all.
+        near_duplicates: drop a document whose word 5-grams have at least this Jaccard similarity, 0 to 1, with those of one
+            that was kept; 0 looks for exact copies only. Pairs are found by MinHash LSH (Broder, 1997; 99 of 100 that are at
+            the threshold) and then compared. Takes about half a millisecond and 7 kB for a kilobyte.
 
     Raises:
-        UserError: a source that does not exist or cannot be read, or no text in all of them.
+        UserError: a source that does not exist or cannot be read, or has no text that was not there before.
     """
-    parts = [_read_source(source, text_column) for source in sources]
-    corpus = _without_duplicates(concatenate_datasets(parts))
-    if len(corpus) == 0:
-        raise UserError(f"--dataset {' '.join(sources)}: there is no text in it.")
-    return corpus
+    if near_duplicates:
+        _datasketch()
+    shorts = [Path(source).name if os.path.exists(source) else source for source in sources]
+    seen: set[int] = set()  # a 128-bit number takes 44 bytes, and its place in the set 27 to 54
+    corpora = []
+    for source, short in zip(sources, shorts, strict=True):
+        documents = _read_source(source, text_column, errors, streaming, max_documents)
+        kept, copies = array.array("q"), 0
+        for index, text in enumerate(_encoded_texts(documents)):
+            if _is_blank(text):
+                continue
+            digest = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+            if digest in seen:
+                copies += 1
+            else:
+                seen.add(digest)
+                kept.append(index)
+        corpora.append(Corpus(short if shorts.count(short) == 1 else source, _selected(documents, kept), copies))
+    if near_duplicates:
+        corpora = _without_near_copies(corpora, near_duplicates)
+    for source, corpus in zip(sources, corpora, strict=True):
+        if len(corpus.documents) == 0:
+            dropped = corpus.copies + corpus.near_copies
+            what = "every text in it stands in a source before it: leave it out" if dropped else "there is no text in it"
+            raise UserError(f"--dataset {source}: {what}.")
+    return corpora
 
 
-def check_sources(sources: list[str]) -> None:
-    """Refuse at once what cannot be read, before any long work.
+def check_sources(sources: list[str], text_column: str = "text", errors: str = "strict") -> None:
+    """Refuse at once what cannot be read, before any long work. Looks at the beginning of every file, and at no network.
 
     Raises:
-        UserError: no source, a path that is not there or not readable, a folder without text files, a file that is not
-            UTF-8 text.
+        UserError: no source, a path that is not there or not readable, a folder or a glob without files to read, a file that
+            is not what its ending says, or has no column of that name, or is not UTF-8 text, as far as its beginning shows.
     """
     if not sources:
-        raise UserError("--dataset is empty: give `docs`, text files, folders or the id of a dataset on the Hub.")
+        raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
     for source in sources:
         if source != "docs" and not _is_hub_id(source):
-            for path in _text_files(source):
-                _read_text(path)
+            for path in find_files(source):
+                check_file(path, text_column, errors)
 
 
-def split_documents(corpus: Dataset, validation_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and validation documents; they share no text.
+def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """Training, validation and test documents, in the order of the corpus; they share no text.
 
-    Whole documents are held out. A corpus of too few documents for that (one book, say) gives the end of each instead.
+    Whole documents are held out. A corpus of too few documents for that (one book, say) gives the end of each instead: the
+    validation text comes after the training text, the test text after that, cut between words.
 
     Args:
-        validation_fraction: share to hold out, between 0 and 1.
-        seed: decides which documents are held out.
+        documents: a dataset with the column `text`, without copies.
+        validation_fraction: share of the documents to hold out, above 0.
+        test_fraction: another share to hold out; 0 for none.
+        seed: decides which documents are held out. Changing one fraction moves no document of the other side.
 
     Raises:
         UserError: a side would be empty.
     """
-    if len(corpus) * validation_fraction >= 1:
-        parts = corpus.train_test_split(test_size=validation_fraction, seed=seed)
-        return parts["train"], parts["test"]
+    if validation_fraction <= 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
+        raise UserError(
+            f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} must leave something on every "
+            "side: make the first positive, the second zero or more, and both together less than 1."
+        )
+    counts = [len(documents) * fraction for fraction in (validation_fraction, test_fraction)]
+    if counts[0] < 1 or 0 < counts[1] < 1:
+        return _ends_held_out(documents, validation_fraction, test_fraction)
+    num_validation, num_test = (round(count) for count in counts)
+    if num_validation + num_test >= len(documents):
+        raise UserError(
+            f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} of {len(documents)} documents "
+            "leave none to train on: lower one of them."
+        )
+    key = hashlib.sha256(str(seed).encode()).digest()
+    draws = (hashlib.blake2b(text, digest_size=8, key=key).digest() for text in _encoded_texts(documents))
+    order = np.argsort(np.fromiter((int.from_bytes(draw, "little") for draw in draws), dtype=np.uint64), kind="stable")
+    first_test = len(documents) - num_test  # validation from one end of the draw, test from the other
+    sides = order[num_validation:first_test], order[:num_validation], order[first_test:]
+    return Splits(*(documents.select(np.sort(side)) for side in sides))
 
-    def cut(row: dict[str, Any], head: bool) -> dict[str, str]:
-        text = row["text"]
-        place = round(len(text) * (1 - validation_fraction))
-        place = 1 + max(text.rfind("\n", 0, place), text.rfind(" ", 0, place), -1) or place  # between words
-        return {"text": text[:place] if head else text[place:]}
 
-    train, validation = (corpus.map(cut, fn_kwargs={"head": head}) for head in (True, False))
-    if not any(validation["text"]) or not any(train["text"]):
-        raise UserError(f"--validation_fraction {validation_fraction} of this corpus is no text at all: it is too small.")
-    return train, validation
+def _ends_held_out(documents: Dataset, validation_fraction: float, test_fraction: float) -> Splits:
+    digest = hashlib.sha256()
+    for text in _encoded_texts(documents):
+        digest.update(hashlib.sha256(text).digest())
+
+    def parts(side: int) -> Iterator[bytes]:
+        for text in _encoded_texts(documents):
+            first = _between_words(text, 0, round(len(text) * (1 - validation_fraction - test_fraction)))
+            second = _between_words(text, first, round(len(text) * (1 - test_fraction))) if test_fraction else len(text)
+            bounds = (0, first, second, len(text))
+            part = text[bounds[side] : bounds[side + 1]]
+            if not _is_blank(part):
+                yield bytes(part)
+
+    key = f"ends {validation_fraction} {test_fraction} {digest.hexdigest()}"
+    splits = [_stored(f"{key} {side}", parts(side), "") for side in range(3)]
+    raise_option = "it is too small; give more text or a larger fraction."
+    if len(splits[0]) == 0:
+        raise UserError(
+            f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} leave no text of this corpus to "
+            "train on: give more text or smaller fractions."
+        )
+    if len(splits[1]) == 0:
+        raise UserError(f"--validation_fraction {validation_fraction} of this corpus is no text at all: {raise_option}")
+    if test_fraction and len(splits[2]) == 0:
+        raise UserError(f"--test_fraction {test_fraction} of this corpus is no text at all: {raise_option}")
+    return Splits(*splits)
 
 
-def _read_source(source: str, text_column: str) -> Dataset:
+def _between_words(text: memoryview, start: int, place: int) -> int:
+    """Where a space or a line end has just passed, after `start` and at most 200 bytes before `place`; else about `place`."""
+    nearby = max(start, place - 200)
+    window = bytes(text[nearby:place])
+    if passed := max(window.rfind(b"\n"), window.rfind(b" ")) + 1:
+        return nearby + passed
+    while start < place < len(text) and text[place] & 0xC0 == 0x80:  # within a character
+        place -= 1
+    return place
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+def _read_source(source: str, text_column: str, errors: str, streaming: bool, max_documents: int) -> Dataset:
     if source == "docs":
-        return read_docs()
+        return _first(read_docs(), max_documents)
     if _is_hub_id(source):
-        return _read_hub(source, text_column)
-    digests = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in _text_files(source)]
-    return _generate(_text_documents, TEXT, {"files": digests})
+        return _read_hub(source, text_column, streaming, max_documents)
+    files = find_files(source)
+    digests = [(path.suffix.lower(), digest_of(path)) for path in files]
+    texts = itertools.chain.from_iterable(read_file(path, text_column, errors) for path in files)
+    key = f"files {text_column} {errors} {max_documents} {digests}"
+    return _stored(key, itertools.islice(texts, max_documents or None), f"Reading {source}")
+
+
+def _first(documents: Dataset, max_documents: int) -> Dataset:
+    return documents.take(max_documents) if max_documents else documents
 
 
 def _is_hub_id(source: str) -> bool:
     """Whether it is shaped like an id, with nothing of that name here."""
     return (
         not os.path.exists(source)
-        and not source.endswith(TEXT_FILES)
+        and not source.lower().endswith(FILE_ENDINGS)
+        and not glob.has_magic(source)
         and source.count("/") <= 1
         and not source.startswith((".", "/", "~"))
     )
 
 
-def _read_hub(source: str, text_column: str) -> Dataset:
+def _read_hub(source: str, text_column: str, streaming: bool, max_documents: int) -> Dataset:
+    name, _, configuration = source.partition(":")
+    if not streaming:
+        with _hub_errors(source):
+            dataset = load_dataset(name, configuration or None, split="train")
+        check_column(f"--dataset {source}", text_column, dataset.column_names)
+        documents = dataset.select_columns(text_column)
+        if text_column != "text":
+            documents = documents.rename_column(text_column, "text")
+        kind = getattr(documents.features["text"], "dtype", documents.features["text"])
+        if kind not in ("string", "large_string"):
+            raise UserError(f"--dataset {source}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
+        documents = _first(documents, max_documents)
+        return documents if documents.features == TEXT else documents.cast(TEXT)
+    with _hub_errors(source):
+        builder = load_dataset_builder(name, configuration or None)
+        rows = builder.as_streaming_dataset(split="train")
+    if rows.column_names:
+        check_column(f"--dataset {source}", text_column, rows.column_names)
+        rows = rows.select_columns([text_column])
+
+    def texts() -> Iterator[str]:
+        with _hub_errors(source):
+            for number, row in enumerate(rows.take(max_documents) if max_documents else rows, start=1):
+                yield text_of(row, text_column, f"--dataset {source}: row {number}")
+
+    # The builder's hash is that of the commit on the Hub.
+    key = f"stream {source} {builder.hash} {text_column} {max_documents}"
+    return _stored(key, texts(), f"Downloading {source}")
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
     try:
-        dataset = load_dataset(source, split="train")
-    except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        yield
+    except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
         raise UserError(
             f"--dataset {source}: no such file or folder here, and the Hub did not give it "
             f"({' '.join(str(error).split())[:200]})."
         ) from error
-    if text_column not in dataset.column_names:
-        raise UserError(
-            f"--dataset {source}: no column {text_column!r}; it has {', '.join(dataset.column_names)}. Set --text_column."
-        )
-    return dataset.select_columns(text_column).rename_column(text_column, "text").cast(TEXT)
 
 
-def _text_files(source: str) -> list[Path]:
-    """The file itself, or all text files below the folder, sorted."""
+# Copies -------------------------------------------------------------------------------------------------------------
 
-    def fail(error: OSError) -> None:
-        raise error
 
+def _encoded_texts(documents: Dataset) -> Iterator[memoryview]:
+    """Every text in UTF-8, a few megabytes in memory at a time."""
+    mean = documents.data.nbytes // max(1, documents.data.num_rows)
+    rows = documents.with_format("arrow").iter(batch_size=max(1, min(BATCH_ROWS, BATCH_BYTES // (mean + 1))))
+    return (memoryview(value.as_buffer() or b"") for table in rows for value in table.column("text"))
+
+
+def _is_blank(text: Any) -> bool:
+    return not str(text[:64], "utf-8", "ignore").strip() and not str(text, "utf-8").strip()
+
+
+def _selected(documents: Dataset, kept: Any) -> Dataset:
+    return documents if len(kept) == len(documents) else documents.select(np.asarray(kept))
+
+
+def _datasketch() -> Any:
     try:
-        path = Path(os.path.expanduser(source))
-        str(path).encode()
-        if path.is_dir():
-            names = (Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files)
-            files = sorted(name for name in names if name.suffix.lower() in TEXT_FILES and name.is_file())
-            if not files:
-                raise UserError(f"--dataset {source}: there is no {' or '.join(TEXT_FILES)} file in this folder.")
-            return files
-        if not path.is_file():
-            raise UserError(f"--dataset {source}: no such file or folder.")
-        return [path]
-    except OSError as error:
-        raise UserError(f"--dataset {source}: {error.strerror}: {error.filename}.") from error
-    except ValueError as error:
-        raise UserError(f"--dataset {source!r}: this is no name of a file ({error}).") from error
+        import datasketch
+    except ImportError as error:
+        raise UserError("--near_duplicates needs another package: pip install datasketch") from error
+    return datasketch
 
 
-def _read_text(path: Path) -> str:
+def _without_near_copies(corpora: list[Corpus], threshold: float) -> list[Corpus]:
+    texts = concatenate_datasets([corpus.documents for corpus in corpora])
+    digest = hashlib.sha256(f"{threshold}".encode())
+    for text in _encoded_texts(texts):
+        digest.update(hashlib.sha256(text).digest())
+    path = _cached(f"near {digest.hexdigest()}", "npy")
+    if not path.exists():
+        with _appearing_whole(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.fromiter(_first_of_each_kind(texts, threshold), dtype=np.int64))
+    kept, start, thinned = np.load(path), 0, []
+    for corpus in corpora:
+        count = len(corpus.documents)
+        mine = kept[(kept >= start) & (kept < start + count)] - start
+        thinned.append(replace(corpus, documents=_selected(corpus.documents, mine), near_copies=count - len(mine)))
+        start += count
+    return thinned
+
+
+def _first_of_each_kind(texts: Dataset, threshold: float) -> Iterator[int]:
+    """The index of every text that is not similar to one that came before and was kept."""
+    # As many rows a band as still bring 99 of 100 pairs at the threshold together in one of the bands.
+    bands = ((NUM_PERMUTATIONS // rows, rows) for rows in range(NUM_PERMUTATIONS // 2, 0, -1))
+    params = next(((b, rows) for b, rows in bands if (1 - threshold**rows) ** b <= 0.01), (NUM_PERMUTATIONS, 1))
+    index = _datasketch().MinHashLSH(threshold, NUM_PERMUTATIONS, params=params)
+    empty = _datasketch().MinHash(NUM_PERMUTATIONS, hashfunc=int)
+    for number, text in enumerate(tqdm(texts["text"], desc="Looking for near copies", unit=" documents")):
+        shingles, sketch = _shingles(text), empty.copy()
+        for start in range(0, len(shingles), 10_000):
+            sketch.update_batch(shingles[start : start + 10_000].tolist())
+        if not any(_jaccard(shingles, _shingles(texts[other]["text"])) >= threshold for other in index.query(sketch)):
+            index.insert(number, sketch)
+            yield number
+
+
+def _shingles(text: str) -> np.ndarray:
+    """The different runs of five words, each as a 32-bit number, sorted; of a shorter text the whole."""
+    words = text.split()
+    runs = (" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
+    return np.unique(np.fromiter((zlib.crc32(run.encode()) for run in runs), dtype=np.uint32))
+
+
+def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    common = len(np.intersect1d(first, second, assume_unique=True))
+    return common / (len(first) + len(second) - common)
+
+
+# The cache ----------------------------------------------------------------------------------------------------------
+
+
+def _stored(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
+    """The texts as a memory-mapped dataset: written once, then read from the cache."""
+    path = _cached(key, "arrow")
+    if not path.exists():
+        bar = tqdm(texts, desc=description, unit=" documents", disable=not description)
+        with _appearing_whole(path) as temporary, pa.ipc.new_stream(str(temporary), TEXT.arrow_schema) as writer:
+            batch: list[bytes] = []
+            size = 0
+            for text in bar:
+                encoded = text.encode() if isinstance(text, str) else text
+                if size + len(encoded) > BATCH_BYTES or len(batch) == BATCH_ROWS:
+                    writer.write_batch(_record_batch(batch))
+                    batch, size = [], 0
+                batch.append(encoded)
+                size += len(encoded)
+            writer.write_batch(_record_batch(batch))
     try:
-        data = path.read_bytes()
-        if b"\0" in data:
-            raise UserError(f"--dataset {path}: this is a binary file; ScratchGPT reads UTF-8 text.")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--dataset {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"--dataset {path}: not UTF-8 text (byte {error.start} is {byte:#x}).") from error
+        return Dataset.from_file(str(path))
+    except pa.ArrowException as error:
+        raise UserError(f"the cached texts {path} are damaged ({error}): delete the file.") from error
 
 
-def _text_documents(files: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """One document a file. The second of each pair, the digest of its content, keeps `datasets`' cache honest."""
-    for path, _ in files:
-        yield {"text": _read_text(Path(path))}
+def _record_batch(texts: list[bytes]) -> pa.RecordBatch:
+    """As `pa.array` would make it, but without a copy of a single long text."""
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    return pa.record_batch([column], schema=TEXT.arrow_schema)
 
 
-def _generate(rows: Any, features: Features, arguments: dict[str, Any], num_proc: int | None = None) -> Dataset:
-    """`Dataset.from_generator`, with the user's mistakes let through as they are."""
+def _cached(key: str, ending: str) -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.{ending}"
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        return Dataset.from_generator(rows, features=features, gen_kwargs=arguments, num_proc=num_proc)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _without_duplicates(corpus: Dataset) -> Dataset:
-    """The first of each text that is not blank."""
-    first: dict[bytes, int] = {}
-    for index, text in enumerate(corpus["text"]):
-        if text and not text.isspace():
-            first.setdefault(hashlib.sha256(text.encode()).digest(), index)
-    return corpus.select(first.values())
-
-
-# The embedded corpus ------------------------------------------------------------------------------------------------
-
-
-def read_docs() -> Dataset:
-    """The docstrings of the standard library, torch, transformers, numpy and pandas: one document a module."""
-    return _generate(_docs_documents, TEXT, {"entries": read_docstrings()})
-
-
-def read_docstrings() -> Dataset:
-    """Every docstring of the embedded corpus, by module, in the order of the source.
-
-    Returns:
-        A dataset with the columns `library`, `module`, `signature` (empty for the module's own docstring) and `docstring`.
-    """
-    roots = {"python": Path(sysconfig.get_paths()["stdlib"])}
-    for library in DOCS_LIBRARIES:
-        spec = importlib.util.find_spec(library)  # finds the folder of a top-level package without importing it
-        if spec is not None and spec.submodule_search_locations:
-            roots[library] = Path(spec.submodule_search_locations[0])
-    files = [
-        (library, str(path), str(path.relative_to(root)), path.stat().st_mtime_ns)
-        for library, root in roots.items()
-        for path in sorted(root.rglob("*.py"))
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
-    ]
-    return _generate(_docstrings, DOCSTRINGS, {"files": files}, num_proc=os.cpu_count())
-
-
-def _docstrings(files: list[tuple[str, str, str, int]]) -> Iterator[dict[str, str]]:
-    for library, path, relative, _ in files:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # other people's invalid escapes
-                tree = ast.parse(Path(path).read_bytes())
-        except (SyntaxError, ValueError):  # templates and files for other Pythons: not ours to mend
-            continue
-        parts = Path(relative).with_suffix("").parts
-        module = ".".join(part for part in (*(() if library == "python" else (library,)), *parts) if part != "__init__")
-        for signature, docstring in _entries(tree):
-            yield {"library": library, "module": module, "signature": signature, "docstring": docstring}
-
-
-def _entries(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(signature, docstring) of the module itself and of every class and function in it, top to bottom."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    stack: list[ast.AST] = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, documented):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring and docstring.strip():
-                # A file may hold half a character written as an escape; text cannot.
-                yield _signature(node), inspect.cleandoc(docstring).encode("utf-8", "replace").decode("utf-8")
-        stack.extend(reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]))
-
-
-def _signature(node: ast.AST) -> str:
-    if isinstance(node, ast.ClassDef):
-        bases = ", ".join(map(ast.unparse, node.bases))
-        signature = f"class {node.name}({bases})" if bases else f"class {node.name}"
-        return signature if len(signature) <= LONGEST_SIGNATURE else f"class {node.name}(...)"
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        signature = f"def {node.name}({ast.unparse(node.args)}){returns}"
-        return signature if len(signature) <= LONGEST_SIGNATURE else f"def {node.name}(...)"
-    return ""
-
-
-def _docs_documents(entries: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
-    """Join each module's docstrings, leaving out the ones that stood before: copies are many in such libraries."""
-    seen: set[str] = set()
-    module, paragraphs = "", [""]
-
-    def document() -> Iterator[dict[str, str]]:
-        if len(paragraphs) > 1:
-            yield {"text": "\n\n".join(paragraphs) + "\n"}
-
-    for entry in entries:
-        if entry["module"] != module:
-            yield from document()
-            module = entry["module"]
-            paragraphs = [f"module {module}"]
-        if entry["docstring"] in seen:
-            continue
-        seen.add(entry["docstring"])
-        if entry["signature"]:
-            paragraphs.append(f"{entry['signature']}:\n{textwrap.indent(entry['docstring'], '    ')}")
-        else:
-            paragraphs.append(entry["docstring"])
-    yield from document()
+__all__ = ["Corpus", "Splits", "check_sources", "read_corpora", "read_docs", "read_docstrings", "split_documents"]

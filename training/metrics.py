@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,21 +57,42 @@ def evaluate(
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, written as things happen, by the main process."""
+    """`metrics.jsonl`: one JSON object a line, written as things happen, by the main process.
 
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self.path, self.is_writer = path, accelerator.is_main_process
+    Args:
+        path: must not exist, unless the run goes on.
+        accelerator: its trackers, if it has any, are told the same numbers.
+        resumed_at: the step after which a run goes on; what the file tells of later ones is dropped. None for a new run.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, resumed_at: int | None = None):
+        self.path, self.accelerator = path, accelerator
         self.rows: list[dict[str, Any]] = []
-        if self.is_writer:
+        if not accelerator.is_main_process:
+            return
+        if resumed_at is None:
             try:
                 path.touch(exist_ok=False)
             except FileExistsError as error:
                 raise UserError(f"--output_dir {path.parent}: another run has taken it meanwhile, pass another.") from error
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the run was killed while writing this line
+                break
+            if row["step"] <= resumed_at:
+                self.rows.append(row)
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(temporary, path)
 
     def write(self, step: int, values: Any) -> None:
         """Append a dataclass's values under the number of the step."""
-        row = {"step": step, **{name: value for name, value in asdict(values).items() if name != "number"}}
-        self.rows.append(row)
-        if self.is_writer:
+        named = {name: value for name, value in asdict(values).items() if name != "number"}
+        self.rows.append({"step": step, **named})
+        part = "validation" if isinstance(values, Evaluation) else "training"
+        self.accelerator.log({f"{part}/{name}": value for name, value in named.items()}, step=step)
+        if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(self.rows[-1]) + "\n")

@@ -13,157 +13,222 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import set_seed
+from datasets import concatenate_datasets
+from torch import nn
+from torch.utils.data import DataLoader
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
+from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
-from training.checkpoints import check_output_folder, written_whole
-from training.corpora import check_sources, read_corpus, split_documents
-from training.loop import start_accelerator, training_steps
-from training.metrics import MetricsFile, evaluate
-from training.optimizers import make_optimizer, make_schedule
-from training.report import CURVE, ProgressBar, beginnings, draw_loss, duration, format_samples, hardware, sample, write_card
-from training.windows import Windows, evaluation_loader, tokenize, train_tokenizer, training_loader
+from training.checkpoints import check_output_folder, whole_weights, written_whole
+from training.corpora import check_sources, read_corpora, split_documents
+from training.engine import EngineArguments, check_engine, train
+from training.flops import flops_per_token
+from training.loop import start_accelerator
+from training.metrics import Evaluation, evaluate
+from training.optimizers import muon_initialization
+from training.report import CURVE, beginnings, draw_loss, duration, format_samples, hardware, sample, write_card
+from training.tokens import Tokens, tokenize, train_tokenizer
+from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 
 
 @dataclass
-class PretrainArguments:
+class PretrainArguments(EngineArguments):
     config: str = option("training/configs/pretrain.yaml", "YAML file with values for any of these arguments.")
-    dataset: list[str] = option(["docs"], "`docs`, .txt and .md files, folders of them, or ids of datasets on the Hub.")
-    text_column: str = option("text", "Column of the text in datasets from the Hub.")
+    dataset: list[str] = option(
+        ["docs"], "`docs`; .txt, .md, .jsonl, .parquet and .csv files, folders and globs of them; ids of datasets on the Hub."
+    )
+    text_column: str = option("text", "Column of the text where there are columns.")
+    errors: str = option(
+        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
+    )
+    streaming: bool = option(False, "Download only what is read of a dataset on the Hub.")
+    max_documents: int = option(0, "Most documents to read from each source; 0 for all.")
+    near_duplicates: float = option(
+        0.0, "Drop documents that share this much with an earlier one (Jaccard); 0 for copies only."
+    )
+    dataset_weights: list[float] = option([], "How much each source counts; by its tokens if not given.")
+    mixing_alpha: float = option(1.0, "Sources are drawn from in proportion to weight^alpha.")
     validation_fraction: float = option(0.02, "Share held out: whole documents, or the end of each if they are few.")
-    vocab_size: int = option(4096, "Most tokens of the byte-level BPE tokenizer that is trained on the corpus.")
+    test_fraction: float = option(0.0, "Share held out for one last look at the end.")
+    tokenizer: str = option("bpe", "Kind of the tokenizer that is trained on the corpus.", choices=TOKENIZERS)
+    vocab_size: int = option(4096, "Most tokens of the tokenizer.")
     model: list[str] = model_option()
     context_length: int = option(256, "Tokens the model sees at once.")
-    batch_size: int = option(4, "Windows in a batch, over all processes.")
-    gradient_accumulation_steps: int = option(1, "Batches that make up one optimizer step.")
-    max_steps: int = option(1200, "Optimizer steps.")
-    learning_rate: float = option(4e-3, "Highest learning rate; a cosine takes it down to a tenth.")
-    warmup_fraction: float = option(0.05, "Share of the steps over which the learning rate rises.")
-    weight_decay: float = option(0.1, "AdamW's decay of the matrices.")
-    max_grad_norm: float = option(1.0, "Longest gradient; a longer one is scaled down to it.")
-    eval_every: int = option(300, "Steps between looks at the held-out text.")
-    seed: int = option(0, "Decides weights, held-out documents and the order of the windows.")
+    windows: str = option(
+        "ordered",
+        "ordered: every window once an epoch; random: at random offsets; packed: whole documents, each seen by itself.",
+        choices=["ordered", "random", "packed"],
+    )
+    stride: int = option(0, "Tokens between the beginnings of ordered windows; 0 for --context_length: they do not overlap.")
     output_dir: str = option("outputs/pretrain", "New folder for the model.")
 
 
 def check(arguments: PretrainArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
-    for name in ("context_length", "batch_size", "gradient_accumulation_steps", "max_steps", "eval_every"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
-    if not 0 <= arguments.warmup_fraction <= 1:
-        raise UserError(f"--warmup_fraction must be between 0 and 1, got {arguments.warmup_fraction}.")
-    if not 0 <= arguments.seed < 2**32:
-        raise UserError(f"--seed must be at least 0 and below 2^32, got {arguments.seed}.")
-    if not MIN_VOCAB_SIZE <= arguments.vocab_size <= MAX_VOCAB_SIZE:
+    check_engine(arguments, num_processes)
+    if arguments.context_length < 1:
+        raise UserError(f"--context_length must be at least 1, got {arguments.context_length}.")
+    if not 0 <= arguments.stride <= arguments.context_length:
+        raise UserError(f"--stride must be between 1 and --context_length {arguments.context_length}, got {arguments.stride}.")
+    least = min_vocab_size(arguments.tokenizer)
+    if not least <= arguments.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
-            f"--vocab_size must be at least {MIN_VOCAB_SIZE}, to hold every byte, and at most {MAX_VOCAB_SIZE}; "
+            f"--vocab_size must be at least {least} for --tokenizer {arguments.tokenizer}, and at most {MAX_VOCAB_SIZE}; "
             f"got {arguments.vocab_size}."
         )
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise UserError(f"--{name} must be a positive number, got {getattr(arguments, name)}.")
-    if not 0 <= arguments.weight_decay < float("inf"):
-        raise UserError(f"--weight_decay must be zero or more, got {arguments.weight_decay}.")
-    if arguments.batch_size % num_processes:
-        raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
-    check_sources(arguments.dataset)
+    if not 0 <= arguments.test_fraction < 1 - arguments.validation_fraction:
+        raise UserError(
+            f"--test_fraction must be zero or more, and leave something to train on beside --validation_fraction "
+            f"{arguments.validation_fraction}; got {arguments.test_fraction}."
+        )
+    if not 0 <= arguments.near_duplicates <= 1:
+        raise UserError(f"--near_duplicates must be between 0 and 1, got {arguments.near_duplicates}.")
+    if arguments.max_documents < 0:
+        raise UserError(f"--max_documents must be zero or more, got {arguments.max_documents}.")
+    if arguments.dataset_weights and len(arguments.dataset_weights) != len(arguments.dataset):
+        counts = f"{len(arguments.dataset_weights)} weights for {len(arguments.dataset)} sources"
+        raise UserError(f"--dataset_weights gives {counts}: give one a source.")
+    if not all(0 < weight < float("inf") for weight in (1, *arguments.dataset_weights)):
+        raise UserError(f"--dataset_weights must be positive numbers, got {' '.join(map(str, arguments.dataset_weights))}.")
+    check_sources(arguments.dataset, arguments.text_column, arguments.errors)
+
+
+def mixture(arguments: PretrainArguments, sources: list[Tokens]) -> list[float] | None:
+    """How often each source is drawn from, p_i in proportion to w_i^alpha; None where every window simply comes in its turn."""
+    if not arguments.dataset_weights and arguments.mixing_alpha == 1:
+        return None
+    weights = [
+        weight**arguments.mixing_alpha for weight in arguments.dataset_weights or [len(tokens.ids) for tokens in sources]
+    ]
+    return [weight / sum(weights) for weight in weights]
+
+
+def windows_of(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) -> Windows | PackedDocuments:
+    """What is drawn from one source."""
+    if arguments.windows == "packed":
+        return PackedDocuments(tokens, arguments.context_length, pad_token_id)
+    stride = 1 if arguments.windows == "random" else arguments.stride
+    return Windows(tokens, arguments.context_length, pad_token_id, "training", stride)
 
 
 def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
     output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(arguments.report_to, output_dir)
     check(arguments, accelerator.num_processes)
     if accelerator.is_main_process:
-        check_output_folder(output_dir)
+        check_output_folder(output_dir, arguments.resume)
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     accelerator.wait_for_everyone()
 
-    # Corpus -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
+    # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
     dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
-        corpus = read_corpus(arguments.dataset, arguments.text_column)
-        training_texts, validation_texts = split_documents(corpus, arguments.validation_fraction, arguments.seed)
-        tokenizer = train_tokenizer(training_texts, arguments.vocab_size, arguments.context_length)
-        training_tokens = tokenize(training_texts, tokenizer, "the training text")
+        corpora = read_corpora(
+            arguments.dataset,
+            arguments.text_column,
+            arguments.errors,
+            arguments.streaming,
+            arguments.max_documents,
+            arguments.near_duplicates,
+        )
+        splits = [
+            split_documents(corpus.documents, arguments.validation_fraction, arguments.test_fraction, arguments.seed)
+            for corpus in corpora
+        ]
+        training_texts, validation_texts, test_texts = (
+            concatenate_datasets([getattr(split, name) for split in splits]) for name in ("train", "validation", "test")
+        )
+        tokenizer = train_tokenizer(training_texts, arguments.vocab_size, arguments.tokenizer, arguments.context_length)
+        training_tokens = [tokenize(split.train, tokenizer, corpus.name) for split, corpus in zip(splits, corpora, strict=True)]
         validation_tokens = tokenize(validation_texts, tokenizer, "the validation text")
-    training_windows = Windows(training_tokens, arguments.context_length, tokenizer.pad_token_id, "training")
-    validation_windows = Windows(validation_tokens, arguments.context_length, tokenizer.pad_token_id, "validation")
-    accelerator.print(
-        f"Documents to train on: {len(training_texts):,} ({len(training_tokens.ids):,} tokens); held out: "
-        f"{len(validation_texts):,} ({len(validation_tokens.ids):,} tokens of "
-        f"{validation_tokens.num_bytes / len(validation_tokens.ids):.2f} bytes); vocabulary: {len(tokenizer):,}"
+        test_tokens = tokenize(test_texts, tokenizer, "the test text")
+    sources = [windows_of(arguments, tokens, tokenizer.pad_token_id) for tokens in training_tokens]
+    validation_batches = evaluation_loader(
+        Windows(validation_tokens, arguments.context_length, tokenizer.pad_token_id, "validation"),
+        arguments.batch_size,
+        accelerator.num_processes,
     )
+    copies = sum(corpus.copies + corpus.near_copies for corpus in corpora)
+    num_tokens = sum(len(tokens.ids) for tokens in training_tokens)
+    accelerator.print(
+        f"Documents to train on: {len(training_texts):,} ({num_tokens:,} tokens), copies dropped: {copies:,}; held out: "
+        f"{len(validation_texts):,} ({len(validation_tokens.ids):,} tokens)"
+    )
+    passages = (text for batch in validation_texts.iter(batch_size=100) for text in batch["text"])
+    accelerator.print(f"Tokenizer: {len(tokenizer):,} tokens; of the held-out text {tokenizer_report(tokenizer, passages)}")
+    for source in sources:
+        if isinstance(source, PackedDocuments):
+            accelerator.print(
+                f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the places hold a token, none is lost"
+            )
 
     set_seed(arguments.seed)
     config.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     model = ScratchGPTForCausalLM(config)
+    if arguments.optimizer == "muon":
+        muon_initialization(model)
     model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
     accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware(accelerator.num_processes)}")
-    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
-    schedule = make_schedule(optimizer, arguments.warmup_fraction, arguments.max_steps)
-    num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-    prepared_model, optimizer, training_batches, validation_batches = accelerator.prepare(
-        model,
-        optimizer,
-        training_loader(training_windows, arguments.batch_size, num_batches, arguments.seed),
-        evaluation_loader(validation_windows, arguments.batch_size, accelerator.num_processes),
-    )
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator)
     prompts = beginnings(validation_texts[:NUM_SAMPLES]["text"], tokenizer)
-    before = evaluate(accelerator, prepared_model, validation_batches, validation_tokens.num_bytes)
-    metrics.write(0, before)
-    samples_before = sample(model, prompts, SAMPLE_TOKENS, tokenizer)
-    accelerator.print(f"\nBefore training: {before}. Samples, the prompts in brackets:\n\n{format_samples(samples_before)}")
+    samples: list[list[tuple[str, str]]] = []  # of each look at the model
 
-    after, seconds, tokens_seen = before, 0.0, 0
-    with ProgressBar(arguments.max_steps, accelerator) as bar:
-        for step in training_steps(
-            accelerator,
-            prepared_model,
-            optimizer,
-            schedule,
-            training_batches,
-            arguments.gradient_accumulation_steps,
-            arguments.max_grad_norm,
-        ):
-            bar.update(step)
-            metrics.write(step.number, step)
-            seconds, tokens_seen = seconds + step.seconds, tokens_seen + step.tokens
-            if step.number % arguments.eval_every == 0 or step.number == arguments.max_steps:
-                after = evaluate(accelerator, prepared_model, validation_batches, validation_tokens.num_bytes)
-                metrics.write(step.number, after)
-                bar.say(f"Step {step.number:,}: {after}")
-    samples_after = sample(model, prompts, SAMPLE_TOKENS, tokenizer)
-    accelerator.print(f"\nAfter training: {after}. The same prompts:\n\n{format_samples(samples_after)}")
+    def score(prepared_model: nn.Module) -> Evaluation:
+        return evaluate(accelerator, prepared_model, prepared_batches, validation_tokens.num_bytes)
 
-    took = f"{arguments.max_steps:,} steps, {tokens_seen:,} tokens, {duration(seconds)}"
+    def show() -> str:
+        samples.append(sample(model, prompts, SAMPLE_TOKENS, tokenizer))
+        return format_samples(samples[-1] if len(samples) == 1 else samples[-1][:1])
+
+    def batches_from(start: int) -> DataLoader:
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        sizes = [len(source) for source in sources]
+        probabilities = mixture(arguments, training_tokens)
+        is_random = arguments.windows == "random"
+        return training_loader(
+            sources, Batches(sizes, arguments.batch_size, num_batches, arguments.seed, probabilities, is_random, start)
+        )
+
+    prepared_batches = accelerator.prepare(validation_batches)
+    outcome = train(accelerator, arguments, model, batches_from, score, show, flops_per_token(config, arguments.context_length))
+    accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{format_samples(samples[-1])}")
+    test = None
+    if arguments.test_fraction:
+        test_batches = accelerator.prepare(
+            evaluation_loader(
+                Windows(test_tokens, arguments.context_length, tokenizer.pad_token_id, "test"),
+                arguments.batch_size,
+                accelerator.num_processes,
+            )
+        )
+        test = evaluate(accelerator, model, test_batches, test_tokens.num_bytes)
+        accelerator.print(f"On the test text, looked at only now: {test}\n")
+
+    took = f"{arguments.max_steps:,} steps, {outcome.tokens:,} tokens, {duration(outcome.seconds)}"
+    weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            draw_loss(metrics.rows, folder / CURVE)
+            draw_loss(outcome.rows, folder / CURVE)
             write_card(
                 folder,
                 name=output_dir.name,
                 dataset=dataset,
-                before=before,
-                after=after,
-                samples_before=samples_before,
-                samples_after=samples_after,
+                evaluations={"before training": outcome.before, "after training": outcome.after}
+                | ({"after training, on the test text": test} if test else {}),
+                samples_before=samples[0],
+                samples_after=samples[-1],
                 facts={
-                    "Corpus": f"{dataset}: {len(training_texts):,} documents, {len(training_tokens.ids):,} tokens",
+                    "Corpus": f"{dataset}: {len(training_texts):,} documents, {num_tokens:,} tokens",
                     "Parameters": f"{model.num_parameters():,}",
                     "Training": took,
                     "Hardware": hardware(accelerator.num_processes),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import torch
 import transformers
 import yaml
@@ -27,11 +28,20 @@ PROMPT_CHARACTERS = 60
 
 
 class ProgressBar:
-    """Steps done and time left, with the loss and the speed of training (evaluations apart) as they are now."""
+    """Steps done and time left, with the loss, the speed of training (evaluations apart), how much of the device's peak speed
+    that is (model FLOPs utilisation: Chowdhery et al., 2022), and the memory taken.
 
-    def __init__(self, num_steps: int, accelerator: Accelerator):
-        self.bar = tqdm(total=num_steps, desc="Training", unit=" steps", disable=not accelerator.is_main_process)
+    Args:
+        num_steps, done: of the run, and before this start of it.
+        flops_per_token: forward and backward.
+        peak: FLOP/s that the devices reach together.
+    """
+
+    def __init__(self, num_steps: int, accelerator: Accelerator, flops_per_token: float, peak: float, done: int = 0):
+        show = accelerator.is_main_process
+        self.bar = tqdm(total=num_steps, initial=done, desc="Training", unit=" steps", disable=not show)
         self.loss = self.speed = 0.0
+        self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -41,10 +51,14 @@ class ProgressBar:
 
     def update(self, step: Step) -> None:
         """One step on. Loss and speed are smoothed, each new step counting for a tenth."""
-        weight = max(0.1, 1 / step.number)
+        self.count += 1
+        weight = max(0.1, 1 / self.count)
         self.loss += weight * (step.loss - self.loss)
         self.speed += weight * (step.tokens / step.seconds - self.speed)
-        self.bar.set_postfix_str(f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s", refresh=False)
+        utilisation = self.speed * self.flops_per_token / self.peak
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {utilisation:.0%}, {memory() / 2**30:.1f} GB", refresh=False
+        )
         self.bar.update()
 
     def say(self, text: str) -> None:
@@ -92,19 +106,37 @@ def format_samples(samples: list[tuple[str, str]]) -> str:
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """The curve of training and validation loss over steps, as a PNG."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Training and validation loss over steps, tokens and time, as a PNG."""
+    steps = [row for row in rows if "learning_rate" in row]
+    places: dict[str, list[float]] = {"step": [0], "tokens": [0], "minutes of training": [0]}
+    for row in steps:
+        places["step"].append(row["step"])
+        places["tokens"].append(places["tokens"][-1] + row["tokens"])
+        places["minutes of training"].append(places["minutes of training"][-1] + row["seconds"] / 60)
+    validation = [(places["step"].index(row["step"]), row["loss"]) for row in rows if "perplexity" in row]
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    training = [(row["step"], row["loss"]) for row in rows if "learning_rate" in row]
-    validation = [(row["step"], row["loss"]) for row in rows if "perplexity" in row]
-    axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
-    axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    for axes, (label, where) in zip(figure.subplots(1, 3, sharey=True), places.items(), strict=True):
+        axes.plot(where[1:], [row["loss"] for row in steps], color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
+        axes.plot(
+            [where[index] for index, _ in validation],
+            [loss for _, loss in validation],
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
+        axes.set(xlabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label != "minutes of training"))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="loss (nats per token)")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def memory() -> int:
+    """Bytes that this process holds now: the most so far on a GPU, what is resident on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def hardware(num_processes: int) -> str:
@@ -127,8 +159,7 @@ def write_card(
     folder: Path,
     name: str,
     dataset: str,
-    before: Evaluation,
-    after: Evaluation,
+    evaluations: dict[str, Evaluation],
     samples_before: list[tuple[str, str]],
     samples_after: list[tuple[str, str]],
     facts: dict[str, str],
@@ -140,12 +171,13 @@ def write_card(
         folder: where `README.md` goes, beside the curve.
         name: the model's name, for people.
         dataset: the corpus, in words.
-        before, after: validation before the first step and after the last.
+        evaluations: on held-out text, each under what it is called; the last is the result.
         samples_before, samples_after: from the same prompts.
         facts: the rows of the table "How it was trained".
         settings: every argument of the run, the model's fields among them.
     """
-    metrics = {"loss": after.loss, "perplexity": after.perplexity, "bits_per_byte": after.bits_per_byte}
+    result = list(evaluations.values())[-1]
+    metrics = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     results = [
         EvalResult(
             task_type="text-generation",
@@ -169,6 +201,9 @@ def write_card(
         "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    scores = "\n".join(
+        f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()
+    )
     text = f"""---
 {data.to_yaml()}
 ---
@@ -191,8 +226,7 @@ On held-out text, of which nothing was seen in training:
 
 | | loss (nats per token) | perplexity | bits per byte |
 |---|---|---|---|
-| before training | {before.loss:.3f} | {before.perplexity:,.1f} | {before.bits_per_byte:.3f} |
-| after training | {after.loss:.3f} | {after.perplexity:,.1f} | {after.bits_per_byte:.3f} |
+{scores}
 
 ![Loss over steps]({CURVE})
 

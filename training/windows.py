@@ -1,127 +1,30 @@
-"""From documents to what the model reads: token ids in one flat file, cut into windows, dealt out in batches.
+"""From token ids to what the model reads: windows, and the batches of a whole run.
 
 Notable:
-- The ids of a split stand one after another in a file that is memory-mapped: `<bos> document <eos> <bos> document <eos> ...`
-  The file is named by the content of texts and tokenizer, so it is reused when nothing has changed and never otherwise.
-- A window's labels are shifted here, once: `shift_labels[i]` is the id that comes after `input_ids[i]`. Neighbouring windows
-  share one id, so every id of a split but the very first is predicted exactly once.
-- Which windows make up step n depends on the seed and on n alone, not on the number of processes or on what ran before.
+- Labels are shifted here, once: `shift_labels[i]` is the id that comes after `input_ids[i]`.
+- Plain windows run over documents and their marks. Neighbours share one id, so with a stride of the context length every id but
+  the very first is predicted exactly once. With a smaller stride they overlap, as in "Build a Large Language Model".
+- Packed rows hold whole documents beside each other; `position_ids` start again with each, which tells the model to keep its
+  attention inside.
+- Which windows make up batch n depends on the seed and on n alone, not on the number of processes or on what ran before.
 """
 
-import copy
-import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
-import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from modeling_scratchgpt import ScratchGPTTokenizer
-from modeling_scratchgpt.tokenization_scratchgpt import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN
 from training.arguments import UserError
+from training.tokens import Tokens
 
 IGNORED = -100  # the label that counts for nothing, everywhere in transformers
+Row = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The token ids of one split, and the length of its text in UTF-8 bytes."""
-
-    ids: np.ndarray
-    num_bytes: int
-
-
-def train_tokenizer(texts: datasets.Dataset, vocab_size: int, context_length: int) -> ScratchGPTTokenizer:
-    """ScratchGPT's tokenizer for these texts, trained once and then read from the cache.
-
-    Raises:
-        UserError: the file in the cache is damaged.
-    """
-    path = _cached(texts, f"tokenizer {vocab_size}", "json")
-    if not path.exists():
-        passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
-        trained = ScratchGPTTokenizer.train(passages, vocab_size, show_progress=True)
-        with _appearing_whole(path) as temporary:
-            trained.backend_tokenizer.save(str(temporary))
-    try:
-        return ScratchGPTTokenizer(
-            tokenizer_object=Tokenizer.from_file(str(path)),
-            bos_token=BOS_TOKEN,
-            eos_token=EOS_TOKEN,
-            pad_token=PAD_TOKEN,
-            model_max_length=context_length,
-        )
-    except Exception as error:  # `tokenizers` raises bare exceptions
-        raise UserError(f"the cached tokenizer {path} is damaged ({error}): delete it.") from error
-
-
-def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Tokens:
-    """The ids of all texts as one memory-mapped array, made once.
-
-    Args:
-        texts: a dataset with the column `text`.
-        tokenizer: a fast tokenizer with `bos_token_id` and `eos_token_id`.
-        name: what the progress bar calls the texts.
-    """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    path = _cached(texts, f"tokens {bos} {eos} {backend.to_str()}", dtype.name)
-    if not _is_whole(path, dtype):
-        count = 0
-        bar = tqdm(total=len(texts), desc=f"Tokenizing {name}", unit=" documents")
-        with _appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
-            for batch in texts.iter(batch_size=100):
-                for encoding in backend.encode_batch_fast(batch["text"], add_special_tokens=False):
-                    file.write(np.array([bos, *encoding.ids, eos], dtype=dtype).tobytes())
-                    count += len(encoding.ids) + 2
-                bar.update(len(batch["text"]))
-            file.write(np.uint64(count).tobytes())  # the last eight bytes tell whether the file is whole
-    num_bytes = sum(len(text.encode()) for text in texts["text"])
-    ids = np.memmap(path, dtype=dtype, mode="r", shape=((path.stat().st_size - 8) // dtype.itemsize,))
-    return Tokens(ids, num_bytes)
-
-
-def _is_whole(path: Path, dtype: np.dtype) -> bool:
-    if not path.exists() or path.stat().st_size < 8:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        count = int(np.frombuffer(file.read(), dtype=np.uint64)[0])
-    return path.stat().st_size == count * dtype.itemsize + 8
-
-
-def _cached(texts: datasets.Dataset, made_with: str, ending: str) -> Path:
-    """Where the thing made from these texts in this way is kept, beside the cache of `datasets`."""
-    content = hashlib.sha256(made_with.encode())
-    for text in texts["text"]:
-        content.update(hashlib.sha256(text.encode()).digest())
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{content.hexdigest()[:32]}.{ending}"
-
-
-@contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Windows(torch.utils.data.Dataset):
+class Windows(Dataset[Row]):
     """
     Windows of `context_length` ids and, for each id, the one that follows.
 
@@ -132,25 +35,27 @@ class Windows(torch.utils.data.Dataset):
         tokens: the ids of a split.
         context_length: ids in a window.
         pad_token_id: what the end is filled up with.
+        split: what an error calls it.
+        stride: ids from the beginning of a window to that of the next, 1 to `context_length`.
 
     Raises:
         UserError: there are fewer ids than one window needs.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int, split: str):
+    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int, split: str, stride: int | None = None):
         if len(tokens.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(tokens.ids)} tokens, fewer than one window of --context_length "
-                f"{context_length} and the token after it: give more text, a shorter context or another "
-                "--validation_fraction."
+                f"{context_length} and the token after it: give more text, a shorter context or a larger share of it."
             )
         self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
+        self.stride = stride or context_length
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens.ids) - 1) // self.context_length)
+        return 1 + -(-(len(self.tokens.ids) - 1 - self.context_length) // self.stride)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = index * self.context_length
+    def __getitem__(self, index: int) -> Row:
+        start = index * self.stride
         ids = torch.from_numpy(self.tokens.ids[start : start + self.context_length + 1].astype(np.int64))
         inputs = torch.full((self.context_length,), self.pad_token_id)
         labels = torch.full((self.context_length,), IGNORED)
@@ -159,40 +64,134 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": inputs, "shift_labels": labels}
 
 
-class ShuffledBatches(Sampler[list[int]]):
+class PackedDocuments(Dataset[Row]):
     """
-    The batches of a whole run: epoch after epoch, each in an order of its own.
+    Rows of `context_length` places that whole documents share, each seen by itself.
+
+    A document that is longer than a row is cut into pieces that share one id, so nothing is lost.
 
     Args:
-        num_windows: windows to draw from.
-        batch_size: windows in a batch, over all processes.
-        num_batches: batches in the run.
-        seed: decides every order.
+        tokens: the ids of a split.
+        context_length: places in a row.
+        pad_token_id: what is left over is filled up with.
     """
 
-    drop_last = True
-
-    def __init__(self, num_windows: int, batch_size: int, num_batches: int, seed: int):
-        self.num_windows, self.batch_size, self.num_batches, self.seed = num_windows, batch_size, num_batches, seed
+    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int):
+        self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
+        ends = np.append(tokens.starts[1:], len(tokens.ids))
+        pieces = [
+            (start, min(context_length, end - 1 - start))  # a piece of n places reads n ids and predicts the next ones
+            for first, end in zip(tokens.starts.tolist(), ends.tolist(), strict=True)
+            for start in range(first, end - 1, context_length)
+        ]
+        self.rows = best_fit([length for _, length in pieces], context_length)
+        self.pieces = np.array(pieces, dtype=np.int64).reshape(-1, 2)
+        self.efficiency = float(self.pieces[:, 1].sum() / max(1, len(self.rows) * context_length))
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        inputs = torch.full((self.context_length,), self.pad_token_id)
+        labels = torch.full((self.context_length,), IGNORED)
+        position_ids = torch.zeros(self.context_length, dtype=torch.long)
+        place = 0
+        for piece in self.rows[index]:
+            start, length = self.pieces[piece].tolist()
+            ids = torch.from_numpy(self.tokens.ids[start : start + length + 1].astype(np.int64))
+            inputs[place : place + length] = ids[:-1]
+            labels[place : place + length] = ids[1:]
+            position_ids[place : place + length] = torch.arange(length)
+            place += length
+        position_ids[place:] = torch.arange(self.context_length - place)
+        return {"input_ids": inputs, "shift_labels": labels, "position_ids": position_ids}
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices whose lengths add up to at most `capacity`: each, longest first, goes where the least room is left.
+
+    Best-fit decreasing leaves at most 22 % more rows than the fewest possible (Johnson, 1974); on documents nearly none.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: defaultdict[int, list[int]] = defaultdict(list)
+    rooms = 0  # bit n is set where a row has room for n more: the lowest fitting one is found at once
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        rows_with_room[room - length].append(row)
+        if room > length:
+            rooms |= 1 << (room - length)
+    return rows
+
+
+class Batches(Sampler[list[int]]):
+    """
+    The batches of a whole run, as indices into the sources laid end to end.
+
+    Args:
+        sizes: the number of windows in each source.
+        batch_size: windows in a batch, over all processes.
+        num_batches: batches in the run.
+        seed: decides everything.
+        probabilities: how often each source is drawn from; without them the sources are one, and each of their windows comes
+            once an epoch.
+        with_replacement: draw any window at any time, as nanoGPT does, instead of each once an epoch.
+        start: batches to leave out, because they were trained on before.
+    """
+
+    drop_last = True  # asked by Accelerate
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        probabilities: Sequence[float] | None = None,
+        with_replacement: bool = False,
+        start: int = 0,
+    ):
+        self.sizes = list(sizes) if probabilities is not None else [sum(sizes)]
+        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.probabilities, self.with_replacement, self.start = probabilities, with_replacement, start
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        indices = self._indices()
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self) -> Iterator[list[int]]:
+        streams = [self._stream(source, size) for source, size in enumerate(self.sizes)]
+        offsets = np.cumsum([0, *self.sizes]).tolist()
+        generator = np.random.default_rng((self.seed, 2**32))
         for _ in range(self.num_batches):
-            yield [next(indices) for _ in range(self.batch_size)]
+            sources = [0] * self.batch_size
+            if self.probabilities is not None:
+                sources = generator.choice(len(self.sizes), size=self.batch_size, p=self.probabilities).tolist()
+            yield [offsets[source] + next(streams[source]) for source in sources]
 
-    def _indices(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            yield from np.random.default_rng((self.seed, epoch)).permutation(self.num_windows).tolist()
-            epoch += 1
+    def _stream(self, source: int, size: int) -> Iterator[int]:
+        """The windows of one source in the order in which they are drawn, without end."""
+        for epoch in itertools.count():
+            generator = np.random.default_rng((self.seed, epoch, source) if source else (self.seed, epoch))
+            indices = generator.integers(size, size=4096) if self.with_replacement else generator.permutation(size)
+            for part in np.array_split(indices, max(1, len(indices) // 4096)):
+                yield from part.tolist()
 
 
-def training_loader(windows: Windows, batch_size: int, num_batches: int, seed: int) -> DataLoader:
-    """Every batch of a run, in order."""
-    return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), batch_size, num_batches, seed))
+def training_loader(sources: Sequence[Dataset[Row]], batches: Batches) -> DataLoader:
+    """The batches of a run, in order."""
+    return DataLoader(ConcatDataset(sources), batch_sampler=batches)
 
 
 def evaluation_loader(windows: Windows, batch_size: int, num_processes: int = 1) -> DataLoader:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -6,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from modeling_scratchgpt import ScratchGPTTokenizer
+from modeling_scratchgpt.tokenization_scratchgpt import TOKENIZERS, min_vocab_size, special_tokens, tokenizer_report
 
 TEXTS = ["to be, or not to be: that is the question.\n"] * 20 + ["naïve café – größer, 日本語 🙂 don't I'll we've 1234"] * 5
 
@@ -98,6 +102,220 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     assert len(ScratchGPTTokenizer.train([], vocab_size=259)) == 259  # the bytes alone will do
 
 
+# The other kinds
+
+
+@pytest.fixture(scope="module")
+def kinds() -> dict[str, ScratchGPTTokenizer]:
+    return {kind: ScratchGPTTokenizer.train(iter(TEXTS), vocab_size=330, kind=kind) for kind in TOKENIZERS}
+
+
+def test_the_default_is_what_it_was_before_there_was_a_choice(tokenizer):
+    assert tokenizer("to be, that is the café's 12 questions 🙂")["input_ids"] == [
+        271, 261, 14, 279, 273, 278, 324, 9, 85, 308, 282, 85, 328
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_special_tokens_of_every_kind(kinds, kind):
+    tokenizer = kinds[kind]
+    special = list(special_tokens(kind).values())
+    assert tokenizer.convert_tokens_to_ids(special) == list(range(len(special)))
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == special[:3]
+    assert tokenizer.unk_token == (special[3] if len(special) == 4 else None)
+    assert set(tokenizer.all_special_tokens) == set(special)
+    assert 256 < len(tokenizer) <= 330 or kind not in ("bpe", "bpe-gpt4")
+    ids = tokenizer("to be" + tokenizer.eos_token)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "to be"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("around", ["", " ", "a"])
+def test_a_special_token_spelled_out_in_a_text_is_text(kinds, kind, around):
+    backend = type(kinds[kind].backend_tokenizer).from_str(kinds[kind].backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # as when a corpus is tokenized
+    for token in list(special_tokens(kind).values())[:3]:
+        assert not {0, 1, 2} & set(backend.encode(around + token + around, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_kind_is_the_same_after_saving(kinds, kind, tmp_path):
+    tokenizer = kinds[kind]
+    tokenizer.save_pretrained(tmp_path)
+    text = "To be, that\n\n  is größer: 🙂 don't"
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), ScratchGPTTokenizer.from_pretrained(tmp_path)):
+        assert type(loaded) is ScratchGPTTokenizer
+        assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        assert loaded.special_tokens_map == tokenizer.special_tokens_map
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("loader", ["AutoTokenizer", "TokenizersBackend"])
+def test_every_kind_loads_without_this_package(kinds, tmp_path, loader):
+    """With the folder's copy of this file, or with nothing but `tokenizer.json`."""
+    text, expected = "To be, that\n\n  is größer: 🙂 don't", {}
+    for kind, tokenizer in kinds.items():
+        tokenizer.save_pretrained(tmp_path / kind)
+        ids = tokenizer(text)["input_ids"]
+        expected[kind] = [ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id]
+    program = (
+        f"import json, sys; from transformers import {loader}; found = {{}}\n"
+        f"for kind in {TOKENIZERS}:\n"
+        f"    tokenizer = {loader}.from_pretrained(f'{{sys.argv[1]}}/{{kind}}', trust_remote_code=True)\n"
+        f"    ids = tokenizer({text!r})['input_ids']\n"
+        "    found[kind] = [ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id]\n"
+        "assert not any(name.startswith('modeling_scratchgpt') for name in sys.modules)\n"
+        "print(json.dumps(found))"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+KNOWN = "".join(sorted(set("".join(TEXTS))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
+def test_gpt4_any_text_comes_back_unchanged(kinds, text):
+    assert kinds["bpe-gpt4"].decode(kinds["bpe-gpt4"](text)["input_ids"]) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(KNOWN, max_size=60))
+def test_known_characters_come_back(kinds, text):
+    for kind in ("character", "unigram"):
+        ids = kinds[kind](text)["input_ids"]
+        assert kinds[kind].decode(ids) == text
+        assert kinds[kind].unk_token_id not in ids
+    assert len(kinds["character"](text)["input_ids"]) == len(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.sampled_from(["to", "be", "or", "not", "that", "is", "the", "question"]), max_size=20))
+def test_known_words_come_back_joined_by_spaces(kinds, words):
+    for kind in ("word", "wordpiece"):
+        assert kinds[kind].decode(kinds[kind]("\n ".join(words))["input_ids"]) == " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("I'LL don't 'twas", ["I", "'LL", " don", "'t", " '", "twas"]),
+        ("in 1234567 days", ["in", " ", "123", "456", "7", " days"]),
+        ("a\n\n  b  \nc", ["a", "\n\n", " ", " b", "  ", "\n", "c"]),
+        ("naïve (x) = y_1;", ["naïve", " (", "x", ")", " =", " y", "_", "1", ";"]),
+        ("nai\u0308ve", ["nai\u0308ve"]),
+    ],
+)
+def test_gpt4_like_split_by_hand(kinds, text, pieces):
+    spans = kinds["bpe-gpt4"].backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in spans] == pieces
+
+
+def test_kinds_by_hand(kinds):
+    words = ["to", "be", ",", "or", "not", "[UNK]", "the", "[UNK]", "[UNK]"]
+    assert kinds["word"].tokenize("to be, or not!\nthe crown?") == words
+    assert kinds["wordpiece"].tokenize("question, be") == ["question", ",", "be"]
+    ids = kinds["wordpiece"]("tonot").input_ids
+    assert len(ids) > 1
+    assert kinds["wordpiece"].decode(ids) == "tonot"
+    assert kinds["character"].tokenize("to ß☃\n") == ["t", "o", " ", "ß", "<|unk|>", "\n"]
+    assert kinds["unigram"].unk_token_id in kinds["unigram"]("☃").input_ids
+
+
+def test_unigram_learns_stems():
+    words = [stem + end for stem in ("walk", "talk", "jump", "climb", "play") for end in ("", "s", "ed", "ing", "er")]
+    tokenizer = ScratchGPTTokenizer.train([" ".join(words)] * 20, 60, kind="unigram")
+    assert tokenizer.tokenize(" walking talk") == ["▁walk", "i", "n", "g", "▁talk"]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_texts_are_read_once_and_not_held(kind):
+    """No more than a buffer of them is alive at once."""
+
+    class Text(str):
+        alive, most = 0, 0
+
+        def __init__(self, _):
+            Text.alive += 1
+            Text.most = max(Text.most, Text.alive)
+
+        def __del__(self):
+            Text.alive -= 1
+
+    def texts():
+        for number in range(3000):
+            yield Text(f"the question {number % 10} is")
+
+    ScratchGPTTokenizer.train(texts(), vocab_size=300, kind=kind)
+    assert Text.most < 1000
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_vocabulary_too_small_for_the_kind_is_refused(kind):
+    least = min_vocab_size(kind)
+    with pytest.raises(ValueError, match=f"vocab_size must be at least {least} .* got {least - 1}"):
+        ScratchGPTTokenizer.train(TEXTS, least - 1, kind=kind)
+    assert len(ScratchGPTTokenizer.train([], least, kind=kind)) <= least  # a check before any text is read
+
+
+@pytest.mark.parametrize(("kind", "least"), [("unigram", 5 + len(KNOWN)), ("character", 4 + len(KNOWN))])
+def test_room_for_every_character_is_asked_for(kind, least):
+    with pytest.raises(ValueError, match=f"vocab_size must be at least {least}: the texts have {len(KNOWN)} different"):
+        ScratchGPTTokenizer.train(TEXTS, least - 1, kind=kind)
+    assert len(ScratchGPTTokenizer.train(TEXTS, least, kind=kind)) == least
+
+
+@settings(max_examples=50, deadline=None)
+@given(vocab_size=st.integers(6, 60), kind=st.sampled_from(["word", "wordpiece"]))
+def test_the_vocabulary_is_never_larger_than_asked_for(vocab_size, kind):
+    assert len(ScratchGPTTokenizer.train(TEXTS, vocab_size, kind=kind)) <= vocab_size
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind must be one of bpe, bpe-gpt4, word, .* got 'sentencepiece'"):
+        ScratchGPTTokenizer.train(TEXTS, 300, kind="sentencepiece")
+
+
+@pytest.mark.parametrize("kind", ["bpe-gpt4", "word", "unigram", "character"])
+def test_only_gpt2s_split_has_a_choice_of_the_first_space(kinds, kind):
+    before = kinds[kind].backend_tokenizer.to_str()
+    kinds[kind].add_prefix_space = True
+    assert not kinds[kind].add_prefix_space
+    assert kinds[kind].backend_tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_mistake_in_the_texts_comes_through(kind):
+    def texts():
+        yield "one"
+        raise KeyError("the reader's own")
+
+    with pytest.raises(KeyError, match="the reader's own"):
+        ScratchGPTTokenizer.train(texts(), 300, kind=kind)
+
+
+# How well it fits
+
+
+def test_report_by_hand(kinds):
+    """Nine characters in twelve bytes, four words; of é and the snowman the corpus held the first."""
+    report = tokenizer_report(kinds["character"], ["to be", " ☃ é"])
+    assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (12 / 9, 9 / 4, 1 / 9)
+    report = tokenizer_report(kinds["word"], ["to be or, unheard", "of"], max_texts=1)
+    assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (17 / 5, 5 / 4, 1 / 5)
+    report = tokenizer_report(kinds["bpe"], iter(["\x00 \x01"]))
+    assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (1, 3 / 2, 0)
+    with pytest.raises(ValueError, match="there is no word in the first 1000 texts"):
+        tokenizer_report(kinds["bpe"], ["", " \n"])
+
+
+# GPT-2's own
+
+
 @pytest.fixture(scope="module")
 def gpt2_files(real_data):
     return real_data / "gpt2-tokenizer" / "encoder.json", real_data / "gpt2-tokenizer" / "vocab.bpe"
@@ -116,11 +334,15 @@ def test_gpt2_the_verdict(gpt2, real_data):
     assert gpt2.decode(ids) == text
 
 
+@pytest.fixture(scope="module")
+def gpt2_of_transformers(gpt2_files):
+    return GPT2Tokenizer(vocab=str(gpt2_files[0]), merges=str(gpt2_files[1]))
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
-def test_gpt2_same_ids_as_transformers(gpt2, gpt2_files, text):
-    theirs = GPT2Tokenizer(vocab=str(gpt2_files[0]), merges=str(gpt2_files[1]))
-    assert gpt2(text)["input_ids"] == theirs(text)["input_ids"]
+def test_gpt2_same_ids_as_transformers(gpt2, gpt2_of_transformers, text):
+    assert gpt2(text)["input_ids"] == gpt2_of_transformers(text)["input_ids"]
 
 
 def test_gpt2_one_token_begins_and_ends(gpt2):

@@ -1,6 +1,8 @@
 import copy
+import json
 import math
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,8 +10,8 @@ from accelerate import Accelerator
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.arguments import UserError
 from training.loop import start_accelerator, training_steps
-from training.metrics import MetricsFile, evaluate
-from training.optimizers import make_optimizer, make_schedule
+from training.metrics import Evaluation, MetricsFile, evaluate
+from training.optimizers import make_optimizers, make_schedules
 from training.windows import IGNORED
 
 
@@ -26,9 +28,9 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
 
 
 def train(model: ScratchGPTForCausalLM, loader, accumulation: int = 1, clip: float = 1.0, learning_rate: float = 1e-2):
-    optimizer = make_optimizer(model, learning_rate, weight_decay=0.1)
-    schedule = make_schedule(optimizer, warmup_fraction=0.2, max_steps=10)
-    return list(training_steps(Accelerator(), model, optimizer, schedule, loader, accumulation, clip))
+    optimizers = make_optimizers(model, "adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.1)
+    schedules = make_schedules(optimizers, "cosine", 2, 10, final_fraction=0.1, decay_fraction=0.2)
+    return list(training_steps(Accelerator(), model, optimizers, schedules, loader, accumulation, clip))
 
 
 def joined(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -83,25 +85,20 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
         train(tiny_model, batches(2))
 
 
-def test_decay_on_matrices_only(tiny_model):
-    decayed, free = make_optimizer(tiny_model, 1e-3, weight_decay=0.1).param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert all(parameter.ndim == 2 for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in free["params"])
-    assert sum(map(len, (decayed["params"], free["params"]))) == len(list(tiny_model.parameters()))
-
-
-def test_schedule_by_hand():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = make_schedule(optimizer, warmup_fraction=1 / 3, max_steps=12)
-    rates = []
-    for _ in range(13):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[:5] == pytest.approx([0.5, 1, 1.5, 2, 2])
-    assert rates[8] == pytest.approx(2 * (0.1 + 0.9 * 0.5))  # half of the way down
-    assert rates[12] == pytest.approx(0.2)
+def test_the_dropout_of_a_step_does_not_depend_on_the_steps_before(tiny_config):
+    tiny_config.hidden_dropout = tiny_config.embedding_dropout = 0.5
+    torch.manual_seed(0)
+    start = ScratchGPTForCausalLM(tiny_config)
+    losses = []
+    for before, first_step in ((0, 3), (5, 3), (5, 4)):
+        torch.rand(before)
+        model = copy.deepcopy(start)
+        optimizers = make_optimizers(model, "adamw", 1e-2, 0.02, 0.1)
+        schedules = make_schedules(optimizers, "cosine", 2, 10, 0.1, 0.2)
+        (step,) = training_steps(Accelerator(), model, optimizers, schedules, batches(1), 1, 1.0, 7, first_step)
+        assert step.number == first_step
+        losses.append(step.loss)
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_evaluation_by_hand(tiny_model):
@@ -132,6 +129,20 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
 
 
+def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    for step in (0, 5, 10):
+        metrics.write(step, Evaluation(float(step), 2.0, 3.0))
+    with open(metrics.path, "a") as file:
+        file.write('{"step": 11, "lo')  # killed here
+    resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
+    assert resumed.rows == metrics.rows[:2]
+    resumed.write(6, Evaluation(6.0, 2.0, 3.0))
+    rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 5, 6]
+    assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=-1).rows == []
+
+
 def test_a_uniform_model_has_the_loss_of_chance(tiny_model):
     with torch.no_grad():
         tiny_model.lm_head.weight.zero_()
@@ -144,4 +155,5 @@ def test_all_cores_are_used_when_the_launcher_asked_for_one(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     start_accelerator()
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == psutil.cpu_count(logical=False)
+    torch.set_num_threads(before)

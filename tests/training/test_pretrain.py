@@ -1,69 +1,27 @@
 """The pretraining recipe as a user runs it: in processes of its own, on a small book."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from training import pretrain
 from training.arguments import UserError
+from training.tokens import Tokens
 
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    "--vocab_size", "300", "--context_length", "32", "--batch_size", "4", "--max_steps", "12", "--eval_every", "6",
-    "--validation_fraction", "0.1",
-    "--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64",
-]  # fmt: skip
-
-
-def launch(launcher: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*launcher, "training/pretrain.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory) -> dict[str, str]:
-    return {"HF_HOME": str(tmp_path_factory.mktemp("home"))}
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "book.txt"
-    path.write_text(
-        "".join(f"Chapter {number}. It was a dark and stormy night, like {number} before.\n" for number in range(300))
-    )
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def run(book, caches, tmp_path_factory):
-    """A finished run, started as the README says."""
-    output_dir = tmp_path_factory.mktemp("outputs") / "book"
-    process = launch(["accelerate", "launch"], "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
-    assert process.returncode == 0, process.stderr
-    return output_dir, process
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from .conftest import ROOT, SMALL, TORCHRUN, launch, rows
 
 
 def test_it_leaves_a_complete_model_folder(run):
     folder, _ = run
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
+        "checkpoints",
         "config.json",
         "configuration_scratchgpt.py",
         "cross_entropy.py",
@@ -132,7 +90,7 @@ def test_the_loss_in_the_metrics_is_the_models(run, book):
 
 def test_a_second_run_does_not_touch_the_first(run, book, caches):
     folder, _ = run
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     process = launch([sys.executable], "--dataset", book, "--output_dir", str(folder), *SMALL, **caches)
     assert process.returncode == 2
     assert process.stdout == ""
@@ -141,13 +99,12 @@ def test_a_second_run_does_not_touch_the_first(run, book, caches):
         f"pretrain.py: error: --output_dir {folder} already holds a finished model: pass another --output_dir, "
         "or move that folder away."
     )
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
-    torchrun = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     process = launch(
-        torchrun, "--dataset", book, "--output_dir", str(tmp_path / "two"), *SMALL, ACCELERATE_USE_CPU="true", **caches
+        TORCHRUN, "--dataset", book, "--output_dir", str(tmp_path / "two"), *SMALL, ACCELERATE_USE_CPU="true", **caches
     )
     assert process.returncode == 0, process.stderr
     for one, two in zip(rows(run[0]), rows(tmp_path / "two"), strict=True):
@@ -172,6 +129,14 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
         (["--model", "n_head=3"], "not a multiple of num_attention_heads (3)"),
         (["--context_length", "100000"], "text has .* tokens, fewer than one window of --context_length 100000"),
         (["--unknown", "1"], "unrecognized arguments: --unknown 1"),
+        (["--stride", "33"], "--stride must be between 1 and --context_length 32, got 33"),
+        (["--dataset_weights", "1", "2"], "--dataset_weights gives 2 weights for 1 sources: give one a source"),
+        (["--dataset_weights", "-1"], "--dataset_weights must be positive numbers, got -1.0"),
+        (["--test_fraction", "0.95"], "--test_fraction must be zero or more, and leave something to train on"),
+        (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+        (["--tokenizer", "word", "--vocab_size", "2"], "--vocab_size must be at least 5 for --tokenizer word"),
+        (["--report_to", "sparkle"], "--report_to sparkle: give auto, none, or a tracker of Accelerate that is installed"),
+        (["--save_every", "0"], "--save_every must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_written(arguments, message, book, tmp_path, monkeypatch):
@@ -182,6 +147,42 @@ def test_mistakes_end_in_one_line_before_anything_is_written(arguments, message,
     with pytest.raises(UserError, match=message if ".*" in message else re.escape(message)):
         pretrain.main()
     assert not output_dir.exists()
+
+
+@pytest.mark.parametrize("windows", [["packed"], ["random"], ["ordered", "--stride", "7"]])
+def test_whatever_else_can_be_asked(windows, book, tmp_path, monkeypatch, capsys):
+    """Two sources mixed by weight, a look at the test text, and the options that the other runs here leave alone."""
+    table = tmp_path / "table.jsonl"
+    rows_ = [{"body": f"Row {number} tells of {'fire ' * (number % 7)}and of ice."} for number in range(60)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in [*rows_, rows_[0]]))
+    words = [
+        "--dataset", book, str(table), "--text_column", "body", "--dataset_weights", "1", "3", "--mixing_alpha", "0.5",
+        *SMALL, "--test_fraction", "0.1", "--tokenizer", "bpe-gpt4", "--windows", *windows, "--optimizer", "muon",
+        "--schedule", "wsd", "--gradient_checkpointing", "True", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    pretrain.main()
+    said = capsys.readouterr().out
+    assert "copies dropped: 1" in said
+    assert "On the test text, looked at only now: loss" in said
+    assert ("none is lost" in said) is (windows == ["packed"])
+    losses = [row["loss"] for row in rows(tmp_path / "out") if "perplexity" in row]
+    assert losses[-1] < losses[0] - 0.5
+    assert "| after training, on the test text |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sources_are_weighed():
+    tokens = [Tokens(np.zeros(size, dtype=np.uint16), 0, np.zeros(0, dtype=np.int64)) for size in (100, 900)]
+
+    def mixture(**options):
+        return pretrain.mixture(pretrain.PretrainArguments(dataset=["a", "b"], **options), tokens)
+
+    assert mixture() is None  # every window in its turn
+    assert mixture(mixing_alpha=0.5) == pytest.approx([0.25, 0.75])
+    assert mixture(mixing_alpha=0) == pytest.approx([0.5, 0.5])
+    assert mixture(dataset_weights=[1, 4]) == pytest.approx([0.2, 0.8])
+    assert mixture(dataset_weights=[1, 4], mixing_alpha=0.5) == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_help_is_worth_reading():

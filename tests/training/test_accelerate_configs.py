@@ -1,0 +1,198 @@
+"""The files for `accelerate launch --config_file`, read by Accelerate itself: they are accepted and mean what they say."""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+from modeling_scratchgpt import ScratchGPTForCausalLM
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "training" / "configs" / "accelerate"
+# name: kind, processes in all, machines, mixed precision
+MEANT = {
+    "cpu": (DistributedType.NO, 1, 1, "no"),
+    "one_gpu": (DistributedType.NO, 1, 1, "bf16"),
+    "ddp": (DistributedType.MULTI_GPU, 8, 1, "bf16"),
+    "fsdp2": (DistributedType.FSDP, 8, 1, "bf16"),
+    "two_nodes": (DistributedType.MULTI_GPU, 16, 2, "bf16"),
+}
+
+
+def launched(name: str, *words: str) -> argparse.Namespace:
+    """What `accelerate launch` makes of a file."""
+    command = ["--config_file", str(FOLDER / f"{name}.yaml"), *words, "training/pretrain.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
+
+
+def test_there_are_no_others():
+    assert {path.stem for path in FOLDER.iterdir()} == MEANT.keys()
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_they_say(name):
+    kind, processes, machines, precision = MEANT[name]
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    assert (config.num_processes, config.num_machines, config.mixed_precision) == (processes, machines, precision)
+    assert config.use_cpu == (name == "cpu")
+    first_line = (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+    assert first_line.startswith("# ")
+    assert len(first_line) <= 128
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_the_launcher_understands_them(name):
+    kind, processes, machines, precision = MEANT[name]
+    arguments = launched(name)
+    assert arguments.use_fsdp == (kind == DistributedType.FSDP)
+    assert arguments.multi_gpu == (kind == DistributedType.MULTI_GPU)
+    if kind == DistributedType.NO:
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        assert command == [sys.executable, "training/pretrain.py"]
+        assert environment["ACCELERATE_USE_CPU"] == str(name == "cpu")
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+        assert int(arguments.nproc_per_node) == processes // machines
+    assert environment["ACCELERATE_MIXED_PRECISION"] == precision
+
+
+def test_two_nodes_find_each_other(tmp_path):
+    """Two launchers of one process each, on this machine and its CPU, say that they are one run of two."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from accelerate import Accelerator\n"
+        "accelerator = Accelerator()\n"
+        "print(accelerator.num_processes, accelerator.process_index, flush=True)\n"
+        "accelerator.wait_for_everyone()\n"
+        "import os; os._exit(0)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            ["accelerate", "launch", "--config_file", str(FOLDER / "two_nodes.yaml"), "--machine_rank", str(rank),
+             "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--num_processes", "2",
+             "--mixed_precision", "no", str(script)],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=200) for node in nodes]
+    assert [output.split() for output, _ in outputs] == [["2", "0"], ["2", "1"]], outputs
+
+
+def test_fewer_gpus_on_the_command_line():
+    assert launched("ddp", "--num_processes", "4").num_processes == 4
+
+
+def fsdp_plugin(monkeypatch) -> FullyShardedDataParallelPlugin:
+    """The plugin as a process that the launcher started would make it."""
+    for name, value in prepare_multi_gpu_env(launched("fsdp2")).items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    return FullyShardedDataParallelPlugin()
+
+
+def test_fsdp2_plugin(monkeypatch):
+    plugin = fsdp_plugin(monkeypatch)
+    assert plugin.fsdp_version == 2
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
+    assert plugin.transformer_cls_names_to_wrap == ["ScratchGPTDecoderLayer"]
+    assert plugin.reshard_after_forward is True
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert not plugin.cpu_ram_efficient_loading
+    assert not plugin.activation_checkpointing
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+# Accelerate does not enter FSDP on a CPU, but its function that cuts up a model does not mind where it runs.
+PROGRAM = """
+import os, sys
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
+from modeling_scratchgpt import ScratchGPTForCausalLM
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+one, two = (ScratchGPTForCausalLM.from_pretrained(sys.argv[1]) for _ in range(2))
+plugin = FullyShardedDataParallelPlugin()  # from the environment, as under the launcher
+state = SimpleNamespace(fsdp_plugin=plugin)
+accelerator = SimpleNamespace(
+    state=state, mixed_precision="no", is_main_process=dist.get_rank() == 0, device=torch.device("cpu"), parallelism_config=None
+)
+two = fsdp2_prepare_model(accelerator, two)
+assert all(isinstance(layer, FSDPModule) for layer in two.model.layers)
+ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (one, two)]
+for _ in range(3):
+    one.train(), two.train()
+    whole = one(ids, labels=ids).loss
+    whole.backward()
+    rows = ids.chunk(2)[dist.get_rank()]
+    loss = two(rows, labels=rows, num_items_in_batch=ids[:, 1:].numel()).loss
+    (loss * 2).backward()  # gradients are averaged over the two
+    dist.all_reduce(loss.detach_())
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-4, atol=1e-5)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+if dist.get_rank() == 0:
+    print("SAME", flush=True)
+dist.barrier()
+os._exit(0)  # not through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tied, tmp_path):
+    tiny_config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / "model")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {name: value for name, value in prepare_multi_gpu_env(launched("fsdp2")).items() if name.startswith("FSDP_")}
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+         "--rdzv_endpoint", "localhost:0", str(tmp_path / "program.py"), str(tmp_path / "model")],
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "SAME" in process.stdout
+
+
+def test_the_cpu_file_runs_the_recipe(tmp_path):
+    """As typed: `accelerate launch --config_file training/configs/accelerate/cpu.yaml`."""
+    script = tmp_path / "script.py"
+    script.write_text("from accelerate import Accelerator\nprint(Accelerator().device, Accelerator().num_processes)\n")
+    process = subprocess.run(
+        ["accelerate", "launch", "--config_file", str(FOLDER / "cpu.yaml"), str(script)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["cpu", "1"]

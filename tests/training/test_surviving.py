@@ -1,0 +1,152 @@
+"""Runs that are killed, stopped or starved, for real, and what they come to when they go on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import ROOT, SMALL, TORCHRUN, launch, rows
+
+# Dropout, so that random numbers matter; accumulation, so that a step is more than a batch.
+OPTIONS = [
+    *SMALL, "hidden_dropout=0.1", "attention_dropout=0.1", "--max_steps", "40", "--eval_every", "8", "--save_every", "4",
+    "--gradient_accumulation_steps", "2", "--optimizer", "muon",
+]  # fmt: skip
+# Large enough that writing a checkpoint takes a while.
+LARGE = [*OPTIONS, "--max_steps", "8", "--save_every", "1", "--model", "intermediate_size=20000"]
+
+LAUNCHERS = {1: [sys.executable], 2: TORCHRUN}
+
+
+def start(launcher: list[str], *arguments: str, **environment: str) -> subprocess.Popen:
+    """A run in the background."""
+    return subprocess.Popen(
+        [*launcher, "training/pretrain.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_when(process: subprocess.Popen, moment) -> bool:
+    """Kill the run and all its processes, unasked, as soon as the moment has come; False if it was sooner at its end."""
+    deadline = time.monotonic() + 120
+    while not moment():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        each.kill()
+    process.communicate()
+    return True
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("learning_rate") if path.exists() else 0
+
+
+def outcome(folder: Path) -> tuple[bytes, list]:
+    """All that must not depend on what a run went through: the weights, bit by bit, and the losses."""
+    return (folder / "model.safetensors").read_bytes(), [(row["step"], row["loss"]) for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def straight(book, caches, tmp_path_factory):
+    """Folders of uninterrupted runs, by the number of their processes."""
+    folders = {}
+
+    def folder(processes: int) -> Path:
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp("straight") / "run"
+            options = ["--dataset", book, *OPTIONS, "--output_dir", str(folders[processes])]
+            assert launch(LAUNCHERS[processes], *options, ACCELERATE_USE_CPU="true", **caches).returncode == 0
+        return folders[processes]
+
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(straight, book, caches, tmp_path, processes):
+    launcher = LAUNCHERS[processes]
+    environment = {**caches, "ACCELERATE_USE_CPU": "true"}
+    options = ["--dataset", book, *OPTIONS]
+    generator = random.Random(processes)
+    folder = tmp_path / "killed"
+    resume: list[str] = []
+    for part in range(2):
+        process = start(launcher, *options, "--output_dir", str(folder), *resume, **environment)
+        last = 16 * part + generator.randrange(5, 16)
+        assert kill_when(process, lambda last=last: steps_done(folder) >= last)
+        resume = ["--resume"]
+    final = launch(launcher, *options, "--output_dir", str(folder), *resume, **environment)
+    assert final.returncode == 0, final.stderr
+    assert "Going on after step" in final.stdout
+    assert outcome(folder) == outcome(straight(processes))
+
+
+def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path):
+    options = ["--dataset", book, *LARGE]
+    assert launch([sys.executable], *options, "--output_dir", str(tmp_path / "straight"), **caches).returncode == 0
+    folder = tmp_path / "killed"
+    checkpoints = folder / "checkpoints"
+
+    def is_writing() -> bool:
+        return len(list(checkpoints.glob("step-*"))) >= 1 and bool(list(checkpoints.glob(".writing-*/*")))
+
+    assert kill_when(start([sys.executable], *options, "--output_dir", str(folder), **caches), is_writing)
+    assert list(checkpoints.glob(".writing-*"))
+    final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
+    assert final.returncode == 0, final.stderr
+    assert not list(checkpoints.glob(".writing-*"))
+    assert outcome(folder) == outcome(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_path, number):
+    options = ["--dataset", book, *OPTIONS, "--save_every", "1000"]
+    folder = tmp_path / "stopped"
+    process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
+    while steps_done(folder) < 5:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "The same command with --resume goes on from there." in output
+    assert "Traceback" not in output
+    final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
+    assert final.returncode == 0, final.stderr
+    assert outcome(folder) == outcome(straight(1))
+
+
+def test_one_process_goes_on_with_what_two_began(run, book, caches, tmp_path):
+    folder = tmp_path / "two"
+    options = ["--dataset", book, *SMALL, "--save_every", "3", "--output_dir", str(folder)]
+    process = start(TORCHRUN, *options, ACCELERATE_USE_CPU="true", **caches)
+    assert kill_when(process, lambda: len(list((folder / "checkpoints").glob("step-*"))) >= 1)
+    final = launch([sys.executable], *options, "--resume", **caches)
+    assert final.returncode == 0, final.stderr
+    for one, two in zip(rows(run[0]), rows(folder), strict=True):
+        assert one["step"] == two["step"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_other_settings_cannot_go_on(book, caches, tmp_path):
+    options = ["--dataset", book, *SMALL, "--output_dir", str(tmp_path / "run")]
+    process = start([sys.executable], *options, "--save_every", "1", **caches)
+    assert kill_when(process, lambda: steps_done(tmp_path / "run") >= 3)
+    other = launch([sys.executable], *options, "--resume", "--learning_rate", "0.5", **caches)
+    assert other.returncode == 2
+    (line,) = [line for line in other.stderr.splitlines() if "error" in line]
+    assert "--learning_rate is 0.5, but the run in" in line
+    assert "was started with 0.008: go on with that, or start a new run in another --output_dir." in line

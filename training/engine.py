@@ -1,0 +1,216 @@
+"""The engine of every recipe: what can be asked of a training run, and the run itself, which survives being stopped.
+
+A recipe brings the model, the batches and a way to evaluate; the engine trains, shows progress, evaluates, saves, and goes on
+where an earlier run had ended.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from training.arguments import UserError, option
+from training.checkpoints import StopSignals, find_checkpoint, load_checkpoint, save_checkpoint
+from training.flops import measured_peak
+from training.loop import training_steps
+from training.metrics import MetricsFile
+from training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizers, make_schedules
+from training.report import ProgressBar
+
+Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
+
+
+@dataclass
+class EngineArguments:
+    """What every recipe can be asked; those that say `new` or `--resume` may differ when a run goes on."""
+
+    batch_size: int = option(8, "Rows in a batch, over all processes.")
+    gradient_accumulation_steps: int = option(1, "Batches that make up one optimizer step.")
+    max_steps: int = option(1000, "Optimizer steps.")
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the matrices of the blocks and AdamW for the rest.", choices=OPTIMIZERS
+    )
+    learning_rate: float = option(1e-3, "Highest learning rate of AdamW.")
+    muon_learning_rate: float = option(0.02, "Highest learning rate of Muon.")
+    weight_decay: float = option(0.1, "Decay of the matrices.")
+    schedule: str = option("cosine", "How the learning rate falls: cosine, linear, or wsd (late).", choices=SCHEDULES)
+    warmup_fraction: float = option(0.05, "Share of the steps over which the learning rate rises.")
+    decay_fraction: float = option(0.2, "Share of the steps over which wsd falls.")
+    final_fraction: float = option(0.1, "What is left of the learning rate at the end.")
+    max_grad_norm: float = option(1.0, "Longest gradient; a longer one is scaled down to it.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them: less memory, more time.")
+    eval_every: int = option(300, "Steps between looks at the held-out data.")
+    save_every: int = option(300, "Steps between checkpoints.")
+    keep_checkpoints: int = option(2, "Checkpoints to keep, besides the best.")
+    resume: bool = option(False, "Go on with the run in --output_dir from its latest good checkpoint.")
+    report_to: str = option(
+        "auto", "A tracker of Accelerate, such as trackio or wandb; none; or auto: tensorboard if installed."
+    )
+    seed: int = option(0, "Decides weights, held-out data, the order of the data and dropout.")
+    output_dir: str = option("outputs/run", "New folder for the model.")
+
+
+MAY_DIFFER = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
+
+
+def check_engine(arguments: EngineArguments, num_processes: int) -> None:
+    """Refuse nonsense before any long work."""
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_every", "save_every", "keep_checkpoints"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise UserError(f"--{name} must be between 0 and 1, got {getattr(arguments, name)}.")
+    for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name} must be a positive number, got {getattr(arguments, name)}.")
+    if not 0 <= arguments.weight_decay < float("inf"):
+        raise UserError(f"--weight_decay must be zero or more, got {arguments.weight_decay}.")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed must be at least 0 and below 2^32, got {arguments.seed}.")
+    if arguments.batch_size % num_processes:
+        raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Evaluation]):
+    """What a run has come to."""
+
+    before: Evaluation
+    after: Evaluation
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.get("tokens", 0) for row in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.get("seconds", 0.0) for row in self.rows)
+
+
+def train(
+    accelerator: Accelerator,
+    arguments: EngineArguments,
+    model: PreTrainedModel,
+    training_loader: Callable[[int], DataLoader],
+    evaluate: Callable[[nn.Module], Evaluation],
+    show: Callable[[], str],
+    flops_per_token: float,
+) -> Outcome[Evaluation]:
+    """Train the model in place, or go on doing so.
+
+    Args:
+        model: with the weights that a new run starts from.
+        training_loader: gives the run's batches without the first so many.
+        evaluate: scores the prepared model on held-out data.
+        show: something the model does, as text for people: looked at before the first step and after each evaluation.
+
+    Raises:
+        UserError: the settings are not those of the run to go on with; the loss is no longer a number.
+    """
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
+    checkpoints = output_dir / "checkpoints"
+    if arguments.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizers = make_optimizers(
+        model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
+    )
+    schedules = make_schedules(
+        optimizers,
+        arguments.schedule,
+        math.ceil(arguments.warmup_fraction * arguments.max_steps),
+        arguments.max_steps,
+        arguments.final_fraction,
+        arguments.decay_fraction,
+    )
+    prepared_model, *prepared_optimizers = accelerator.prepare(model, *optimizers)
+    before = evaluate(prepared_model)
+    accelerator.print(f"\nBefore training: {before}.\n\n{show()}")
+
+    found = find_checkpoint(checkpoints, accelerator.print) if arguments.resume else None
+    done = 0
+    if found:
+        path, state = found
+        _check_settings(arguments, state["settings"], path)
+        load_checkpoint(path, state, model, prepared_optimizers)
+        for schedule, saved in zip(schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        done = state["step"]
+        accelerator.print(f"Going on after step {done:,}, from {path}")
+    elif arguments.resume:
+        accelerator.print(f"There is no checkpoint in {checkpoints}: beginning with the first step")
+    batches = accelerator.prepare(training_loader(done * arguments.gradient_accumulation_steps))
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    is_new = not (arguments.resume and (output_dir / "metrics.jsonl").exists())
+    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator, None if is_new else done if found else -1)
+    accelerator.init_trackers("scratchgpt", {name: str(value) for name, value in asdict(arguments).items()})
+    if not found:
+        metrics.write(0, before)
+
+    after = None
+    peak = measured_peak(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+    with (
+        ProgressBar(arguments.max_steps, accelerator, flops_per_token, peak * accelerator.num_processes, done) as bar,
+        StopSignals(accelerator) as stop,
+    ):
+        for step in training_steps(
+            accelerator,
+            prepared_model,
+            prepared_optimizers,
+            schedules,
+            batches,
+            arguments.gradient_accumulation_steps,
+            arguments.max_grad_norm,
+            arguments.seed,
+            done + 1,
+        ):
+            bar.update(step)
+            metrics.write(step.number, step)
+            is_last, is_asked = step.number == arguments.max_steps, stop.asked()
+            if is_last or step.number % arguments.eval_every == 0:
+                after = evaluate(prepared_model)
+                metrics.write(step.number, after)
+                bar.say(f"Step {step.number:,}: {after}\n\n{show()}")
+            if is_last or is_asked or step.number % arguments.save_every == 0:
+                losses = [row["loss"] for row in metrics.rows if "learning_rate" not in row]
+                state = {
+                    "step": step.number,
+                    "validation_loss": losses[-1],
+                    "settings": _settings(arguments),
+                    "schedules": [schedule.state_dict() for schedule in schedules],
+                }
+                save_checkpoint(checkpoints, accelerator, model, prepared_optimizers, state, arguments.keep_checkpoints)
+            if is_asked and not is_last:
+                bar.say(f"Stopped after step {step.number:,}. The same command with --resume goes on from there.")
+                accelerator.end_training()
+                sys.exit(130)
+    if after is None:  # it was stopped between its last step and its end
+        after = evaluate(prepared_model)
+        show()
+    return Outcome(before, after, metrics.rows)
+
+
+def _settings(arguments: EngineArguments) -> dict[str, Any]:
+    """What decides the weights that a run ends with."""
+    return {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name not in MAY_DIFFER}
+
+
+def _check_settings(arguments: EngineArguments, saved: dict[str, Any], path: Path) -> None:
+    now = _settings(arguments)
+    for name in sorted(now.keys() | saved.keys()):
+        if now.get(name) != saved.get(name):
+            raise UserError(
+                f"--{name} is {now.get(name)}, but the run in {path.parents[1]} was started with {saved.get(name)}: "
+                "go on with that, or start a new run in another --output_dir."
+            )

@@ -1,0 +1,213 @@
+"""Files of texts: plain text, JSON lines, CSV and Parquet, each read as the texts of its rows.
+
+Notable:
+- Rows are read one by one here and not by `datasets`' own loaders: those guess types, take a missing column and the text "NA"
+  for nothing, and cannot say which line is wrong.
+- Every mistake in a file is a `UserError` that names the file, the line or row, what is wrong with it and what to do.
+- Text is UTF-8. A mark of byte order at its beginning is no part of it.
+"""
+
+import codecs
+import csv
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.arguments import UserError
+
+FILE_ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+HEAD = 2**20  # bytes of a text file that are looked at before long work
+LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow counts them with 32 bits
+
+
+def find_files(source: str) -> list[Path]:
+    """The file itself, what the glob matches, or all files below the folder whose ending is known; sorted."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        path = Path(os.path.expanduser(source))
+        str(path).encode()
+        if path.is_dir():
+            names = (Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files)
+            found = sorted(name for name in names if name.suffix.lower() in FILE_ENDINGS and name.is_file())
+            if not found:
+                raise UserError(f"--dataset {source}: there is no {', '.join(FILE_ENDINGS)} file in this folder.")
+            return found
+        if not path.exists() and glob.has_magic(str(path)):
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+            if not found:
+                raise UserError(f"--dataset {source}: no file here matches this pattern.")
+            return found
+        if not path.is_file():
+            raise UserError(f"--dataset {source}: no such file or folder.")
+        return [path]
+    except OSError as error:
+        raise UserError(f"--dataset {source}: {error.strerror}: {error.filename}.") from error
+    except ValueError as error:
+        raise UserError(f"--dataset {source!r}: this is no name of a file ({error}).") from error
+
+
+def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+    """The text of every row, or of the whole file where its ending is that of no table; a row that says null is blank.
+
+    Args:
+        text_column: the column, or the JSON key, that holds the text.
+        errors: `"strict"` refuses what is not UTF-8, `"replace"` puts � in its place.
+
+    Raises:
+        UserError: the file cannot be read, is not what its ending says, or has a row without text.
+    """
+    with _system_errors(path):
+        yield from READERS.get(path.suffix.lower(), _text_file)(path, text_column, errors)
+
+
+def check_file(path: Path, text_column: str, errors: str) -> None:
+    """Refuse what the beginning of a file shows to be wrong.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    with _system_errors(path):
+        if path.suffix.lower() in READERS:
+            next(read_file(path, text_column, errors), None)
+        else:
+            _check_text_file(path, errors)
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with _system_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_of(row: dict[str, Any], text_column: str, place: str) -> str:
+    """The text of a row; `place` is what an error says first."""
+    if text_column not in row:
+        raise UserError(f"{place} has no {text_column!r}; it has {', '.join(map(str, row)) or 'nothing'}. Set --text_column.")
+    text = row[text_column]
+    if not isinstance(text, str | None):
+        raise UserError(f"{place} has no text under {text_column!r} but {type(text).__name__}. Set --text_column.")
+    return text or ""
+
+
+def check_column(place: str, text_column: str, columns: list[str]) -> None:
+    """Refuse columns that `text_column` is not among."""
+    if text_column not in columns:
+        raise UserError(f"{place}: no column {text_column!r}; it has {', '.join(columns) or 'none'}. Set --text_column.")
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--dataset {path}: {error.strerror or error}.") from error
+
+
+def _text_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+    _check_text_file(path, errors)
+    yield _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1, errors)
+
+
+def _check_text_file(path: Path, errors: str) -> None:
+    """What can be said after a look at its beginning."""
+    if path.stat().st_size > LONGEST_DOCUMENT:
+        raise UserError(f"--dataset {path}: a document can have 2 GB at most: cut the file into several.")
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if len(head) == HEAD:
+        head = head[: head.rfind(b"\n") + 1]  # it may end within a character
+    _decoded(head, path, 1, errors)
+
+
+def _jsonl_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+    for number, line in _lines(path, errors):
+        if line.isspace():
+            continue
+        place = f"--dataset {path}: line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{place} is not JSON ({error}): it must look like {{"{text_column}": "..."}}.') from error
+        if not isinstance(row, dict):
+            raise UserError(f'{place} is no object but {type(row).__name__}: it must look like {{"{text_column}": "..."}}.')
+        text = text_of(row, text_column, place)
+        if errors != "strict":
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+        try:  # JSON can spell half of a character, text cannot hold it
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{place} holds half of a character ({error}): mend it, or set --errors replace.") from error
+        yield text
+
+
+def _csv_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+    csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
+    reader = csv.reader((line for _, line in _lines(path, errors)), strict=True)
+    try:
+        header = next(reader, [])
+        check_column(f"--dataset {path}", text_column, header)
+        for row in reader:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"--dataset {path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts "
+                    "that hold commas into quotes."
+                )
+            if row:
+                yield row[header.index(text_column)]
+    except csv.Error as error:
+        raise UserError(f"--dataset {path}: line {reader.line_num} is not CSV ({error}).") from error
+
+
+def _parquet_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+    number = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            check_column(f"--dataset {path}", text_column, file.schema_arrow.names)
+            kind = file.schema_arrow.field(text_column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                raise UserError(f"--dataset {path}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
+            for batch in file.iter_batches(batch_size=100, columns=[text_column]):
+                for value in batch.column(text_column):
+                    number += 1
+                    yield _decoded(value.as_buffer() or b"", path, number, errors, "row")
+    except pa.ArrowException as error:
+        raise UserError(f"--dataset {path}: this is not a Parquet file, or a damaged one ({error}).") from error
+
+
+def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, errors)
+
+
+def _decoded(data: Any, path: Path, first: int, errors: str, unit: str = "line") -> str:
+    """The text of these bytes, which start with the `first` line (or are that row) of the file."""
+    if unit == "line" and b"\0" in data:
+        raise UserError(f"--dataset {path}: this is a binary file; ScratchGPT reads UTF-8 text.")
+    try:
+        return str(data, "utf-8", errors)
+    except UnicodeDecodeError as error:
+        number = first + (error.object.count(b"\n", 0, error.start) if unit == "line" else 0)
+        start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1 if unit == "line" else 0)
+        raise UserError(
+            f"--dataset {path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): save it as "
+            "UTF-8, or set --errors replace."
+        ) from error
+
+
+READERS: dict[str, Callable[[Path, str, str], Iterator[str]]] = {
+    ".jsonl": _jsonl_file,
+    ".csv": _csv_file,
+    ".parquet": _parquet_file,
+}

@@ -1,0 +1,93 @@
+"""What a model is made of and what a token costs, counted from its config alone; and what the device can do.
+
+Notable:
+- Parameters are counted by the part they belong to; a head that shares the embedding's weights is counted once, there.
+- FLOPs are those of the matrix products, a multiplication and an addition for each weight: 2 forward, 4 backward.
+- A device's peak is measured with one large matrix product, so that it needs no table of devices.
+"""
+
+import time
+
+import torch
+
+from modeling_scratchgpt import ScratchGPTConfig
+
+PEAK_SECONDS = 0.2  # long enough for a steady clock, short enough not to be noticed
+
+
+def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
+    """How many parameters a `ScratchGPTForCausalLM` has in each of its parts.
+
+    Returns:
+        Counts for `embeddings`, `positions`, `attention`, `MLP`, `norms` and `head`, all layers together. Their sum is
+        `model.num_parameters()`: a tied head has none of its own, and rotary positions have none at all.
+    """
+    width, layers, norm = config.hidden_size, config.num_hidden_layers, 2 if config.norm_type == "layernorm" else 1
+    query, key_value, inner = widths(config)
+    biases = config.attention_bias * (query + 2 * key_value + width)
+    mlp_biases = config.mlp_bias * ((_mlp_matrices(config) - 1) * inner + width)
+    qk_norms = 2 * (query // config.num_attention_heads) if config.qk_norm else 0
+    return {
+        "embeddings": config.vocab_size * width,
+        "positions": config.max_position_embeddings * width if config.position_embedding_type == "learned" else 0,
+        "attention": layers * (2 * width * (query + key_value) + biases),
+        "MLP": layers * (_mlp_matrices(config) * width * inner + mlp_biases),
+        "norms": layers * (2 * norm * width + qk_norms) + norm * width,
+        "head": 0 if config.tie_word_embeddings else config.vocab_size * width,
+    }
+
+
+def flops_per_token(config: ScratchGPTConfig, context_length: int) -> float:
+    """Floating-point operations of training on one token, forward and backward, as PaLM's paper and nanoGPT count them.
+
+    6 for each weight of a matrix that multiplies: those of the blocks, and the head's, which is a product also when its weights
+    are the embedding's; looking up an embedding is none. And 12 x layers x heads x head_dim x context for attention's scores
+    and its sum of values. That counts every pair of tokens; a causal model needs half of them, and a kernel that leaves the
+    others out does less work than is counted here.
+
+    Source: Chowdhery et al., 2022, "PaLM", appendix B.
+
+    Args:
+        context_length: tokens in a window.
+    """
+    query, key_value, inner = widths(config)
+    block = 2 * config.hidden_size * (query + key_value) + _mlp_matrices(config) * config.hidden_size * inner
+    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * query * context_length
+
+
+@torch.no_grad()
+def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best matrix product found in a fifth of a second: what "100 % utilisation" means here.
+
+    The matrices grow until one product takes a fair part of that time: devices differ by a factor of a million, and one that
+    is slow in this dtype (bfloat16 on many CPUs) must not be kept busy for minutes.
+    """
+    best, side, start = 0.0, 128, time.perf_counter()
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    seconds = _seconds_of_product(matrix)  # the first wakes threads and libraries, and does not count
+    while (spent := time.perf_counter() - start) < PEAK_SECONDS:
+        seconds = _seconds_of_product(matrix)
+        best = max(best, 2 * side**3 / seconds)
+        if side < 8192 and 32 * seconds < PEAK_SECONDS - spent:  # twice the side is eight times the work
+            side *= 2
+            matrix = torch.randn(side, side, device=device).to(dtype)
+            _seconds_of_product(matrix)
+    return best or 2 * side**3 / seconds
+
+
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    start = time.perf_counter()
+    product = matrix @ matrix
+    product[0, 0].item()  # a GPU works on while Python runs ahead: asking for a number waits for it
+    return time.perf_counter() - start
+
+
+def widths(config: ScratchGPTConfig) -> tuple[int, int, int]:
+    """Widths of all query heads together, of all key heads, and inside the MLP; the config has derived what was not given."""
+    query, key_value = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))  # type: ignore[operator]
+    return query, key_value, config.intermediate_size  # type: ignore[return-value]
+
+
+def _mlp_matrices(config: ScratchGPTConfig) -> int:
+    return 3 if config.mlp_type == "gated" else 2
