@@ -81,6 +81,26 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
         raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
 
 
+def optimization(
+    arguments: EngineArguments, model: PreTrainedModel
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
+    """The optimizers of a run and their schedules; the model is told how to keep its activations."""
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizers = make_optimizers(
+        model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
+    )
+    schedules = make_schedules(
+        optimizers,
+        arguments.schedule,
+        math.ceil(arguments.warmup_fraction * arguments.max_steps),
+        arguments.max_steps,
+        arguments.final_fraction,
+        arguments.decay_fraction,
+    )
+    return optimizers, schedules
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[Evaluation]):
     """What a run has come to."""
@@ -120,19 +140,7 @@ def train(
     """
     output_dir = Path(os.path.expanduser(arguments.output_dir))
     checkpoints = output_dir / "checkpoints"
-    if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizers = make_optimizers(
-        model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
-    )
-    schedules = make_schedules(
-        optimizers,
-        arguments.schedule,
-        math.ceil(arguments.warmup_fraction * arguments.max_steps),
-        arguments.max_steps,
-        arguments.final_fraction,
-        arguments.decay_fraction,
-    )
+    optimizers, schedules = optimization(arguments, model)
     prepared_model, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     before = evaluate(prepared_model)
     accelerator.print(f"\nBefore training: {before}.\n\n{show()}")

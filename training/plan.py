@@ -26,9 +26,9 @@ from accelerate.utils import gather_object
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
 from training.arguments import UserError, model_config, parse_arguments, run
+from training.engine import optimization
 from training.flops import flops_per_token, measured_peak, parameters_by_part, widths
 from training.loop import start_accelerator, training_steps
-from training.optimizers import make_optimizers, make_schedules
 from training.pretrain import PretrainArguments
 
 FLOAT = 4  # bytes
@@ -150,19 +150,7 @@ def random_batches(vocab_size: int, rows: int, context_length: int, device: torc
 def probe(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig, seconds: float) -> list[float]:
     """Train on random tokens for about so many seconds; how long each step took, but the first, which wakes everything up."""
     model = ScratchGPTForCausalLM(config)
-    if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizers = make_optimizers(
-        model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
-    )
-    schedules = make_schedules(
-        optimizers,
-        arguments.schedule,
-        math.ceil(arguments.warmup_fraction * arguments.max_steps),
-        arguments.max_steps,
-        arguments.final_fraction,
-        arguments.decay_fraction,
-    )
+    optimizers, schedules = optimization(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     rows = arguments.batch_size // accelerator.num_processes
     batches = random_batches(config.vocab_size, rows, arguments.context_length, accelerator.device)
