@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
@@ -31,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from tqdm.auto import tqdm
 
 from training.arguments import UserError
+from training.cache import appearing_whole, cached
 from training.docstrings import TEXT, read_docs, read_docstrings
 from training.files import FILE_ENDINGS, check_column, check_file, digest_of, find_files, read_file, text_of
 
@@ -312,9 +312,9 @@ def _without_near_copies(corpora: list[Corpus], threshold: float) -> list[Corpus
     digest = hashlib.sha256(f"{threshold}".encode())
     for text in _encoded_texts(texts):
         digest.update(hashlib.sha256(text).digest())
-    path = _cached(f"near {digest.hexdigest()}", "npy")
+    path = cached(f"near {digest.hexdigest()}", "npy")
     if not path.exists():
-        with _appearing_whole(path) as temporary, open(temporary, "wb") as file:
+        with appearing_whole(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.fromiter(_first_of_each_kind(texts, threshold), dtype=np.int64))
     kept, start, thinned = np.load(path), 0, []
     for corpus in corpora:
@@ -358,10 +358,10 @@ def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 def _stored(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
     """The texts as a memory-mapped dataset: written once, then read from the cache."""
-    path = _cached(key, "arrow")
+    path = cached(key, "arrow")
     if not path.exists():
         bar = tqdm(texts, desc=description, unit=" documents", disable=not description)
-        with _appearing_whole(path) as temporary, pa.ipc.new_stream(str(temporary), TEXT.arrow_schema) as writer:
+        with appearing_whole(path) as temporary, pa.ipc.new_stream(str(temporary), TEXT.arrow_schema) as writer:
             batch: list[bytes] = []
             size = 0
             for text in bar:
@@ -383,23 +383,6 @@ def _record_batch(texts: list[bytes]) -> pa.RecordBatch:
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
     return pa.record_batch([column], schema=TEXT.arrow_schema)
-
-
-def _cached(key: str, ending: str) -> Path:
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.{ending}"
-
-
-@contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 __all__ = ["Corpus", "Splits", "check_sources", "read_corpora", "read_docs", "read_docstrings", "split_documents"]

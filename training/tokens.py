@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from training.arguments import UserError
+from training.cache import appearing_whole, cached
 
 # Before white space after a letter or digit: GPT-2's and GPT-4's split, and those on white space, all begin a new word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -47,7 +47,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
         UserError: the vocabulary is too small for the corpus; the file in the cache is damaged.
     """
     digest, _ = _content(texts)
-    path = _cached(f"tokenizer {kind} {vocab_size} {digest}", "json")
+    path = cached(f"tokenizer {kind} {vocab_size} {digest}", "json")
     if not path.exists():
         passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
         try:
@@ -55,7 +55,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
         except ValueError as error:  # only the corpus tells how many characters it has
             raise UserError(f"--vocab_size {vocab_size} with --tokenizer {kind}: {error}") from error
         content = {"tokenizer": trained.backend_tokenizer.to_str(), "special_tokens": trained.special_tokens_map}
-        with _appearing_whole(path) as temporary:
+        with appearing_whole(path) as temporary:
             temporary.write_text(json.dumps(content))
     try:
         content = json.loads(path.read_text())
@@ -81,11 +81,11 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
     backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     digest, num_bytes = _content(texts)
-    path = _cached(f"tokens {bos} {eos} {backend.to_str()} {digest}", dtype.name)
+    path = cached(f"tokens {bos} {eos} {backend.to_str()} {digest}", dtype.name)
     if not _is_whole(path, dtype):
         lengths, length = [], 0
         bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True)
-        with _appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
+        with appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
                 for (text, is_first, is_last), encoding in zip(pieces, encodings, strict=True):
@@ -158,21 +158,3 @@ def _is_whole(path: Path, dtype: np.dtype) -> bool:
         return False
     num_documents, num_ids = _counts(path)
     return path.stat().st_size == num_ids * dtype.itemsize + (num_documents + 2) * 8
-
-
-def _cached(made_from: str, ending: str) -> Path:
-    """Where the thing made from this is kept, beside the cache of `datasets`."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.{ending}"
-
-
-@contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
