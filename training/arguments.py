@@ -61,7 +61,7 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     """Fill the dataclass from its `config` YAML, then from the command line.
 
     Args:
-        arguments_class: a dataclass whose fields are options; `config` holds the path of the default YAML file.
+        arguments_class: a dataclass whose fields are options; `config` holds the path of the default YAML file, or nothing.
         description: what `--help` says first.
         argv: the typed arguments; those of the process when not given.
 
@@ -74,7 +74,7 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     first_look.add_argument("--config", default=parser.get_default("config"))
     config_file = first_look.parse_known_args(typed)[0].config
     try:
-        content = _read_yaml(config_file)
+        content = _read_yaml(config_file) if config_file else {}
         unknown = content.keys() - {field.name for field in dataclasses.fields(arguments_class)} | content.keys() & {"config"}  # type: ignore[arg-type]
         if unknown:
             raise UserError(f"unrecognized names: {', '.join(sorted(unknown))} (--help lists all arguments)")

@@ -29,7 +29,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from tqdm.auto import tqdm
 
-from training.arguments import UserError
+from training.arguments import UserError, option
 from training.cache import appearing_whole, cached
 from training.docstrings import TEXT, read_docs, read_docstrings
 from training.files import FILE_ENDINGS, check_column, check_file, digest_of, find_files, read_file, text_of
@@ -37,6 +37,26 @@ from training.files import FILE_ENDINGS, check_column, check_file, digest_of, fi
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
 NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
 SHINGLE = 5  # words
+
+
+@dataclass
+class CorpusArguments:
+    """What can be asked of the texts of a run."""
+
+    dataset: list[str] = option(
+        ["docs"], "`docs`; .txt, .md, .jsonl, .parquet and .csv files, folders and globs of them; ids of datasets on the Hub."
+    )
+    text_column: str = option("text", "Column of the text where there are columns.")
+    errors: str = option(
+        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
+    )
+    streaming: bool = option(False, "Download only what is read of a dataset on the Hub.")
+    max_documents: int = option(0, "Most documents to read from each source; 0 for all.")
+    near_duplicates: float = option(
+        0.0, "Drop documents that share this much with an earlier one (Jaccard); 0 for copies only."
+    )
+    validation_fraction: float = option(0.01, "Share held out: whole documents, or the end of each if they are few.")
+    test_fraction: float = option(0.0, "Share held out for one last look at the end.")
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,40 @@ def read_corpora(
             what = "every text in it stands in a source before it: leave it out" if dropped else "there is no text in it"
             raise UserError(f"--dataset {source}: {what}.")
     return corpora
+
+
+def corpora_of(arguments: CorpusArguments) -> list[Corpus]:
+    """The corpora that a run was given: see `read_corpora`."""
+    return read_corpora(
+        arguments.dataset,
+        arguments.text_column,
+        arguments.errors,
+        arguments.streaming,
+        arguments.max_documents,
+        arguments.near_duplicates,
+    )
+
+
+def splits_of(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[Splits]:
+    """Each corpus of a run, split as it was told: see `split_documents`."""
+    fractions = arguments.validation_fraction, arguments.test_fraction
+    return [split_documents(corpus.documents, *fractions, seed) for corpus in corpora]
+
+
+def check_corpora(arguments: CorpusArguments) -> None:
+    """Refuse nonsense, and sources that cannot be read, before any long work."""
+    if not 0 < arguments.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
+    if not 0 <= arguments.test_fraction < 1 - arguments.validation_fraction:
+        raise UserError(
+            f"--test_fraction must be zero or more, and leave something to train on beside --validation_fraction "
+            f"{arguments.validation_fraction}; got {arguments.test_fraction}."
+        )
+    if not 0 <= arguments.near_duplicates <= 1:
+        raise UserError(f"--near_duplicates must be between 0 and 1, got {arguments.near_duplicates}.")
+    if arguments.max_documents < 0:
+        raise UserError(f"--max_documents must be zero or more, got {arguments.max_documents}.")
+    check_sources(arguments.dataset, arguments.text_column, arguments.errors)
 
 
 def check_sources(sources: list[str], text_column: str = "text", errors: str = "strict") -> None:
@@ -385,4 +439,16 @@ def _record_batch(texts: list[bytes]) -> pa.RecordBatch:
     return pa.record_batch([column], schema=TEXT.arrow_schema)
 
 
-__all__ = ["Corpus", "Splits", "check_sources", "read_corpora", "read_docs", "read_docstrings", "split_documents"]
+__all__ = [
+    "Corpus",
+    "CorpusArguments",
+    "Splits",
+    "check_corpora",
+    "check_sources",
+    "corpora_of",
+    "read_corpora",
+    "read_docs",
+    "read_docstrings",
+    "split_documents",
+    "splits_of",
+]

@@ -1,9 +1,11 @@
 """How good a model is, and the file that remembers it."""
 
+import inspect
 import json
 import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn import functional
 from tqdm.auto import tqdm
 
 from training.arguments import UserError
-from training.loop import check_finite
 from training.windows import IGNORED
 
 
@@ -33,27 +35,49 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, torch.Tensor]], num_bytes: int
+    accelerator: Accelerator, model: nn.Module, loader: Collection[dict[str, torch.Tensor]], num_bytes: int
 ) -> Evaluation:
     """Score every label of the loader once, weighted by tokens.
 
     Args:
-        accelerator, model, loader: prepared by Accelerate.
+        accelerator, model, loader: prepared by Accelerate; the model is any causal language model of transformers.
         num_bytes: length in UTF-8 bytes of the text that the labels spell.
 
     Raises:
         UserError: the loss is not a finite number.
     """
     model.eval()
-    nats, tokens = 0.0, 0
-    bar = tqdm(loader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process)
-    for batch in bar:
-        nats += model(**batch, num_items_in_batch=1, use_cache=False).loss.item()  # divided by one: a sum
-        tokens += int((batch["shift_labels"] != IGNORED).sum())
+    takes = inspect.signature(accelerator.unwrap_model(model).forward).parameters
+    nats, tokens, start = 0.0, 0, time.perf_counter()
+    with tqdm(loader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process) as bar:
+        for batch in bar:
+            if "skip_logits" in takes:  # ours: the loss straight from the hidden states
+                nats += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()  # / 1: a sum
+            else:
+                nats += _nats(model, batch["input_ids"], batch["shift_labels"], "logits_to_keep" in takes)
+            tokens += int((batch["shift_labels"] != IGNORED).sum())
+            speed = tokens * accelerator.num_processes / (time.perf_counter() - start)
+            bar.set_postfix_str(f"loss {nats / max(tokens, 1):.3f}, {speed:,.0f} tokens/s", refresh=False)
     nats, tokens = (sum(column) for column in zip(*gather_object([(nats, tokens)]), strict=True))
     loss = nats / tokens
-    check_finite(loss, "the loss on the held-out text")
+    if not math.isfinite(loss):
+        raise UserError(f"the loss on the text is {loss}: the model's weights have blown up, or are not all numbers.")
     return Evaluation(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
+
+
+def _nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, keeps: bool) -> float:
+    """Minus the log-probability that the model's logits give to all labels (B, T) that count.
+
+    Args:
+        keeps: whether the model takes `logits_to_keep`; what comes before the first label of all rows then costs no logits.
+    """
+    first = int((labels != IGNORED).any(0).int().argmax())
+    labels = labels[:, first:]
+    logits = model(input_ids, use_cache=False, **({"logits_to_keep": labels.shape[1]} if keeps else {})).logits
+    nats = 0.0
+    for row, targets in zip(logits[:, -labels.shape[1] :], labels, strict=True):  # one at a time: float32 copies are large
+        nats += functional.cross_entropy(row.float(), targets, ignore_index=IGNORED, reduction="sum").item()
+    return nats
 
 
 class MetricsFile:

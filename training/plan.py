@@ -30,6 +30,7 @@ from training.engine import optimization
 from training.flops import flops_per_token, measured_peak, parameters_by_part, widths
 from training.loop import start_accelerator, training_steps
 from training.pretrain import PretrainArguments
+from training.report import duration
 
 FLOAT = 4  # bytes
 MAPPED_BYTES = 2**25  # from here on glibc asks the system for each block, and gives it back
@@ -193,14 +194,6 @@ def device_memory(device: torch.device) -> tuple[int, int, bool]:
     library, version = platform.libc_ver()
     is_old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
     return psutil.virtual_memory().total, psutil.Process().memory_info().rss, not is_old
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
 
 
 def table(title: str, parts: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
 from training.checkpoints import check_output_folder, whole_weights, written_whole
-from training.corpora import check_sources, read_corpora, split_documents
+from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
 from training.engine import EngineArguments, check_engine, train
 from training.flops import flops_per_token
 from training.loop import start_accelerator
@@ -35,24 +35,10 @@ NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 
 
 @dataclass
-class PretrainArguments(EngineArguments):
+class PretrainArguments(EngineArguments, CorpusArguments):
     config: str = option("training/configs/pretrain.yaml", "YAML file with values for any of these arguments.")
-    dataset: list[str] = option(
-        ["docs"], "`docs`; .txt, .md, .jsonl, .parquet and .csv files, folders and globs of them; ids of datasets on the Hub."
-    )
-    text_column: str = option("text", "Column of the text where there are columns.")
-    errors: str = option(
-        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
-    )
-    streaming: bool = option(False, "Download only what is read of a dataset on the Hub.")
-    max_documents: int = option(0, "Most documents to read from each source; 0 for all.")
-    near_duplicates: float = option(
-        0.0, "Drop documents that share this much with an earlier one (Jaccard); 0 for copies only."
-    )
     dataset_weights: list[float] = option([], "How much each source counts; by its tokens if not given.")
     mixing_alpha: float = option(1.0, "Sources are drawn from in proportion to weight^alpha.")
-    validation_fraction: float = option(0.02, "Share held out: whole documents, or the end of each if they are few.")
-    test_fraction: float = option(0.0, "Share held out for one last look at the end.")
     tokenizer: str = option("bpe", "Kind of the tokenizer that is trained on the corpus.", choices=TOKENIZERS)
     vocab_size: int = option(4096, "Most tokens of the tokenizer.")
     model: list[str] = model_option()
@@ -79,23 +65,12 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
             f"--vocab_size must be at least {least} for --tokenizer {arguments.tokenizer}, and at most {MAX_VOCAB_SIZE}; "
             f"got {arguments.vocab_size}."
         )
-    if not 0 < arguments.validation_fraction < 1:
-        raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
-    if not 0 <= arguments.test_fraction < 1 - arguments.validation_fraction:
-        raise UserError(
-            f"--test_fraction must be zero or more, and leave something to train on beside --validation_fraction "
-            f"{arguments.validation_fraction}; got {arguments.test_fraction}."
-        )
-    if not 0 <= arguments.near_duplicates <= 1:
-        raise UserError(f"--near_duplicates must be between 0 and 1, got {arguments.near_duplicates}.")
-    if arguments.max_documents < 0:
-        raise UserError(f"--max_documents must be zero or more, got {arguments.max_documents}.")
     if arguments.dataset_weights and len(arguments.dataset_weights) != len(arguments.dataset):
         counts = f"{len(arguments.dataset_weights)} weights for {len(arguments.dataset)} sources"
         raise UserError(f"--dataset_weights gives {counts}: give one a source.")
     if not all(0 < weight < float("inf") for weight in (1, *arguments.dataset_weights)):
         raise UserError(f"--dataset_weights must be positive numbers, got {' '.join(map(str, arguments.dataset_weights))}.")
-    check_sources(arguments.dataset, arguments.text_column, arguments.errors)
+    check_corpora(arguments)
 
 
 def mixture(arguments: PretrainArguments, sources: list[Tokens]) -> list[float] | None:
@@ -130,18 +105,8 @@ def main() -> None:
     dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
-        corpora = read_corpora(
-            arguments.dataset,
-            arguments.text_column,
-            arguments.errors,
-            arguments.streaming,
-            arguments.max_documents,
-            arguments.near_duplicates,
-        )
-        splits = [
-            split_documents(corpus.documents, arguments.validation_fraction, arguments.test_fraction, arguments.seed)
-            for corpus in corpora
-        ]
+        corpora = corpora_of(arguments)
+        splits = splits_of(arguments, corpora, arguments.seed)
         training_texts, validation_texts, test_texts = (
             concatenate_datasets([getattr(split, name) for split in splits]) for name in ("train", "validation", "test")
         )

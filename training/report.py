@@ -147,7 +147,10 @@ def hardware(num_processes: int) -> str:
 
 def duration(seconds: float) -> str:
     """A time for people."""
-    return f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 def _without_folders(word: str) -> str:

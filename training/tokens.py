@@ -2,6 +2,8 @@
 
 Notable:
 - The ids of a split stand one after another in a file that is memory-mapped: `<bos> document <eos> <bos> document <eos> ...`
+- Where another model's tokenizer has one token for beginning and end, or only one of them, a single one stands between two
+  documents, and one at each end. So the first token that is predicted is the first of the text, unless there is neither.
 - Tokenizer and ids are named by the content that they are made from: reused when nothing has changed, and never otherwise.
 - Long documents are encoded piece by piece, so memory does not grow with them. They are cut where no split into words sees it.
 """
@@ -73,23 +75,27 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
 
     Args:
         texts: a dataset with the column `text`.
-        tokenizer: a fast tokenizer with `bos_token_id` and `eos_token_id`.
+        tokenizer: a fast tokenizer.
         name: what the progress bar calls the texts.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    marks = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
+    backend.no_truncation()
+    backend.no_padding()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     digest, num_bytes = _content(texts)
-    path = cached(f"tokens {bos} {eos} {backend.to_str()} {digest}", dtype.name)
+    path = cached(f"tokens {marks} {backend.to_str()} {digest}", dtype.name)
     if not _is_whole(path, dtype):
-        lengths, length = [], 0
+        lengths: list[int] = []
+        length = 0
         bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True)
         with appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
                 for (text, is_first, is_last), encoding in zip(pieces, encodings, strict=True):
-                    ids = [bos] * is_first + encoding.ids + [eos] * is_last
+                    begins = is_first and (len(set(marks)) == 2 or not lengths)
+                    ids = marks[:1] * begins + encoding.ids + marks[-1:] * is_last
                     file.write(np.array(ids, dtype=dtype).tobytes())
                     length += len(ids)
                     if is_last:

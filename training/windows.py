@@ -37,19 +37,28 @@ class Windows(Dataset[Row]):
         pad_token_id: what the end is filled up with.
         split: what an error calls it.
         stride: ids from the beginning of a window to that of the next, 1 to `context_length`.
+        once: whether windows that overlap label only what no window before them did, so that each id is predicted once.
 
     Raises:
         UserError: there are fewer ids than one window needs.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int, split: str, stride: int | None = None):
+    def __init__(
+        self,
+        tokens: Tokens,
+        context_length: int,
+        pad_token_id: int,
+        split: str,
+        stride: int | None = None,
+        once: bool = False,
+    ):
         if len(tokens.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(tokens.ids)} tokens, fewer than one window of --context_length "
                 f"{context_length} and the token after it: give more text, a shorter context or a larger share of it."
             )
         self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
-        self.stride = stride or context_length
+        self.stride, self.once = stride or context_length, once
 
     def __len__(self) -> int:
         return 1 + -(-(len(self.tokens.ids) - 1 - self.context_length) // self.stride)
@@ -61,6 +70,8 @@ class Windows(Dataset[Row]):
         labels = torch.full((self.context_length,), IGNORED)
         inputs[: max(len(ids) - 1, 0)] = ids[:-1]
         labels[: max(len(ids) - 1, 0)] = ids[1:]
+        if self.once and index > 0:
+            labels[: self.context_length - self.stride] = IGNORED
         return {"input_ids": inputs, "shift_labels": labels}
 
 

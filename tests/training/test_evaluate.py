@@ -1,5 +1,6 @@
 """Scores of a model on a text: against sums written out, against the training recipe, and for models of every origin."""
 
+import inspect
 import json
 import math
 import os
@@ -7,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
 from tests.training.conftest import ROOT, TORCHRUN, rows
-from training import evaluate
+from training import evaluate, metrics
 from training.arguments import UserError
 from training.tokens import tokenize
+from training.windows import Windows, evaluation_loader
 
 TEXTS = ["It was a dark and stormy night, naïve reader.\n" * 4, "Nothing else happened. 🙂", "<|eos|> is text here.\n"]
 
@@ -62,51 +63,35 @@ def with_marks(tokenizer: ScratchGPTTokenizer, texts: list[str]) -> list[int]:
     return [token for text in texts for token in (0, *backend.encode(text, add_special_tokens=False).ids, 1)]
 
 
+@pytest.mark.parametrize("is_ours", [True, False], ids=["from hidden states", "from logits"])
 @pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 4), (16, 1), (16, 7), (64, 64), (5, 3)])
-def test_the_loss_is_the_sum_of_log_probabilities(tiny_model, tokenizer, context, stride):
-    ids, num_bytes = evaluate.encode(TEXTS, tokenizer)
-    assert ids.tolist() == with_marks(tokenizer, TEXTS)
-    assert num_bytes == sum(len(text.encode()) for text in TEXTS)
+def test_the_loss_is_the_sum_of_log_probabilities(tiny_model, tokenizer, context, stride, is_ours, monkeypatch):
+    tokens = tokenize(Dataset.from_dict({"text": TEXTS}), tokenizer, "a test")
+    ids = with_marks(tokenizer, TEXTS)
+    assert tokens.ids.tolist() == ids
     nats = 0.0
     for place in range(1, len(ids)):
         start = max(0, math.ceil((place - context) / stride)) * stride
-        nats -= log_probability(tiny_model, ids.tolist(), start, place)
+        nats -= log_probability(tiny_model, ids, start, place)
         assert place - start > context - stride or start == 0
-    chosen = evaluate.windows(len(ids), context, stride)
-    result = evaluate.score(Accelerator(), tiny_model, ids, num_bytes, chosen, batch_size=3)
+    if not is_ours:
+        monkeypatch.setattr(metrics.inspect, "signature", lambda _: inspect.Signature())
+    loader = evaluation_loader(Windows(tokens, context, 2, "test", stride, once=True), 3)
+    result = metrics.evaluate(Accelerator(), tiny_model, loader, tokens.num_bytes)
     assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
-    assert (result.tokens, result.bytes) == (len(ids) - 1, num_bytes)
-
-
-def test_windows_score_every_token_but_the_first_once():
-    for num_ids in range(2, 40):
-        for context in range(1, 12):
-            for stride in range(1, context + 1):
-                chosen = evaluate.windows(num_ids, context, stride)
-                assert [place for _, first, end in chosen for place in range(first, end)] == list(range(1, num_ids))
-                for start, first, end in chosen:
-                    assert 0 < end - start - 1 <= context
-                    assert first - start > context - stride or start == 0
-
-
-def test_the_ids_are_those_of_training(tokenizer):
-    corpus = datasets.Dataset.from_dict({"text": TEXTS})
-    expected = tokenize(corpus, tokenizer, "a test")
-    ids, num_bytes = evaluate.encode(TEXTS, tokenizer)
-    np.testing.assert_array_equal(ids, expected.ids)
-    assert num_bytes == expected.num_bytes
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-5)
 
 
 def test_one_mark_between_documents_where_beginning_and_end_are_one(tokenizer):
-    other = ScratchGPTTokenizer(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|eos|>", eos_token="<|eos|>")
+    def ids(**marks: str) -> list[int]:
+        other = ScratchGPTTokenizer(tokenizer_object=tokenizer.backend_tokenizer, **marks)
+        return tokenize(Dataset.from_dict({"text": TEXTS[:2]}), other, "a test").ids.tolist()
+
     parts = [tokenizer(text)["input_ids"] for text in TEXTS[:2]]
-    assert evaluate.encode(TEXTS[:2], other)[0].tolist() == [1, *parts[0], 1, *parts[1], 1]
-    only_end = ScratchGPTTokenizer(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|eos|>")
-    assert evaluate.encode(TEXTS[:2], only_end)[0].tolist() == [1, *parts[0], 1, *parts[1], 1]
-    neither = ScratchGPTTokenizer(tokenizer_object=tokenizer.backend_tokenizer)
-    assert evaluate.encode(TEXTS[:2], neither)[0].tolist() == [*parts[0], *parts[1]]
+    assert ids(bos_token="<|eos|>", eos_token="<|eos|>") == [1, *parts[0], 1, *parts[1], 1]
+    assert ids(eos_token="<|eos|>") == [1, *parts[0], 1, *parts[1], 1]
+    assert ids() == [*parts[0], *parts[1]]
 
 
 @pytest.mark.parametrize("stride", [0, 8])
@@ -132,10 +117,10 @@ def test_more_context_is_the_default_and_the_line_says_all(folder, text, monkeyp
     line, bar = capsys.readouterr()
     facts = run_main(monkeypatch, capsys, "--model", folder, "--dataset", text, "--context_length", 64)
     assert line == (
-        f"loss {facts['loss']:.4f}, perplexity {facts['perplexity']:,.2f}, {facts['bits_per_byte']:.4f} bits per byte "
+        f"loss {facts['loss']:.3f}, perplexity {facts['perplexity']:,.1f}, {facts['bits_per_byte']:.3f} bits per byte "
         f"({facts['tokens']:,} tokens, {facts['bytes']:,} bytes)\n"
     )
-    assert "tokens/s" in bar
+    assert "Evaluating" in bar
 
 
 def test_the_recipe_says_the_same_of_its_validation_text(run, book, monkeypatch, capsys):
@@ -201,7 +186,7 @@ def test_mistakes_end_in_one_line(folder, text, tiny_model, tokenizer, tmp_path,
         ([folder, "--stride", 65], "--stride 65 would leave tokens out: it must be at most 64"),
         ([folder, "--stride", -1], "--stride must be at least 0, got -1"),
         ([folder, "--split", "test"], "--split test: say what part"),
-        ([folder, "--split", "train", "--validation_fraction", 1], "--validation_fraction and --test_fraction"),
+        ([folder, "--split", "train", "--validation_fraction", 1], "--validation_fraction must be between 0 and 1, got 1.0"),
         ([folder, "--dataset", empty], "no text"),
         ([folder, "--dataset", missing], "missing"),
     ):
@@ -223,9 +208,10 @@ def test_models_that_do_not_fit_their_text(tiny_model, folder, text, tmp_path, m
         evaluate.main()
     with torch.no_grad():
         tiny_model.lm_head.weight.fill_(math.nan)
-    ids = np.arange(3, 20)
-    with pytest.raises(UserError, match="the loss is nan"):
-        evaluate.score(Accelerator(), tiny_model, ids, 17, evaluate.windows(17, 8, 8), 2)
+    tiny_model.save_pretrained(folder)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--dataset", str(text)])
+    with pytest.raises(UserError, match="the loss on the text is nan: the model's weights"):
+        evaluate.main()
 
 
 def test_the_model_stays_on_our_class(folder):

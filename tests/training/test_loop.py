@@ -119,7 +119,7 @@ def test_evaluation_by_hand(tiny_model):
 def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss on the held-out text is nan"):
+    with pytest.raises(UserError, match="the loss on the text is nan"):
         evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
 
 

@@ -29,6 +29,22 @@ def test_every_token_but_the_first_is_predicted_once(length, context_length, bat
     assert predicted == ids[1:].tolist()
 
 
+@settings(deadline=None)
+@given(length=st.integers(2, 200), context_length=st.integers(1, 30), batch_size=st.integers(1, 9), data=st.data())
+def test_overlapping_windows_predict_each_token_once_from_the_context_promised(length, context_length, batch_size, data):
+    if length <= context_length:
+        return
+    stride = data.draw(st.integers(1, context_length))
+    ids = np.arange(10, 10 + length, dtype=np.uint16)
+    windows = Windows(Tokens(ids, 0, NO_STARTS), context_length, 2, "test", stride, once=True)
+    predicted = []
+    for number, row in enumerate(row for batch in evaluation_loader(windows, batch_size) for row in batch["shift_labels"]):
+        places = (row != IGNORED).nonzero().flatten().tolist()
+        assert number == 0 or not places or places[0] == context_length - stride
+        predicted += row[places].tolist()
+    assert predicted == ids[1:].tolist()
+
+
 def test_windows_by_hand():
     windows = Windows(Tokens(np.array([5, 6, 7, 8, 9, 10], dtype=np.uint16), 0, NO_STARTS), 3, pad_token_id=2, split="test")
     assert len(windows) == 2
