@@ -24,8 +24,13 @@ SCHEDULES = ("cosine", "linear", "wsd")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products are fast in: bfloat16 on GPUs that have it; on many CPUs it is 100 times slower than float32."""
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """What matrix products are fast in: bfloat16 where the hardware has it. A CPU without is 100 times slower in it than in
+    float32; one with it takes a quarter of the time."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
