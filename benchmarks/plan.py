@@ -26,13 +26,13 @@ MEASURED_SECONDS = 20.0
 GPT2 = "--model preset=124M"
 SHAPES = {
     "the recipe": "",
-    "the recipe, with Muon": "--optimizer muon",
+    "the recipe, with AdamW": "--optimizer adamw",
     "GPT-2, 6 x 384, vocabulary 50,257": f"{GPT2} num_hidden_layers=6 hidden_size=384 num_attention_heads=6 "
     "--vocab_size 50257 --batch_size 8",
     "the same, 4 micro-batches": f"{GPT2} num_hidden_layers=6 hidden_size=384 num_attention_heads=6 "
     "--vocab_size 50257 --batch_size 2 --gradient_accumulation_steps 4",
     "GPT-2 124M": f"{GPT2} --vocab_size 50257 --batch_size 2",
-    "GPT-2 124M, with Muon": f"{GPT2} --vocab_size 50257 --batch_size 2 --optimizer muon",
+    "GPT-2 124M, with AdamW": f"{GPT2} --vocab_size 50257 --batch_size 2 --optimizer adamw",
     "modern, 8 x 512, context 512": "--model num_hidden_layers=8 hidden_size=512 num_attention_heads=8 num_key_value_heads=2 "
     "--context_length 512 --batch_size 8",
     "the same, gradient checkpointing": "--model num_hidden_layers=8 hidden_size=512 num_attention_heads=8 "

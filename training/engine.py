@@ -86,7 +86,8 @@ def optimization(
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
     """The optimizers of a run and their schedules; the model is told how to keep its activations."""
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # It was given a new name in the transformers that constraints.txt pins; the oldest that works has only the old one.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizers = make_optimizers(
         model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
     )

@@ -86,7 +86,8 @@ def optimizer_floats(config: ScratchGPTConfig, optimizer: str) -> tuple[int, int
     ):
         by_shape[shape] = by_shape.get(shape, 0) + count * layers
     matrices = sum(rows * columns * count for (rows, columns), count in by_shape.items())
-    # Of the matrices of one shape: directions, their stack, the iterate and the next one, and two squares of the short side.
+    # Of the matrices of one shape: directions, their stack, the iterate and the next one, and two squares of the short side;
+    # a little less where they are bfloat16.
     work = max(count * (4 * rows * columns + 2 * min(rows, columns) ** 2) for (rows, columns), count in by_shape.items())
     return 2 * parameters - matrices, work
 
