@@ -1,14 +1,13 @@
 """Why the recipe's settings are what they are: the first run, shortened, with one thing changed at a time.
 
-    python benchmarks/defaults.py                                  # about two minutes a row
-    accelerate launch --mixed_precision bf16 benchmarks/defaults.py  # in bfloat16, where the processor has it
+    python benchmarks/defaults.py                                  # two to three minutes a row
+    ACCELERATE_MIXED_PRECISION=bf16 python benchmarks/defaults.py  # where the processor has bfloat16
 
 Every row trains on as many tokens, from scratch, and is measured on the same held-out modules.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,9 +40,7 @@ def measure(words: list[str], num_steps: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "training/pretrain.py", "--output_dir", f"{folder}/model", "--report_to", "none", *words]
         command += ["--max_steps", steps, "--eval_every", steps, "--save_every", steps]
-        process = subprocess.run(
-            command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if process.returncode:
             raise SystemExit(process.stderr)
         rows = [json.loads(line) for line in Path(folder, "model", "metrics.jsonl").read_text().splitlines()]
