@@ -27,7 +27,7 @@ from training.optimizers import make_optimizers, make_schedules, muon_initializa
 
 CONTEXT, WIDTH, LAYERS = 64, 128, 4
 # As short as it takes: batch, steps, AdamW's rate and Muon's. A head of 512 ids costs more, and gains more by larger batches.
-BRIEFLY = {"characters": (12, 195, 2e-2, 0.06), "bpe": (24, 160, 2e-2, 0.06)}
+BRIEFLY = {"characters": (12, 205, 2e-2, 0.05), "bpe": (24, 170, 2e-2, 0.06)}
 REFERENCE, SHORT, LONG = "transformers GPT-2, AdamW", "ScratchGPT, Muon", "ScratchGPT, Muon, same time"
 
 
