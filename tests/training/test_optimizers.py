@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from training import optimizers
 from training.optimizers import (
     SCHEDULES,
     Muon,
@@ -22,6 +23,12 @@ from training.optimizers import (
 )
 
 SHAPES = [(32, 32), (16, 48), (48, 16), (1, 8), (8, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _in_float32(monkeypatch):
+    """Every processor gives the same numbers; what bfloat16 makes of them has a test of its own."""
+    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.float32)
 
 
 def random_matrices(*shape: int) -> torch.Tensor:
@@ -57,6 +64,29 @@ def test_the_scale_of_a_gradient_does_not_matter_and_zero_stays_zero():
     matrices = random_matrices(2, 8, 12)
     torch.testing.assert_close(orthogonalize(1e-3 * matrices), orthogonalize(1e3 * matrices), atol=1e-2, rtol=1e-2)
     assert orthogonalize(torch.zeros(1, 8, 12)).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_near_enough(shape, monkeypatch):
+    matrices = random_matrices(3, *shape)
+    exact = orthogonalize(matrices)
+    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.bfloat16)
+    rounded = orthogonalize(matrices)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_products_are_in_bfloat16_only_where_the_processor_has_it(monkeypatch):
+    monkeypatch.undo()
+    for capabilities, dtype in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert optimizers.fast_dtype(torch.device("cpu")) == dtype
+    assert optimizers.fast_dtype(torch.device("meta")) == torch.float32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -252,8 +282,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from training import optimizers
 from training.optimizers import make_optimizers
 
+optimizers.fast_dtype = lambda device: torch.float32
 kind, folder = sys.argv[1:]
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
@@ -273,8 +305,8 @@ for step in range(3):
     one(ids, labels=ids).loss.backward()
     rows = ids.chunk(2)[dist.get_rank()]
     (2 * parallel(input_ids=rows, labels=rows, num_items_in_batch=44).loss).backward()  # gradients are averaged
-    for optimizers in both:
-        for optimizer in optimizers:
+    for run in both:
+        for optimizer in run:
             optimizer.step()
             optimizer.zero_grad()
     # A checkpoint on the way, read into new optimizers.

@@ -60,6 +60,22 @@ def test_metrics_are_whole_and_the_loss_falls(run):
     assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.5
 
 
+def test_tensorboard_is_told_the_same_numbers(book, caches, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "out"
+    words = ["--dataset", book, "--output_dir", str(folder), *SMALL, "--report_to", "auto", "--max_steps", "4"]
+    process = launch([sys.executable], *words, **caches)
+    assert process.returncode == 0, process.stderr
+    told = EventAccumulator(str(folder / "logs" / "scratchgpt")).Reload()
+    for row in rows(folder):
+        part = "training" if "learning_rate" in row else "validation"
+        for name, value in row.items():
+            if name != "step":
+                (event,) = [event for event in told.Scalars(f"{part}/{name}") if event.step == row["step"]]
+                assert event.value == pytest.approx(value, rel=1e-6), (name, row)
+
+
 def test_the_card_tells_the_numbers(run):
     card = (run[0] / "README.md").read_text()
     last = rows(run[0])[-1]
@@ -109,7 +125,7 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
     assert process.returncode == 0, process.stderr
     for one, two in zip(rows(run[0]), rows(tmp_path / "two"), strict=True):
         assert one["step"] == two["step"]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)  # where Muon's products are in bfloat16 it takes 2e-5
         if "tokens" in one:
             assert two["tokens"] == one["tokens"]
             assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
