@@ -5,6 +5,8 @@ import os
 # Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,34 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("SCRATCHGPT_TEST_DATA is not set: no real inputs to test with")
     return Path(folder)
+
+
+def on_two_processes(program: str, folder: Path, *words: object, **environment: str) -> None:
+    """Run a program under torchrun on two CPU processes, with `os`, `sys`, `torch` and `dist` at hand; both must come to its end."""
+    begin = "import os, sys\nimport torch\nimport torch.distributed as dist\n"
+    begin += 'dist.init_process_group("gloo")\ntorch.set_num_threads(1)\n'
+    # Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
+    end = "dist.barrier()\nprint('DONE', flush=True)\nos._exit(0)\n"
+    (folder / "program.py").write_text(begin + program + end)
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
+    process = subprocess.run(
+        [sys.executable, *torchrun, str(folder / "program.py"), *map(str, words)],
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("DONE") == 2
 
 
 @pytest.fixture(params=["gpt2", "modern"])

@@ -1,21 +1,14 @@
 """Two processes on a CPU (gloo): tensor parallelism and FSDP2 give what one process gives."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.conftest import on_two_processes
+
 PROGRAM = """
-import os, sys
-import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from modeling_scratchgpt import ScratchGPTForCausalLM
 
 kind, folder = sys.argv[1:]
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
 ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
 
 def gradient(model, name):
@@ -59,24 +52,10 @@ else:
         optimizer.step()
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(two.get_parameter(name).full_tensor(), one.get_parameter(name), atol=1e-5, rtol=1e-4)
-if dist.get_rank() == 0:
-    print("SAME", flush=True)
-dist.barrier()
-os._exit(0)  # not through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs
 """
 
 
 @pytest.mark.parametrize("kind", ["tensor parallel", "fsdp2"])
 def test_two_processes_compute_what_one_computes(tiny_model, tmp_path, kind):
     tiny_model.save_pretrained(tmp_path / "model")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0", str(tmp_path / "program.py"), kind, str(tmp_path / "model")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "SAME" in process.stdout
+    on_two_processes(PROGRAM, tmp_path, kind, tmp_path / "model")

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from tests.conftest import on_two_processes
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "training" / "configs" / "accelerate"
@@ -133,8 +134,6 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from modeling_scratchgpt import ScratchGPTForCausalLM
 
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
 one, two = (ScratchGPTForCausalLM.from_pretrained(sys.argv[1]) for _ in range(2))
 plugin = FullyShardedDataParallelPlugin()  # from the environment, as under the launcher
 state = SimpleNamespace(fsdp_plugin=plugin)
@@ -157,10 +156,6 @@ for _ in range(3):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-if dist.get_rank() == 0:
-    print("SAME", flush=True)
-dist.barrier()
-os._exit(0)  # not through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs
 """
 
 
@@ -169,18 +164,8 @@ def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tied, tmp_path)
     tiny_config.tie_word_embeddings = tied
     torch.manual_seed(0)
     ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / "model")
-    (tmp_path / "program.py").write_text(PROGRAM)
     environment = {name: value for name, value in prepare_multi_gpu_env(launched("fsdp2")).items() if name.startswith("FSDP_")}
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0", str(tmp_path / "program.py"), str(tmp_path / "model")],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "SAME" in process.stdout
+    on_two_processes(PROGRAM, tmp_path, tmp_path / "model", **environment)
 
 
 def test_the_cpu_file_runs_the_recipe(tmp_path):

@@ -1,8 +1,5 @@
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from tests.conftest import on_two_processes
 from training import optimizers
 from training.optimizers import (
     SCHEDULES,
@@ -275,9 +273,6 @@ def test_the_state_of_all_optimizers_comes_back(tiny_config, name, tied, flat):
 
 
 PROGRAM = """
-import os, sys
-import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -287,8 +282,6 @@ from training.optimizers import make_optimizers
 
 optimizers.fast_dtype = lambda device: torch.float32
 kind, folder = sys.argv[1:]
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
 one, two = (ScratchGPTForCausalLM.from_pretrained(folder).train() for _ in range(2))
 if kind == "fsdp2":
     for layer in two.model.layers:
@@ -322,24 +315,10 @@ for (name, parameter), sharded in zip(one.named_parameters(), two.parameters(), 
 momentum = both[1][0].state[two.get_parameter("model.layers.0.self_attn.q_proj.weight")]["momentum"]
 if kind == "fsdp2":
     assert momentum.to_local().numel() * 2 == momentum.numel()
-if dist.get_rank() == 0:
-    print("SAME", flush=True)
-dist.barrier()
-os._exit(0)  # not through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs
 """
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_step_as_one(tiny_model, tmp_path, kind):
     tiny_model.save_pretrained(tmp_path / "model")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0", str(tmp_path / "program.py"), kind, str(tmp_path / "model")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "SAME" in process.stdout
+    on_two_processes(PROGRAM, tmp_path, kind, tmp_path / "model")
