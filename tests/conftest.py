@@ -54,7 +54,7 @@ def real_data() -> Path:
 
 
 def on_two_processes(program: str, folder: Path, *words: object, **environment: str) -> None:
-    """Run a program under torchrun on two CPU processes, with `os`, `sys`, `torch` and `dist` at hand; both must come to its end."""
+    """Run a program under torchrun on two CPU processes, `os`, `sys`, `torch` and `dist` at hand; both must come to its end."""
     begin = "import os, sys\nimport torch\nimport torch.distributed as dist\n"
     begin += 'dist.init_process_group("gloo")\ntorch.set_num_threads(1)\n'
     # Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
