@@ -60,7 +60,7 @@ def on_two_processes(program: str, folder: Path, *words: object, **environment: 
     # Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
     end = "dist.barrier()\nprint('DONE', flush=True)\nos._exit(0)\n"
     (folder / "program.py").write_text(begin + program + end)
-    torchrun = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0".split()
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     process = subprocess.run(
         [sys.executable, *torchrun, str(folder / "program.py"), *map(str, words)],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
