@@ -173,6 +173,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (
+            errno.EEXIST,
+            errno.ENOTDIR,
             errno.ENOSPC,
             errno.EDQUOT,
             errno.EACCES,

@@ -118,7 +118,9 @@ def save_checkpoint(
             (temporary / MANIFEST).write_text(json.dumps(digests))
             for path in (*temporary.iterdir(), temporary):
                 _to_disk(path)
-            os.replace(temporary, folder / f"step-{state['step']:08d}")
+            whole = folder / f"step-{state['step']:08d}"
+            shutil.rmtree(whole, ignore_errors=True)  # a damaged one, which the run has gone back behind
+            os.replace(temporary, whole)
             _to_disk(folder)
             temporary.mkdir()  # for the clean-up
         _rotate(folder, keep)

@@ -181,6 +181,8 @@ def check_sources(sources: list[str], text_column: str = "text", errors: str = "
     if not sources:
         raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
     for source in sources:
+        if not source.strip():
+            raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
         if source != "docs" and not _is_hub_id(source):
             for path in find_files(source):
                 check_file(path, text_column, errors)

@@ -96,13 +96,15 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
     """
     folder = Path(name)
     if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
-        raise UserError(f"{name or 'no model'}: give the folder or the Hub id of a model as the first argument.")
+        missing = f"{name} is no folder" if name else "no model"
+        raise UserError(f"{missing}: give the folder or the Hub id of a model as the first argument.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name} holds no config.json: it is no model folder.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no such folder here, and the Hub did not give it ({_one_line(error)}).") from error
+        where = "its config.json cannot be read" if folder.is_dir() else "no such folder here, and the Hub did not give it"
+        raise UserError(f"{name}: {where} ({_one_line(error)}).") from error
     if config.get("model_type") == "scratchgpt":
         return False
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:

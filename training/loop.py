@@ -73,7 +73,9 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
 def check_finite(loss: float, what: str) -> None:
     """Raise `UserError` when the loss is not a finite number: the weights have blown up, and no step will mend them."""
     if not math.isfinite(loss):
-        raise UserError(f"{what} is {loss}: the weights have blown up. Lower --learning_rate, then --weight_decay.")
+        raise UserError(
+            f"{what} is {loss}: the weights have blown up. Lower --learning_rate and --muon_learning_rate, then --weight_decay."
+        )
 
 
 def training_steps(

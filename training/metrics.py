@@ -100,7 +100,7 @@ class MetricsFile:
             except FileExistsError as error:
                 raise UserError(f"--output_dir {path.parent}: another run has taken it meanwhile, pass another.") from error
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # the run was killed while writing this line

@@ -55,10 +55,12 @@ class PretrainArguments(EngineArguments, CorpusArguments):
 def check(arguments: PretrainArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
     check_engine(arguments, num_processes)
-    if arguments.context_length < 1:
-        raise UserError(f"--context_length must be at least 1, got {arguments.context_length}.")
+    if arguments.context_length < 2:
+        raise UserError(f"--context_length must be at least 2, got {arguments.context_length}.")
     if not 0 <= arguments.stride <= arguments.context_length:
         raise UserError(f"--stride must be between 1 and --context_length {arguments.context_length}, got {arguments.stride}.")
+    if arguments.stride and arguments.windows != "ordered":
+        raise UserError(f"--stride {arguments.stride} is for --windows ordered: leave it out with {arguments.windows}.")
     least = min_vocab_size(arguments.tokenizer)
     if not least <= arguments.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
@@ -70,6 +72,8 @@ def check(arguments: PretrainArguments, num_processes: int) -> None:
         raise UserError(f"--dataset_weights gives {counts}: give one a source.")
     if not all(0 < weight < float("inf") for weight in (1, *arguments.dataset_weights)):
         raise UserError(f"--dataset_weights must be positive numbers, got {' '.join(map(str, arguments.dataset_weights))}.")
+    if not 0 <= arguments.mixing_alpha < float("inf"):
+        raise UserError(f"--mixing_alpha must be zero or more, got {arguments.mixing_alpha}.")
     check_corpora(arguments)
 
 
@@ -115,6 +119,11 @@ def main() -> None:
         validation_tokens = tokenize(validation_texts, tokenizer, "the validation text")
         test_tokens = tokenize(test_texts, tokenizer, "the test text")
     sources = [windows_of(arguments, tokens, tokenizer.pad_token_id) for tokens in training_tokens]
+    if arguments.batch_size > (num_windows := sum(len(source) for source in sources)):
+        raise UserError(
+            f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: lower it, or "
+            "give more text or a shorter --context_length."
+        )
     validation_batches = evaluation_loader(
         Windows(validation_tokens, arguments.context_length, tokenizer.pad_token_id, "validation"),
         arguments.batch_size,

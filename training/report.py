@@ -153,9 +153,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def _without_folders(word: str) -> str:
+def _without_folders(value: Any) -> Any:
     """A path says where things lie on the author's machine; a card is for others."""
-    return Path(word).name if word.startswith(("/", "~")) else word
+    if isinstance(value, str):
+        return Path(value).name if value.startswith(("/", "~")) else value
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return {name: _without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def write_card(
@@ -254,6 +258,6 @@ After training:
 {table}
 
 ```yaml
-{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```
+{yaml.safe_dump(_without_folders(settings), sort_keys=False, allow_unicode=True)}```
 """
     ModelCard(text).save(folder / "README.md")

@@ -89,7 +89,7 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
     if not _is_whole(path, dtype):
         lengths: list[int] = []
         length = 0
-        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True)
+        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
         with appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)

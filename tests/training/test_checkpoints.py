@@ -166,7 +166,12 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, file, damage
     assert state["step"] == 1
     assert len(said) == 1
     assert "step-00000002 is damaged" in said[0]
-    shutil.rmtree(path)
+    run.train(1)
+    run.save(tmp_path)  # the run comes by the damaged one again, and takes its place
+    path, state = find_checkpoint(tmp_path, said.append)
+    assert (path.name, state["step"], len(said)) == ("step-00000002", 2, 1)
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
     assert find_checkpoint(tmp_path, said.append) is None
 
 

@@ -176,7 +176,7 @@ def test_mistakes_end_in_one_line(folder, text, tiny_model, tokenizer, tmp_path,
     missing = tmp_path / "missing"
     for words, message in (
         ([], "give the folder or the Hub id of a model as the first argument"),
-        ([missing], f"{missing}: give the folder or the Hub id"),
+        ([missing], f"{missing} is no folder: give the folder or the Hub id"),
         (["nobody/nothing"], "nobody/nothing: no such folder here, and the Hub did not give it"),
         ([tmp_path], "holds no config.json"),
         ([no_tokenizer], "tokenizer"),

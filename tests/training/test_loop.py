@@ -133,8 +133,8 @@ def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
     for step in (0, 5, 10):
         metrics.write(step, Evaluation(float(step), 2.0, 3.0))
-    with open(metrics.path, "a") as file:
-        file.write('{"step": 11, "lo')  # killed here
+    with open(metrics.path, "ab") as file:
+        file.write(b'{"step": 11, "lo\xff')  # killed here
     resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
     assert resumed.rows == metrics.rows[:2]
     resumed.write(6, Evaluation(6.0, 2.0, 3.0))
