@@ -4,7 +4,8 @@
     python -m modeling_scratchgpt.convert models/124M outputs/gpt2                 # as OpenAI published it, for TensorFlow
     python -m modeling_scratchgpt.convert out/ckpt.pt outputs/shakespeare          # nanoGPT's
     python -m modeling_scratchgpt.convert model.pt outputs/mine --num_attention_heads 6   # minGPT's, or any bare state dict
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3       # and the other way: gpt2, qwen3
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3       # the other way: gpt2, qwen3
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0   # for llama.cpp
 
 What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is saved, the model is
 compared with transformers' own of the same weights.
@@ -40,6 +41,7 @@ from transformers import (
 import modeling_scratchgpt
 
 from .configuration_scratchgpt import ScratchGPTConfig
+from .gguf_export import TYPES, check_gguf, write_gguf
 from .interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
 from .modeling_scratchgpt import ScratchGPTForCausalLM
 from .tensorflow_checkpoint import read_tensorflow_checkpoint
@@ -47,6 +49,7 @@ from .tokenization_scratchgpt import ScratchGPTTokenizer
 
 State = dict[str, torch.Tensor]
 TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
+ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
 
 
 @dataclass
@@ -248,7 +251,7 @@ def _refuse(source: str, what: str, names: Any) -> None:
         raise ValueError(f"{source} {what} {listed}{', ...' if len(names) > 5 else ''}: it is not the model it should be.")
 
 
-def check_logits(found: Found) -> float:
+def check_logits(found: Found, tolerance: float = TOLERANCE) -> float:
     """The largest difference between the outputs of the two models in float32, on the same random ids.
 
     Raises:
@@ -258,19 +261,23 @@ def check_logits(found: Found) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
     mask = torch.ones_like(ids)
-    with torch.no_grad():
-        dtype = found.ours.dtype
-        ours, stock = (model.float()(ids, attention_mask=mask) for model in (found.ours, found.stock))
-        found.ours.to(dtype), found.stock.to(dtype)  # no bit of them has changed
+    outputs = []
+    for model in (found.ours, found.stock):
+        dtype = model.dtype
+        with torch.no_grad():
+            outputs.append((model if dtype == torch.float32 else model.float())(ids, attention_mask=mask))
+        if dtype != torch.float32:
+            model.to(dtype)  # no bit of the weights has changed
+    ours, stock = outputs
     key = "start_logits" if "start_logits" in ours else "logits" if "logits" in ours else "last_hidden_state"
     difference = (ours[key] - stock[key]).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, stock[key].abs().max().item()):
+    if not difference <= tolerance * max(1.0, stock[key].abs().max().item()):
         raise ValueError(f"the {key} of the converted model differ by {difference}: nothing was written. Please report this.")
     return difference
 
 
 def as_stock_model(source: str, model_type: str) -> Found:
-    """A folder of ours as transformers' GPT-2 or Qwen3.
+    """A folder of ours as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is.
 
     Raises:
         ValueError: it is no ScratchGPT, or no such model can be what it is; the message names the field of its config.
@@ -278,7 +285,10 @@ def as_stock_model(source: str, model_type: str) -> Found:
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
-    config = as_stock(ScratchGPTConfig.from_dict(fields), model_type)
+    our_config = ScratchGPTConfig.from_dict(fields)
+    if model_type == "gguf":
+        model_type = "qwen3" if our_config.position_embedding_type == "rotary" else "gpt2"
+    config = as_stock(our_config, model_type)
     try:
         ours, report = _with_report(ScratchGPTForCausalLM, source)
     except (SafetensorError, RuntimeError) as error:
@@ -346,7 +356,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
-    parser.add_argument("--to", choices=("gpt2", "qwen3"), help="make a model of transformers' own of a ScratchGPT")
+    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf"), help="turn a ScratchGPT into this")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices in a GGUF file (default: %(default)s)")
     parser.add_argument("--num_attention_heads", type=int, help="of bare weights, which do not tell")
     parser.add_argument(
         "--hidden_act", default="gelu_new", help="the same; nanoGPT's is gelu (default: %(default)s, as GPT-2's)"
@@ -381,6 +392,8 @@ def convert(arguments: argparse.Namespace) -> None:
     )
     print(f"Tokenizer: {len(found.tokenizer):,} tokens" if found.tokenizer else f"No tokenizer: {found.remark}")
     print(f"Largest difference from {type(found.stock).__name__} in transformers: {check_logits(found):.1e}")
+    if arguments.to == "gguf":
+        check_gguf(config, found.tokenizer)
     made, name = (found.stock, type(found.stock).__name__) if arguments.to else (found.ours, "ScratchGPT")
     if found.tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
         backend, special = found.tokenizer.backend_tokenizer, found.tokenizer.special_tokens_map
@@ -389,10 +402,21 @@ def convert(arguments: argparse.Namespace) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
         whole = Path(folder) / "model"
-        made.save_pretrained(whole)
-        if found.tokenizer:
-            found.tokenizer.save_pretrained(whole)
+        if arguments.to == "gguf":
+            made.config.save_pretrained(whole)  # of its fields transformers' reader of GGUF takes only some from the file
+            write_gguf(whole / "model.gguf", config, found.ours.state_dict(), found.tokenizer, arguments.type)
+            found.stock = type(made).from_pretrained(whole, gguf_file="model.gguf", config=made.config, dtype=torch.float32)
+            print(
+                f"Largest difference when read back from {arguments.type}: {check_logits(found, ROUNDING[arguments.type]):.1e}"
+            )
+        else:
+            made.save_pretrained(whole)
+            if found.tokenizer:
+                found.tokenizer.save_pretrained(whole)
         whole.rename(destination)
+    if arguments.to == "gguf":
+        print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")
+        return
     trust = "" if arguments.to else ", trust_remote_code=True"
     print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
 

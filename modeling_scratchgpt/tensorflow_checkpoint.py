@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 
 MAGIC = 0xDB4775248B80FB57
-DTYPES: dict[int, np.dtype] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 3: np.dtype("<i4"), 9: np.dtype("<i8"), 19: np.dtype("<f2")}  # types.proto
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<f8"),
+    3: np.dtype("<i4"),
+    9: np.dtype("<i8"),
+    19: np.dtype("<f2"),
+}  # types.proto
 LANES = 2**14
 
 # CRC-32C: what each byte does to the checksum so far (Castagnoli's polynomial, bits reversed).

@@ -595,3 +595,48 @@ def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, 
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
     capsys.readouterr()
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
+
+
+# --to gguf --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"attention_bias": False, "mlp_bias": False}, MODERN], ids=["gpt2", "no biases", "qwen3"]
+)
+@pytest.mark.parametrize(("kind", "most"), [("f32", 1e-5), ("f16", 1e-2), ("q8_0", 0.15)])
+def test_transformers_reads_our_gguf(fields, kind, most, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)))
+    ours.save_pretrained(tmp_path / "ours")
+    tokenizer = ScratchGPTTokenizer.train(["to be, or not to be, that is the question 12"] * 9, 290)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf", "--type", kind)
+    assert f"Largest difference when read back from {kind}: " in said
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", config=config, dtype=torch.float32)
+    assert type(theirs) in (GPT2LMHeadModel, Qwen3ForCausalLM)
+    assert difference(ours, theirs) < most
+    other = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    text = "to be, naïve 🙂 or  not\n<|eos|>"
+    assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "expected"),
+    [
+        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', and in a GGUF gpt2 has 'gelu_pytorch_tanh'"),
+        (
+            {**MODERN, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "bpe",
+            "scaled rope_parameters",
+        ),
+        ({}, "bpe-gpt4", "a GGUF file can only hold `bpe`"),
+        ({}, "character", "a GGUF file can only hold `bpe`"),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
+    ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290, kind=kind).save_pretrained(tmp_path / "ours")
+    capsys.readouterr()
+    assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf")
