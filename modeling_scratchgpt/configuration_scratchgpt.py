@@ -12,11 +12,14 @@ Notable:
 
 import json
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+from .interchange import as_scratchgpt
 
 # GPT-2's published sizes (Radford et al., 2019), by their number of parameters with the head tied to the embedding.
 PRESETS = {
@@ -160,6 +163,12 @@ class ScratchGPTConfig(PreTrainedConfig):
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
         self.validate_architecture()
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, and a GPT-2's or a Qwen3's config is turned into one of ours."""
+        fields, unused = super().get_config_dict(*args, **kwargs)
+        return as_scratchgpt(fields), unused
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ScratchGPTConfig":

@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -43,6 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
 from .cross_entropy import IGNORE_INDEX, cross_entropy, linear_cross_entropy, reduce_losses
+from .interchange import gpt2_weights
 from .packed_linear import packed_linears
 
 
@@ -217,6 +219,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # GPT-2's old files hold its causal mask
     _can_record_outputs = {"hidden_states": ScratchGPTDecoderLayer, "attentions": ScratchGPTAttention}
 
     @torch.no_grad()
@@ -230,6 +233,15 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear) and hasattr(module, "writes_to_residual"):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> tuple:
+        """As in transformers, and GPT-2's weights go where they belong. What is saved later bears our names."""
+        foreign = gpt2_weights()
+        load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *foreign])
+        result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion not in foreign]
+        return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in transformers. The folder also gets the code, and says which class each Auto class finds in it."""

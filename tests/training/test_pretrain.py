@@ -26,6 +26,7 @@ def test_it_leaves_a_complete_model_folder(run):
         "configuration_scratchgpt.py",
         "cross_entropy.py",
         "generation_config.json",
+        "interchange.py",
         "loss.png",
         "metrics.jsonl",
         "model.safetensors",

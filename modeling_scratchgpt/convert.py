@@ -1,0 +1,425 @@
+"""Models that others have trained, as ScratchGPT's; and ScratchGPT's as models that others run.
+
+    python -m modeling_scratchgpt.convert openai-community/gpt2 outputs/gpt2       # GPT-2 or Qwen3, from the Hub or a folder
+    python -m modeling_scratchgpt.convert models/124M outputs/gpt2                 # as OpenAI published it, for TensorFlow
+    python -m modeling_scratchgpt.convert out/ckpt.pt outputs/shakespeare          # nanoGPT's
+    python -m modeling_scratchgpt.convert model.pt outputs/mine --num_attention_heads 6   # minGPT's, or any bare state dict
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3       # the other way: gpt2, qwen3
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0   # for llama.cpp
+
+What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is saved, the model is
+compared with transformers' own of the same weights.
+
+Notable:
+- No pickle runs: torch loads weights only, and nanoGPT's meta.pkl is read by an unpickler that knows no class.
+- Every tensor of the source must have its place, and every place its tensor, of the right shape.
+"""
+
+import argparse
+import json
+import pickle
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
+
+import modeling_scratchgpt
+
+from .configuration_scratchgpt import ScratchGPTConfig
+from .gguf_export import TYPES, check_gguf, write_gguf
+from .interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
+from .modeling_scratchgpt import ScratchGPTForCausalLM
+from .tensorflow_checkpoint import read_tensorflow_checkpoint
+from .tokenization_scratchgpt import ScratchGPTTokenizer
+
+State = dict[str, torch.Tensor]
+TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
+ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
+
+
+@dataclass
+class Found:
+    """A model of ours, the same in transformers' own class, and what is known of its tokens."""
+
+    kind: str
+    ours: Any  # a PreTrainedModel, as the next
+    stock: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    remark: str = ""  # why there is no tokenizer
+
+
+def read_source(source: str, num_attention_heads: int | None, hidden_act: str) -> Found:
+    """Recognise and read a source.
+
+    Args:
+        source: a path, or the id of a model on the Hub.
+        num_attention_heads, hidden_act: of a bare state dict, which does not tell them.
+
+    Raises:
+        ValueError: it is none of those that are read here, is damaged, or cannot be a ScratchGPT.
+        OSError: it is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "hparams.json").is_file():
+            return _openai(path)
+        if not (path / "config.json").is_file():
+            checkpoints = [path / name for name in ("ckpt.pt", "model.pt") if (path / name).is_file()]
+            if not checkpoints:
+                raise ValueError(f"{path} holds neither config.json, nor hparams.json, nor ckpt.pt: give the file itself.")
+            path = checkpoints[0]
+    if path.is_file():
+        return _state_dict(path, num_attention_heads, hidden_act)
+    return _folder(source if not path.exists() else str(path))
+
+
+def _folder(source: str) -> Found:
+    """GPT-2's or Qwen3's, as transformers saves them, with any head."""
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    if fields.get("model_type") == "scratchgpt":
+        raise ValueError(f"{source} is a ScratchGPT already: to make another of it, say which with --to.")
+    as_scratchgpt(fields)  # says what cannot be, in words of our own
+    plain = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
+    stock_name = (fields.get("architectures") or [plain])[0]
+    head = stock_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
+    our_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}", None)
+    if our_class is None:
+        raise ValueError(f"{source} is a {stock_name}, for which ScratchGPT has no head.")
+    try:
+        ours, report = _with_report(our_class, source)
+        _check_report(source, report)
+        stock = getattr(transformers, stock_name).from_pretrained(source)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source}: its weights are damaged, or are not weights ({error}).") from error
+    return Found(f"{stock_name} of transformers", ours, stock, *_tokenizer_of(source))
+
+
+def _openai(folder: Path) -> Found:
+    """OpenAI's own files."""
+    try:
+        hparams = json.loads((folder / "hparams.json").read_text())
+        config = GPT2Config(
+            vocab_size=hparams["n_vocab"],
+            n_positions=hparams["n_ctx"],
+            n_embd=hparams["n_embd"],
+            n_layer=hparams["n_layer"],
+            n_head=hparams["n_head"],
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'hparams.json'} does not give OpenAI's sizes ({error!r}).") from error
+    indices = sorted(folder.glob("*.index"))
+    if len(indices) != 1:
+        raise ValueError(f"{folder} holds {len(indices)} files named .index: there must be one, of the checkpoint to read.")
+    state = {}
+    for name, array in read_tensorflow_checkpoint(indices[0]).items():
+        parts = name.removeprefix("model/").split("/")
+        if parts[0].startswith("h") and parts[0][1:].isdigit():
+            parts[:1] = ["h", parts[0][1:]]
+        parts[-1] = {"w": "weight", "g": "weight", "b": "bias"}.get(parts[-1], f"{parts[-1]}.weight")
+        tensor = torch.from_numpy(array.copy())
+        state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
+    ours, stock = _models(config, state, str(indices[0]))
+    return Found("OpenAI's checkpoint for TensorFlow", ours, stock, *_openai_tokenizer(folder, ours.config))
+
+
+def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str) -> Found:
+    """nanoGPT's checkpoint, or the bare weights of any model that names them as GPT-2, minGPT and nanoGPT do."""
+    content = _read_tensors(file)
+    kind = "bare weights"
+    if isinstance(content.get("model"), dict):
+        kind, hidden_act = "nanoGPT's checkpoint", "gelu"
+        num_attention_heads = (content.get("model_args") or {}).get("n_head", num_attention_heads)
+        content = content["model"]
+    state = {}
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{file}: {name} is no tensor but a {type(tensor).__name__}: these are no weights of a model.")
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            state[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = tensor
+    try:
+        vocab_size, width = state["transformer.wte.weight"].shape
+        positions = state["transformer.wpe.weight"].shape[0]
+        layout = state["transformer.h.0.attn.c_attn.weight"].shape
+        inner = max(state["transformer.h.0.mlp.c_fc.weight"].shape)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: {error} is missing or no matrix: these are not the weights of a GPT-2.") from error
+    if num_attention_heads is None:
+        raise ValueError(f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads.")
+    if num_attention_heads < 1 or width % num_attention_heads:
+        raise ValueError(f"--num_attention_heads {num_attention_heads} does not divide the width of {file}, {width}.")
+    if layout[0] != width:  # nn.Linear's
+        matrices = tuple(f".{name}.weight" for name in GPT2_MATRICES)
+        state = {name: tensor.T if name.endswith(matrices) else tensor for name, tensor in state.items()}
+    head = state.get("lm_head.weight")
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=positions,
+        n_embd=width,
+        n_layer=1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")),
+        n_head=num_attention_heads,
+        n_inner=inner,
+        activation_function=hidden_act,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        tie_word_embeddings=head is None or torch.equal(head, state["transformer.wte.weight"]),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    ours, stock = _models(config, state, str(file))
+    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")))
+
+
+def _read_tensors(file: Path) -> dict[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} is no file of weights alone: reading it could run code that it brings, so it is not read."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is damaged, or is no file of weights ({' '.join(str(error).split())[:200]}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: give a state dict, or nanoGPT's checkpoint.")
+    return content
+
+
+def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Ours and transformers' GPT-2 with these weights, which bear its names and lie as it wants them."""
+    with torch.device("meta"):
+        stock = transformers.GPT2LMHeadModel(config)
+    expected = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight")
+    is_bias = tuple(f"{name}.bias" for name in ("ln_1", "ln_2", "ln_f", *GPT2_MATRICES))
+    has_biases = any(name.endswith(is_bias) for name in state)
+    if not has_biases:  # nanoGPT's bias=False; in the norms and in stock GPT-2 there must be one: zero
+        state = state | {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(is_bias)}
+    _refuse(file, "lacks", expected.keys() - state.keys())
+    _refuse(file, "has no place for", state.keys() - expected.keys())
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{file}: {name} is {tuple(state[name].shape)}, and should be {tuple(shape)}.")
+    stock.load_state_dict(state, strict=False, assign=True)
+    stock.tie_weights()
+    our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
+    if not has_biases:
+        our_config.attention_bias = our_config.mlp_bias = False
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(is_bias) or ".ln_" in name}
+    ours, report = _with_report(ScratchGPTForCausalLM, None, config=our_config, state_dict=state)
+    _check_report(file, report)
+    return ours, stock.eval()
+
+
+def _with_report(model_class: Any, source: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    return model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+
+
+def _check_report(source: str, report: dict[str, Any]) -> None:
+    _refuse(source, "lacks", report["missing_keys"])
+    _refuse(source, "has no place for", report["unexpected_keys"])
+    _refuse(source, "has the wrong shape for", [str(key[0]) for key in report["mismatched_keys"]])
+
+
+def _refuse(source: str, what: str, names: Any) -> None:
+    if names:
+        listed = ", ".join(sorted(names)[:5])
+        raise ValueError(f"{source} {what} {listed}{', ...' if len(names) > 5 else ''}: it is not the model it should be.")
+
+
+def check_logits(found: Found, tolerance: float = TOLERANCE) -> float:
+    """The largest difference between the outputs of the two models in float32, on the same random ids.
+
+    Raises:
+        ValueError: it is more than rounding makes.
+    """
+    config = found.ours.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+    mask = torch.ones_like(ids)
+    outputs = []
+    for model in (found.ours, found.stock):
+        dtype = model.dtype
+        with torch.no_grad():
+            outputs.append((model if dtype == torch.float32 else model.float())(ids, attention_mask=mask))
+        if dtype != torch.float32:
+            model.to(dtype)  # no bit of the weights has changed
+    ours, stock = outputs
+    key = "start_logits" if "start_logits" in ours else "logits" if "logits" in ours else "last_hidden_state"
+    difference = (ours[key] - stock[key]).abs().max().item()
+    if not difference <= tolerance * max(1.0, stock[key].abs().max().item()):
+        raise ValueError(f"the {key} of the converted model differ by {difference}: nothing was written. Please report this.")
+    return difference
+
+
+def as_stock_model(source: str, model_type: str) -> Found:
+    """A folder of ours as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is.
+
+    Raises:
+        ValueError: it is no ScratchGPT, or no such model can be what it is; the message names the field of its config.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    if fields.get("model_type") != "scratchgpt":
+        raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
+    our_config = ScratchGPTConfig.from_dict(fields)
+    if model_type == "gguf":
+        model_type = "qwen3" if our_config.position_embedding_type == "rotary" else "gpt2"
+    config = as_stock(our_config, model_type)
+    try:
+        ours, report = _with_report(ScratchGPTForCausalLM, source)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source}: its weights are damaged, or are not weights ({error}).") from error
+    _check_report(source, report)
+    stock_class = transformers.GPT2LMHeadModel if model_type == "gpt2" else transformers.Qwen3ForCausalLM
+    state = gpt2_state(ours.state_dict()) if model_type == "gpt2" else ours.state_dict()
+    stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
+    stock.generation_config = ours.generation_config
+    return Found("ScratchGPT", ours, stock, *_tokenizer_of(source))
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
+    """A folder's or a repository's own, as ours."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
+            return None, f"{source} holds none"
+    except Exception as error:  # transformers, tokenizers and the Hub each have their own
+        return None, " ".join(str(error).split())[:200]
+    limit = min(tokenizer.model_max_length, 2**40)
+    special = tokenizer.special_tokens_map
+    backend = tokenizer.backend_tokenizer
+    return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=limit, **special), ""
+
+
+def _openai_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
+    try:
+        tokenizer = ScratchGPTTokenizer.from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    if len(tokenizer) > config.vocab_size:
+        return None, f"it has {len(tokenizer)} tokens, and the model {config.vocab_size}"
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    return tokenizer, ""
+
+
+class _NoClasses(pickle.Unpickler):
+    """Reads dictionaries, strings and numbers. A pickle runs code by naming what to call: here, nothing has a name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+
+
+def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
+    """nanoGPT's table of characters, if it lies beside the checkpoint."""
+    if not file.is_file():
+        return None, f"the file of weights brings none, and no {file.name} lies beside it: pass --tokenizer"
+    try:
+        with open(file, "rb") as opened:
+            ids = _NoClasses(opened).load()["stoi"]
+        if not all(isinstance(text, str) and isinstance(index, int) for text, index in ids.items()):
+            raise ValueError("stoi does not map characters to numbers")
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
+    except Exception as error:  # a pickle can be wrong in every way
+        raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
+    tokenizer.decoder = decoders.Fuse()
+    return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf"), help="turn a ScratchGPT into this")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices in a GGUF file (default: %(default)s)")
+    parser.add_argument("--num_attention_heads", type=int, help="of bare weights, which do not tell")
+    parser.add_argument(
+        "--hidden_act", default="gelu_new", help="the same; nanoGPT's is gelu (default: %(default)s, as GPT-2's)"
+    )
+    parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, where the source brings none")
+    arguments = parser.parse_args()
+    try:
+        convert(arguments)
+    except (OSError, ValueError) as error:
+        print(f"convert.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    destination = arguments.destination.expanduser()
+    if destination.exists():
+        raise ValueError(f"DESTINATION {destination} exists already: give the name of a new folder.")
+    transformers.logging.set_verbosity_error()  # what it would warn of ends in an error here
+    transformers.logging.disable_progress_bar()
+    if arguments.to:
+        found = as_stock_model(arguments.source, arguments.to)
+    else:
+        found = read_source(arguments.source, arguments.num_attention_heads, arguments.hidden_act)
+    if arguments.tokenizer:
+        found.tokenizer, found.remark = _tokenizer_of(arguments.tokenizer)
+    config = found.ours.config
+    print(
+        f"{arguments.source}: {found.kind}; {found.ours.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
+        f"{config.max_position_embeddings:,} positions"
+    )
+    print(f"Tokenizer: {len(found.tokenizer):,} tokens" if found.tokenizer else f"No tokenizer: {found.remark}")
+    print(f"Largest difference from {type(found.stock).__name__} in transformers: {check_logits(found):.1e}")
+    if arguments.to == "gguf":
+        check_gguf(config, found.tokenizer)
+    made, name = (found.stock, type(found.stock).__name__) if arguments.to else (found.ours, "ScratchGPT")
+    if found.tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
+        backend, special = found.tokenizer.backend_tokenizer, found.tokenizer.special_tokens_map
+        limit = found.tokenizer.model_max_length
+        found.tokenizer = TokenizersBackend(tokenizer_object=backend, model_max_length=limit, **special)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
+        whole = Path(folder) / "model"
+        if arguments.to == "gguf":
+            made.config.save_pretrained(whole)  # of its fields transformers' reader of GGUF takes only some from the file
+            write_gguf(whole / "model.gguf", config, found.ours.state_dict(), found.tokenizer, arguments.type)
+            found.stock = type(made).from_pretrained(whole, gguf_file="model.gguf", config=made.config, dtype=torch.float32)
+            print(
+                f"Largest difference when read back from {arguments.type}: {check_logits(found, ROUNDING[arguments.type]):.1e}"
+            )
+        else:
+            made.save_pretrained(whole)
+            if found.tokenizer:
+                found.tokenizer.save_pretrained(whole)
+        whole.rename(destination)
+    if arguments.to == "gguf":
+        print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")
+        return
+    trust = "" if arguments.to else ", trust_remote_code=True"
+    print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
+
+
+if __name__ == "__main__":
+    main()

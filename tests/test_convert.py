@@ -1,0 +1,641 @@
+"""Weights in: from the files that others save, into ours, compared with the models of those who made them."""
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
+
+import modeling_scratchgpt
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer, convert
+from modeling_scratchgpt.tensorflow_checkpoint import crc32c, read_tensorflow_checkpoint
+from tests.conftest import MODERN, TINY
+
+GPT2: dict[str, Any] = {
+    "vocab_size": 90,
+    "n_positions": 32,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+QWEN3 = {
+    "vocab_size": 90,
+    "max_position_embeddings": 32,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+IDS = torch.arange(40).view(2, 20)
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose biases and norms are not at their start."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
+    mask = torch.ones_like(IDS)
+    with torch.no_grad():
+        first, second = (model(IDS, attention_mask=mask)[0].float() for model in (ours, theirs))
+    return (first - second).abs().max().item()
+
+
+# from_pretrained ------------------------------------------------------------------------------------------------------
+
+
+def as_published(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    """The file of openai-community/gpt2: no prefix, no head, the causal mask of every layer."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items() if "lm_head" not in name}
+    for layer in range(theirs.config.n_layer):
+        state[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    theirs.config.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def as_bin(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    theirs.config.save_pretrained(folder)
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+
+
+SAVED = {
+    "safetensors": lambda theirs, folder: theirs.save_pretrained(folder),
+    "sharded": lambda theirs, folder: theirs.save_pretrained(folder, max_shard_size="20KB"),
+    "bin": as_bin,
+    "as published": as_published,
+    "without a head": lambda theirs, folder: theirs.transformer.save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_gpt2_loads_however_it_was_saved(saved, tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    SAVED[saved](theirs, tmp_path)
+    ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert difference(ours, theirs) < 1e-5
+    assert difference(ScratchGPTModel.from_pretrained(tmp_path), theirs.transformer) < 1e-5
+
+
+def test_gpt2_with_a_head_of_its_own(tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, tie_word_embeddings=False)))
+    theirs.save_pretrained(tmp_path)
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert difference(ours, theirs) < 1e-5
+    assert ours.lm_head.weight is not ours.model.embed_tokens.weight
+
+
+HEADS = {
+    "ForSequenceClassification": GPT2ForSequenceClassification,
+    "ForTokenClassification": GPT2ForTokenClassification,
+    "ForQuestionAnswering": GPT2ForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_comes_along(head, tmp_path):
+    theirs = shaken(HEADS[head](GPT2Config(**GPT2, id2label={0: "a", 1: "b", 2: "c"}, pad_token_id=89)))
+    theirs.save_pretrained(tmp_path)
+    ours, report = getattr(modeling_scratchgpt, f"ScratchGPT{head}").from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert difference(ours, theirs) < 1e-5
+    assert ours.config.id2label == theirs.config.id2label
+
+
+def test_a_fresh_head_on_gpt2_is_reported_as_such(tmp_path):
+    shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path)
+    ours, report = modeling_scratchgpt.ScratchGPTForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=4, output_loading_info=True
+    )
+    assert report["missing_keys"] == {"score.weight"}
+    assert ours.score.weight.shape == (4, 24)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}, "dtype": "auto"}]
+)
+def test_options_of_from_pretrained_hold(options, tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    theirs.save_pretrained(tmp_path)
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path, **options)
+    expected = options.get("dtype") if isinstance(options.get("dtype"), torch.dtype) else torch.float32
+    assert {parameter.dtype for parameter in ours.parameters()} == {expected}
+    assert difference(ours, theirs) < (1e-5 if expected == torch.float32 else 0.1)
+
+
+def test_offloaded_to_disk(tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.embed_positions": "cpu", "model.norm": "cpu"}
+    device_map |= {"model.dropout": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert difference(ours, theirs) < 1e-5
+
+
+def test_what_was_loaded_from_gpt2_is_saved_as_ours(tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
+    ours.save_pretrained(tmp_path / "ours")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight" in saved
+    for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours").state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["model_type"] == "scratchgpt"
+    assert config["architectures"] == ["ScratchGPTForCausalLM"]
+    assert not config.keys() & {"n_embd", "n_inner", "activation_function", "scale_attn_weights"}
+
+
+def test_all_of_gpt2s_config_counts(tmp_path):
+    fields = {
+        "n_inner": 50,
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-3,
+        "resid_pdrop": 0.2,
+        "embd_pdrop": 0.3,
+        "attn_pdrop": 0.4,
+    }
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, **fields, initializer_range=0.5, use_cache=False)))
+    theirs.save_pretrained(tmp_path)
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert difference(ours, theirs) < 1e-5
+    config = ours.config
+    assert (config.hidden_dropout, config.embedding_dropout, config.attention_dropout) == (0.2, 0.3, 0.4)
+    assert (config.initializer_range, config.use_cache, config.norm_eps) == (0.5, False, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("reorder_and_upcast_attn", True),
+        ("add_cross_attention", True),
+    ],
+)
+def test_what_a_scratchgpt_cannot_do_is_refused_by_name(field, value, tmp_path):
+    GPT2Config(**GPT2, **{field: value}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field} is {value} in this gpt2 config"):
+        ScratchGPTConfig.from_pretrained(tmp_path)
+
+
+def test_other_model_types_are_refused(tmp_path):
+    transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="model_type 'llama' is not one that ScratchGPT loads: these are scratchgpt, gpt2, qwen3"
+    ):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_qwen3_loads(tie, bias, tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
+    config = Qwen3Config(**QWEN3, tie_word_embeddings=tie, attention_bias=bias, rope_parameters=rope, rms_norm_eps=1e-4)
+    theirs = shaken(Qwen3ForCausalLM(config))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert difference(ours, theirs) < 1e-5
+
+
+def test_qwen3s_older_files_and_heads(tmp_path):
+    theirs = shaken(Qwen3ForSequenceClassification(Qwen3Config(**QWEN3, num_labels=3, pad_token_id=89, rope_theta=5e4)))
+    theirs.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["rope_parameters"], fields["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "rope_theta": 5e4, "rope_scaling": None}))
+    ours = modeling_scratchgpt.ScratchGPTForSequenceClassification.from_pretrained(tmp_path)
+    assert ours.config.rope_parameters["rope_theta"] == 5e4
+    assert difference(ours, theirs) < 1e-5
+
+
+# python -m modeling_scratchgpt.convert ---------------------------------------------------------------------------------
+
+
+def run(monkeypatch, capsys, *words: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    convert.main()
+    return capsys.readouterr().out
+
+
+def refused(monkeypatch, capsys, *words: object) -> str:
+    """The one line that a mistake ends in; the destination, the second word, is untouched."""
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, capsys, *words)
+    assert caught.value.code == 2
+    assert not Path(words[1]).exists()
+    assert not list(Path(words[1]).parent.glob(".writing-*"))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+def test_a_gpt2_folder_becomes_a_complete_folder_of_ours(real_data, tmp_path, monkeypatch, capsys):
+    files = real_data / "gpt2-tokenizer"
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=3))).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    shutil.copy(files / "encoder.json", tmp_path / "gpt2" / "vocab.json")
+    shutil.copy(files / "vocab.bpe", tmp_path / "gpt2" / "merges.txt")
+    said = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "new" / "ours")
+    assert "GPT2LMHeadModel of transformers; 1," in said
+    assert "Tokenizer: 50,257 tokens" in said
+    assert "Largest difference from GPT2LMHeadModel in transformers: " in said
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "ours")
+    assert type(ours) is ScratchGPTForCausalLM
+    assert ours.dtype == torch.bfloat16
+    assert difference(ours.float(), theirs.float()) < 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new" / "ours")
+    assert type(tokenizer) is ScratchGPTTokenizer
+    assert (
+        tokenizer("Hello, naïve world")["input_ids"]
+        == AutoTokenizer.from_pretrained(tmp_path / "gpt2")("Hello, naïve world")["input_ids"]
+    )
+    assert tokenizer.eos_token_id == ours.config.eos_token_id == 50256
+
+
+def test_a_qwen3_folder(tmp_path, monkeypatch, capsys):
+    theirs = shaken(Qwen3ForCausalLM(Qwen3Config(**QWEN3)))
+    theirs.save_pretrained(tmp_path / "qwen3")
+    said = run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "ours")
+    assert "Qwen3ForCausalLM of transformers" in said
+    assert "No tokenizer: " in said
+    assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
+
+
+def test_openais_checkpoint(real_data, tmp_path, monkeypatch, capsys):
+    source = real_data / "openai-tf-toy"
+    said = run(monkeypatch, capsys, source, tmp_path / "ours")
+    assert "OpenAI's checkpoint for TensorFlow" in said
+    assert "No tokenizer: " in said  # the toy's merges make tokens that it does not list
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    arrays = read_tensorflow_checkpoint(source / "model.ckpt.index")
+    config = GPT2Config(vocab_size=356, n_positions=20, n_embd=15, n_head=5, n_layer=3)
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for block, theirs_block in enumerate(theirs.transformer.h):
+            for name, parameter in theirs_block.named_parameters():
+                path = name.replace(".weight", ".g" if name.startswith("ln") else ".w").replace(".bias", ".b").replace(".", "/")
+                parameter.copy_(torch.tensor(arrays[f"model/h{block}/{path}"]).view_as(parameter))
+        theirs.transformer.wte.weight.copy_(torch.tensor(arrays["model/wte"]))
+        theirs.transformer.wpe.weight.copy_(torch.tensor(arrays["model/wpe"]))
+        theirs.transformer.ln_f.weight.copy_(torch.tensor(arrays["model/ln_f/g"]))
+        theirs.transformer.ln_f.bias.copy_(torch.tensor(arrays["model/ln_f/b"]))
+    assert difference(ours, theirs) < 1e-6
+
+
+def test_the_checksum_is_crc32c():
+    assert crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283  # the check value of the CRC catalogue
+    assert crc32c(np.zeros(32, np.uint8)) == 0x8A9136AA  # RFC 3720, B.4
+    assert crc32c(np.arange(32, dtype=np.uint8)) == 0x46DD794E
+    long = np.random.default_rng(0).integers(0, 256, 200_001, dtype=np.uint8)
+    state = 0xFFFFFFFF
+    for byte in long.tolist():
+        state ^= byte
+        for _ in range(8):
+            state = (state >> 1) ^ (0x82F63B78 if state & 1 else 0)
+    assert crc32c(long) == state ^ 0xFFFFFFFF
+
+
+def sorting_gpt(real_data: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """minGPT's model that sorts, as its author's script would have saved it."""
+
+    def tensor(entry: dict) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(base64.b64decode(entry["data"]), dtype="<f4").reshape(entry["shape"]).copy())
+
+    content = json.loads((real_data / "gpt-nano-sort" / "gpt-nano-sort-model.json").read_text())
+    activations = json.loads((real_data / "gpt-nano-sort" / "gpt-nano-sort-t0-partials.json").read_text())
+    state = {name: tensor(entry) for name, entry in content.items() if name != "config"}
+    return state, {name: tensor(entry) for name, entry in activations.items() if isinstance(entry, dict) and "data" in entry}
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_mingpts_sorter_sorts(ending, real_data, tmp_path, monkeypatch, capsys):
+    state, activations = sorting_gpt(real_data)
+    file = tmp_path / f"model.{ending}"
+    torch.save(state, file) if ending == "pt" else save_file(state, file)
+    message = refused(monkeypatch, capsys, file, tmp_path / "ours")
+    assert f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads" in message
+    assert "does not divide the width" in refused(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 5)
+    said = run(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 3)
+    assert "85,728 parameters" in said
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        output = ours(activations["idx"].long(), output_hidden_states=True)
+        torch.testing.assert_close(output.logits, activations["lm_head"], atol=1e-5, rtol=1e-5)
+        for layer in range(3):
+            torch.testing.assert_close(
+                output.hidden_states[layer], activations["x" if layer == 0 else f"block{layer - 1}"], atol=1e-5, rtol=1e-5
+            )
+        unsorted = torch.tensor(list(product(range(3), repeat=6)))
+        answers = ours.generate(unsorted, attention_mask=torch.ones_like(unsorted), max_new_tokens=5, do_sample=False)
+        last = ours(answers).logits[:, -1].argmax(-1, keepdim=True)  # the eleven positions hold all but the sixth digit
+    assert torch.equal(torch.cat([answers[:, 6:], last], dim=1), unsorted.sort(dim=1).values)
+
+
+def nanogpt(bias: bool, vocab_size: int = 90) -> tuple[dict, GPT2LMHeadModel]:
+    """A checkpoint as nanoGPT's train.py saves it with torch.compile, and the model that it is."""
+    fields = {**GPT2, "vocab_size": vocab_size, "activation_function": "gelu"}
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**fields)))
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith(".bias") and not bias:
+            tensor.zero_()
+        elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            state[f"_orig_mod.{name}"] = tensor.T.contiguous()
+        else:
+            state[f"_orig_mod.{name}"] = tensor
+    arguments = {
+        "n_layer": 2,
+        "n_head": 3,
+        "n_embd": 24,
+        "block_size": 32,
+        "bias": bias,
+        "vocab_size": vocab_size,
+        "dropout": 0.0,
+    }
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}
+    content = {
+        "model": state,
+        "optimizer": optimizer,
+        "model_args": arguments,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+    }
+    return {**content, "config": {"dataset": "shakespeare_char", "device": "cpu"}}, theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint(bias, tmp_path, monkeypatch, capsys):
+    content, theirs = nanogpt(bias)
+    (tmp_path / "out").mkdir()
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    said = run(monkeypatch, capsys, tmp_path / "out", tmp_path / "ours")
+    assert "nanoGPT's checkpoint" in said
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    assert difference(ours, theirs) < 1e-5
+    assert ours.config.attention_bias == ours.config.mlp_bias == bias
+
+
+def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypatch, capsys):
+    characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
+    content, _ = nanogpt(False)
+    torch.save(content, tmp_path / "ckpt.pt")
+    table = {
+        "vocab_size": 90,
+        "itos": dict(enumerate(characters)),
+        "stoi": {text: index for index, text in enumerate(characters)},
+    }
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
+    assert f"Tokenizer: {len(characters)} tokens" in run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    ids = tokenizer("to be,\nor not")["input_ids"]
+    assert ids == [characters.index(character) for character in "to be,\nor not"]
+    assert tokenizer.decode(ids) == "to be,\nor not"
+
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": Explosive(tmp_path / "ran")}))
+    message = refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "again")
+    assert "meta.pkl is not nanoGPT's table of characters" in message
+    assert not (tmp_path / "ran").exists()
+
+
+class Explosive:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, monkeypatch, capsys):
+    torch.save({"model": Explosive(tmp_path / "ran")}, tmp_path / "model.pt")
+    message = refused(monkeypatch, capsys, tmp_path / "model.pt", tmp_path / "ours", "--num_attention_heads", 3)
+    assert "reading it could run code that it brings, so it is not read" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_files_are_named(real_data, tmp_path, monkeypatch, capsys):
+    state, _ = sorting_gpt(real_data)
+    heads = ("--num_attention_heads", 3)
+
+    def saved(name: str, **changes: torch.Tensor | None) -> Path:
+        changed = {**state, **{key.replace("__", "."): tensor for key, tensor in changes.items()}}
+        torch.save({key: tensor for key, tensor in changed.items() if tensor is not None}, tmp_path / name)
+        return tmp_path / name
+
+    key = "transformer__h__1__mlp__c_fc__bias"
+    for file, expected in (
+        (saved("missing.pt", **{key: None}), "missing.pt lacks transformer.h.1.mlp.c_fc.bias"),
+        (saved("surplus.pt", transformer__h__1__mlp__gate=torch.ones(3)), "has no place for transformer.h.1.mlp.gate"),
+        (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), and should be (192,)"),
+        (saved("other.pt", transformer__wte__weight=None), "'transformer.wte.weight' is missing"),
+    ):
+        assert expected in refused(monkeypatch, capsys, file, tmp_path / "ours", *heads)
+    whole = (tmp_path / "missing.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    assert "short.pt is damaged" in refused(monkeypatch, capsys, tmp_path / "short.pt", tmp_path / "ours", *heads)
+    save_file(state, tmp_path / "short.safetensors")
+    os.truncate(tmp_path / "short.safetensors", 9000)
+    assert "short.safetensors is damaged" in refused(
+        monkeypatch, capsys, tmp_path / "short.safetensors", tmp_path / "ours", *heads
+    )
+    (tmp_path / "text.pt").write_text("hello")
+    assert "text.pt is" in refused(monkeypatch, capsys, tmp_path / "text.pt", tmp_path / "ours", *heads)
+    assert "nowhere" in refused(monkeypatch, capsys, tmp_path / "nowhere", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("tensor_file", ["data", "index"])
+def test_a_damaged_tensorflow_checkpoint_is_named(tensor_file, real_data, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "toy"
+    shutil.copytree(real_data / "openai-tf-toy", source)
+    (path,) = [path for path in source.glob("model.ckpt.*") if f".{tensor_file}" in path.name]
+    whole = path.read_bytes()
+    os.chmod(source, 0o755)
+    os.chmod(path, 0o644)
+    for damaged in (whole[:100], whole[:1200], b"", whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+        path.write_bytes(damaged)
+        message = refused(monkeypatch, capsys, source, tmp_path / "ours")
+        assert "model.ckpt" in message
+        assert "model/" in message or tensor_file == "index"
+    path.unlink()
+    refused(monkeypatch, capsys, source, tmp_path / "ours")
+
+
+def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
+    shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    state = load_file(file)
+    for changed, expected in (
+        ({**state, "transformer.h.1.ln_1.weight": None}, "lacks model.layers.1.input_layernorm.weight"),
+        ({**state, "transformer.h.1.ln_3.weight": torch.ones(3)}, "has no place for model.layers.1.ln_3.weight"),
+        ({**state, "transformer.h.1.ln_1.weight": torch.ones(3)}, "model.layers.1.input_layernorm.weight"),
+    ):
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, {"format": "pt"})
+        message = refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+        assert expected in message
+        assert str(tmp_path / "gpt2") in message
+    os.truncate(file, 5000)
+    assert "its weights are damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    assert "exists already" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
+
+
+def refused_existing(monkeypatch, capsys, folder: Path) -> str:
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, folder, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    return capsys.readouterr().err
+
+
+# --to gpt2, --to qwen3 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_round_trip_through_gpt2_loses_nothing(tie, tmp_path, monkeypatch, capsys):
+    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, tie_word_embeddings=tie, hidden_dropout=0.1)))
+    ours.generation_config.update(do_sample=True, top_k=7)
+    ours.save_pretrained(tmp_path / "ours")
+    text = ["to be, or not to be"] * 9
+    tokenizer = ScratchGPTTokenizer.train(text, 270)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
+    assert "a complete GPT2LMHeadModel" in said
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    assert type(stock) is GPT2LMHeadModel
+    assert difference(ours, stock) < 1e-5
+    assert stock.generation_config.top_k == 7
+    other = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    assert not isinstance(other, ScratchGPTTokenizer)
+    assert other(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
+    assert other.special_tokens_map == tokenizer.special_tokens_map
+    assert not list((tmp_path / "gpt2").glob("*.py"))
+
+    run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "again")
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "again")
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    ignored = {"_name_or_path", "auto_map", "transformers_version", "architectures", "dtype"}
+    first, second = ({k: v for k, v in model.config.to_dict().items() if k not in ignored} for model in (ours, again))
+    assert first == second
+
+
+def test_without_biases_gpt2_gets_zeros(tmp_path, monkeypatch, capsys):
+    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, attention_bias=False, mlp_bias=False)))
+    ours.save_pretrained(tmp_path / "ours")
+    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
+    assert difference(ours, GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, capsys):
+    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN))).to(dtype)
+    ours.save_pretrained(tmp_path / "ours")
+    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "qwen3", "--to", "qwen3")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
+    assert type(stock) is Qwen3ForCausalLM
+    assert stock.dtype == dtype
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    assert difference(again.float(), stock.float()) < 1e-5
+    run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "again")
+    for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "expected"),
+    [
+        (MODERN, "gpt2", "position_embedding_type is 'rotary', and a gpt2 model has only 'learned'"),
+        ({}, "qwen3", "position_embedding_type is 'learned', and a qwen3 model has only 'rotary'"),
+        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, and a gpt2 model has only 4"),
+        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, and a qwen3 model has only True"),
+        ({**MODERN, "hidden_dropout": 0.1}, "qwen3", "hidden_dropout is 0.1, and a qwen3 model has only 0.0"),
+    ],
+)
+def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
+    capsys.readouterr()
+    assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
+
+
+# --to gguf --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"attention_bias": False, "mlp_bias": False}, MODERN], ids=["gpt2", "no biases", "qwen3"]
+)
+@pytest.mark.parametrize(("kind", "most"), [("f32", 1e-5), ("f16", 1e-2), ("q8_0", 0.15)])
+def test_transformers_reads_our_gguf(fields, kind, most, tmp_path, monkeypatch, capsys):
+    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)))
+    ours.save_pretrained(tmp_path / "ours")
+    tokenizer = ScratchGPTTokenizer.train(["to be, or not to be, that is the question 12"] * 9, 290)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf", "--type", kind)
+    assert f"Largest difference when read back from {kind}: " in said
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", config=config, dtype=torch.float32)
+    assert type(theirs) in (GPT2LMHeadModel, Qwen3ForCausalLM)
+    assert difference(ours, theirs) < most
+    other = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    text = "to be, naïve 🙂 or  not\n<|eos|>"
+    assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "expected"),
+    [
+        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', and in a GGUF gpt2 has 'gelu_pytorch_tanh'"),
+        (
+            {**MODERN, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "bpe",
+            "scaled rope_parameters",
+        ),
+        ({}, "bpe-gpt4", "a GGUF file can only hold `bpe`"),
+        ({}, "character", "a GGUF file can only hold `bpe`"),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
+    ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290, kind=kind).save_pretrained(tmp_path / "ours")
+    capsys.readouterr()
+    assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf")
