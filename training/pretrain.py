@@ -5,7 +5,7 @@
     accelerate launch training/pretrain.py --model hidden_size=256 num_hidden_layers=4 --max_steps 200
 
 With nothing given it reads training/configs/pretrain.yaml: a small GPT on the docstrings of Python and of the libraries
-installed beside it, in about five minutes of training on two CPU cores. Whatever is typed overrides the file.
+installed beside it, in five and a half minutes of training on two CPU cores. Whatever is typed overrides the file.
 """
 
 import os
