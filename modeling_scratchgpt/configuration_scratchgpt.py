@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .interchange import as_scratchgpt
+from .interchange import NAMES, as_scratchgpt
 
 # GPT-2's published sizes (Radford et al., 2019), by their number of parameters with the head tied to the embedding.
 PRESETS = {
@@ -82,18 +82,7 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     model_type = "scratchgpt"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
-        "n_positions": "max_position_embeddings",
-        "n_embd": "hidden_size",
-        "n_inner": "intermediate_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "activation_function": "hidden_act",
-        "attn_pdrop": "attention_dropout",
-        "resid_pdrop": "hidden_dropout",
-        "embd_pdrop": "embedding_dropout",
-        "layer_norm_epsilon": "norm_eps",
-    }
+    attribute_map = {theirs: ours for ours, theirs in NAMES["gpt2"].items()}
 
     # How to split the model over devices: attention by heads, the MLP by its inner width.
     base_model_tp_plan = {

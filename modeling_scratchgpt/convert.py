@@ -11,13 +11,14 @@ What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not 
 compared with transformers' own of the same weights.
 
 Notable:
-- No pickle runs: torch loads weights only, and nanoGPT's meta.pkl is read by an unpickler that knows no class.
+- No pickle runs: torch loads weights only, and nanoGPT's meta.pkl is read instruction by instruction, not unpickled.
 - Every tensor of the source must have its place, and every place its tensor, of the right shape.
 """
 
 import argparse
 import json
 import pickle
+import pickletools
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -329,11 +330,40 @@ def _openai_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[ScratchGP
     return tokenizer, ""
 
 
-class _NoClasses(pickle.Unpickler):
-    """Reads dictionaries, strings and numbers. A pickle runs code by naming what to call: here, nothing has a name."""
+def _plain_content(content: bytes) -> Any:
+    """The dictionaries, strings and whole numbers that a pickle describes, put together from a list of its instructions.
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+    Nothing is unpickled: an instruction that would name, call or build anything else ends it.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    for instruction, argument, _ in pickletools.genops(content):
+        match instruction.name:
+            case "PROTO" | "FRAME":
+                continue
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2":
+                stack.append(argument)
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "SETITEM" | "SETITEMS" as name:
+                start = marks.pop() if name == "SETITEMS" else len(stack) - 2
+                items = stack[start:]
+                del stack[start:]
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case name:
+                raise ValueError(f"it holds more than dictionaries, strings and whole numbers: {name}")
+    raise ValueError("it has no end")
 
 
 def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
@@ -341,12 +371,11 @@ def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
     if not file.is_file():
         return None, f"the file of weights brings none, and no {file.name} lies beside it: pass --tokenizer"
     try:
-        with open(file, "rb") as opened:
-            ids = _NoClasses(opened).load()["stoi"]
+        ids = _plain_content(file.read_bytes())["stoi"]
         if not all(isinstance(text, str) and isinstance(index, int) for text, index in ids.items()):
             raise ValueError("stoi does not map characters to numbers")
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
-    except Exception as error:  # a pickle can be wrong in every way
+    except Exception as error:  # it can be wrong in every way, and `tokenizers` raises bare exceptions
         raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
     tokenizer.decoder = decoders.Fuse()
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""

@@ -1,4 +1,4 @@
-"""Weights in: from the files that others save, into ours, compared with the models of those who made them."""
+"""Other people's files in, ours out, through the command: compared with the models of those who made them."""
 
 import base64
 import json
@@ -8,7 +8,6 @@ import shutil
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,236 +18,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
 )
 
-import modeling_scratchgpt
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer, convert
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
 from modeling_scratchgpt.tensorflow_checkpoint import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
-
-GPT2: dict[str, Any] = {
-    "vocab_size": 90,
-    "n_positions": 32,
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-QWEN3 = {
-    "vocab_size": 90,
-    "max_position_embeddings": 32,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-IDS = torch.arange(40).view(2, 20)
-
-
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """A model whose biases and norms are not at their start."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
-    mask = torch.ones_like(IDS)
-    with torch.no_grad():
-        first, second = (model(IDS, attention_mask=mask)[0].float() for model in (ours, theirs))
-    return (first - second).abs().max().item()
-
-
-# from_pretrained ------------------------------------------------------------------------------------------------------
-
-
-def as_published(theirs: GPT2LMHeadModel, folder: Path) -> None:
-    """The file of openai-community/gpt2: no prefix, no head, the causal mask of every layer."""
-    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items() if "lm_head" not in name}
-    for layer in range(theirs.config.n_layer):
-        state[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
-        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    theirs.config.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-def as_bin(theirs: GPT2LMHeadModel, folder: Path) -> None:
-    theirs.config.save_pretrained(folder)
-    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
-
-
-SAVED = {
-    "safetensors": lambda theirs, folder: theirs.save_pretrained(folder),
-    "sharded": lambda theirs, folder: theirs.save_pretrained(folder, max_shard_size="20KB"),
-    "bin": as_bin,
-    "as published": as_published,
-    "without a head": lambda theirs, folder: theirs.transformer.save_pretrained(folder),
-}
-
-
-@pytest.mark.parametrize("saved", SAVED)
-def test_gpt2_loads_however_it_was_saved(saved, tmp_path):
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
-    SAVED[saved](theirs, tmp_path)
-    ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert difference(ours, theirs) < 1e-5
-    assert difference(ScratchGPTModel.from_pretrained(tmp_path), theirs.transformer) < 1e-5
-
-
-def test_gpt2_with_a_head_of_its_own(tmp_path):
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, tie_word_embeddings=False)))
-    theirs.save_pretrained(tmp_path)
-    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
-    assert difference(ours, theirs) < 1e-5
-    assert ours.lm_head.weight is not ours.model.embed_tokens.weight
-
-
-HEADS = {
-    "ForSequenceClassification": GPT2ForSequenceClassification,
-    "ForTokenClassification": GPT2ForTokenClassification,
-    "ForQuestionAnswering": GPT2ForQuestionAnswering,
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_every_head_comes_along(head, tmp_path):
-    theirs = shaken(HEADS[head](GPT2Config(**GPT2, id2label={0: "a", 1: "b", 2: "c"}, pad_token_id=89)))
-    theirs.save_pretrained(tmp_path)
-    ours, report = getattr(modeling_scratchgpt, f"ScratchGPT{head}").from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert difference(ours, theirs) < 1e-5
-    assert ours.config.id2label == theirs.config.id2label
-
-
-def test_a_fresh_head_on_gpt2_is_reported_as_such(tmp_path):
-    shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path)
-    ours, report = modeling_scratchgpt.ScratchGPTForSequenceClassification.from_pretrained(
-        tmp_path, num_labels=4, output_loading_info=True
-    )
-    assert report["missing_keys"] == {"score.weight"}
-    assert ours.score.weight.shape == (4, 24)
-
-
-@pytest.mark.parametrize(
-    "options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}, "dtype": "auto"}]
-)
-def test_options_of_from_pretrained_hold(options, tmp_path):
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
-    theirs.save_pretrained(tmp_path)
-    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path, **options)
-    expected = options.get("dtype") if isinstance(options.get("dtype"), torch.dtype) else torch.float32
-    assert {parameter.dtype for parameter in ours.parameters()} == {expected}
-    assert difference(ours, theirs) < (1e-5 if expected == torch.float32 else 0.1)
-
-
-def test_offloaded_to_disk(tmp_path):
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
-    theirs.save_pretrained(tmp_path / "gpt2")
-    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.embed_positions": "cpu", "model.norm": "cpu"}
-    device_map |= {"model.dropout": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2", device_map=device_map, offload_folder=tmp_path / "offload")
-    assert difference(ours, theirs) < 1e-5
-
-
-def test_what_was_loaded_from_gpt2_is_saved_as_ours(tmp_path):
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
-    theirs.save_pretrained(tmp_path / "gpt2")
-    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
-    ours.save_pretrained(tmp_path / "ours")
-    saved = load_file(tmp_path / "ours" / "model.safetensors")
-    assert "model.layers.0.self_attn.q_proj.weight" in saved
-    for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours").state_dict().items():
-        assert torch.equal(tensor, ours.state_dict()[name]), name
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["model_type"] == "scratchgpt"
-    assert config["architectures"] == ["ScratchGPTForCausalLM"]
-    assert not config.keys() & {"n_embd", "n_inner", "activation_function", "scale_attn_weights"}
-
-
-def test_all_of_gpt2s_config_counts(tmp_path):
-    fields = {
-        "n_inner": 50,
-        "activation_function": "relu",
-        "layer_norm_epsilon": 1e-3,
-        "resid_pdrop": 0.2,
-        "embd_pdrop": 0.3,
-        "attn_pdrop": 0.4,
-    }
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, **fields, initializer_range=0.5, use_cache=False)))
-    theirs.save_pretrained(tmp_path)
-    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
-    assert difference(ours, theirs) < 1e-5
-    config = ours.config
-    assert (config.hidden_dropout, config.embedding_dropout, config.attention_dropout) == (0.2, 0.3, 0.4)
-    assert (config.initializer_range, config.use_cache, config.norm_eps) == (0.5, False, 1e-3)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("reorder_and_upcast_attn", True),
-        ("add_cross_attention", True),
-    ],
-)
-def test_what_a_scratchgpt_cannot_do_is_refused_by_name(field, value, tmp_path):
-    GPT2Config(**GPT2, **{field: value}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{field} is {value} in this gpt2 config"):
-        ScratchGPTConfig.from_pretrained(tmp_path)
-
-
-def test_other_model_types_are_refused(tmp_path):
-    transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model_type 'llama' is not one that ScratchGPT loads: these are scratchgpt, gpt2, qwen3"
-    ):
-        ScratchGPTForCausalLM.from_pretrained(tmp_path)
-    Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
-        ScratchGPTForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_qwen3_loads(tie, bias, tmp_path):
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
-    config = Qwen3Config(**QWEN3, tie_word_embeddings=tie, attention_bias=bias, rope_parameters=rope, rms_norm_eps=1e-4)
-    theirs = shaken(Qwen3ForCausalLM(config))
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert difference(ours, theirs) < 1e-5
-
-
-def test_qwen3s_older_files_and_heads(tmp_path):
-    theirs = shaken(Qwen3ForSequenceClassification(Qwen3Config(**QWEN3, num_labels=3, pad_token_id=89, rope_theta=5e4)))
-    theirs.save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / "config.json").read_text())
-    del fields["rope_parameters"], fields["layer_types"]
-    (tmp_path / "config.json").write_text(json.dumps({**fields, "rope_theta": 5e4, "rope_scaling": None}))
-    ours = modeling_scratchgpt.ScratchGPTForSequenceClassification.from_pretrained(tmp_path)
-    assert ours.config.rope_parameters["rope_theta"] == 5e4
-    assert difference(ours, theirs) < 1e-5
-
-
-# python -m modeling_scratchgpt.convert ---------------------------------------------------------------------------------
+from tests.test_interchange import GPT2, QWEN3, difference, shaken
 
 
 def run(monkeypatch, capsys, *words: object) -> str:
@@ -435,6 +213,15 @@ def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypa
     message = refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "again")
     assert "meta.pkl is not nanoGPT's table of characters" in message
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_plain_pickle_is_read_without_unpickling(protocol):
+    stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
+    table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
+    assert convert._plain_content(pickle.dumps(table, protocol)) == table
+    with pytest.raises(ValueError, match="it holds more than dictionaries, strings and whole numbers"):
+        convert._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
 
 
 class Explosive:
