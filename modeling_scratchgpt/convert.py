@@ -6,9 +6,10 @@
     python -m modeling_scratchgpt.convert model.pt outputs/mine --num_attention_heads 6   # minGPT's, or any bare state dict
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3       # the other way: gpt2, qwen3
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0   # for llama.cpp
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/onnx --to onnx           # for onnxruntime
 
-What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is saved, the model is
-compared with transformers' own of the same weights.
+What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is, the model is compared
+with transformers' own of the same weights, or with what onnxruntime computes.
 
 Notable:
 - No pickle runs: torch loads weights only, and nanoGPT's meta.pkl is read instruction by instruction, not unpickled.
@@ -45,6 +46,8 @@ from .configuration_scratchgpt import ScratchGPTConfig
 from .gguf_export import TYPES, check_gguf, write_gguf
 from .interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
 from .modeling_scratchgpt import ScratchGPTForCausalLM
+from .onnx_export import FILE as ONNX_FILE
+from .onnx_export import check_onnx, onnx_logits, write_onnx
 from .tensorflow_checkpoint import read_tensorflow_checkpoint
 from .tokenization_scratchgpt import ScratchGPTTokenizer
 
@@ -252,53 +255,62 @@ def _refuse(source: str, what: str, names: Any) -> None:
         raise ValueError(f"{source} {what} {listed}{', ...' if len(names) > 5 else ''}: it is not the model it should be.")
 
 
-def check_logits(found: Found, tolerance: float = TOLERANCE) -> float:
-    """The largest difference between the outputs of the two models in float32, on the same random ids.
+def compared(found: Found, tolerance: float = TOLERANCE) -> str:
+    """A line on how far the outputs of the two models are apart in float32, on the same random ids.
 
     Raises:
-        ValueError: it is more than rounding makes.
+        ValueError: further than rounding makes them.
     """
-    config = found.ours.config
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
-    mask = torch.ones_like(ids)
+    ids = _some_ids(found.ours.config)
     outputs = []
     for model in (found.ours, found.stock):
         dtype = model.dtype
         with torch.no_grad():
-            outputs.append((model if dtype == torch.float32 else model.float())(ids, attention_mask=mask))
+            outputs.append((model if dtype == torch.float32 else model.float())(ids, attention_mask=torch.ones_like(ids)))
         if dtype != torch.float32:
             model.to(dtype)  # no bit of the weights has changed
     ours, stock = outputs
     key = "start_logits" if "start_logits" in ours else "logits" if "logits" in ours else "last_hidden_state"
-    difference = (ours[key] - stock[key]).abs().max().item()
-    if not difference <= tolerance * max(1.0, stock[key].abs().max().item()):
-        raise ValueError(f"the {key} of the converted model differ by {difference}: nothing was written. Please report this.")
-    return difference
+    return _difference(ours[key], stock[key], tolerance, f"{type(found.stock).__name__} in transformers")
 
 
-def as_stock_model(source: str, model_type: str) -> Found:
-    """A folder of ours as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is.
+def _some_ids(config: PreTrainedConfig) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, whose: str) -> str:
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= tolerance * max(1.0, theirs.abs().max().item()):
+        raise ValueError(f"the outputs differ by {difference} from {whose}: nothing was written. Please report this.")
+    return f"Largest difference from {whose}: {difference:.1e}"
+
+
+def read_ours(source: str, to: str) -> Found:
+    """A folder of ours, also as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is; for ONNX, as neither.
 
     Raises:
-        ValueError: it is no ScratchGPT, or no such model can be what it is; the message names the field of its config.
+        ValueError: it is no ScratchGPT, or cannot be what is wanted; the message names the field of its config.
     """
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
     our_config = ScratchGPTConfig.from_dict(fields)
-    if model_type == "gguf":
-        model_type = "qwen3" if our_config.position_embedding_type == "rotary" else "gpt2"
-    config = as_stock(our_config, model_type)
+    stock_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
+    if to == "onnx":
+        check_onnx(our_config)
+    config = None if to == "onnx" else as_stock(our_config, stock_type)
     try:
         ours, report = _with_report(ScratchGPTForCausalLM, source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{source}: its weights are damaged, or are not weights ({error}).") from error
     _check_report(source, report)
-    stock_class = transformers.GPT2LMHeadModel if model_type == "gpt2" else transformers.Qwen3ForCausalLM
-    state = gpt2_state(ours.state_dict()) if model_type == "gpt2" else ours.state_dict()
-    stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
-    stock.generation_config = ours.generation_config
+    stock = None
+    if config:
+        stock_class = transformers.GPT2LMHeadModel if stock_type == "gpt2" else transformers.Qwen3ForCausalLM
+        state = gpt2_state(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
+        stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
+        stock.generation_config = ours.generation_config
     return Found("ScratchGPT", ours, stock, *_tokenizer_of(source))
 
 
@@ -307,6 +319,11 @@ def as_stock_model(source: str, model_type: str) -> Found:
 
 def _tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     """A folder's or a repository's own, as ours."""
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    ):
+        return None, f"{source} holds none"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
@@ -385,7 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
-    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf"), help="turn a ScratchGPT into this")
+    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="turn a ScratchGPT into this")
     parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices in a GGUF file (default: %(default)s)")
     parser.add_argument("--num_attention_heads", type=int, help="of bare weights, which do not tell")
     parser.add_argument(
@@ -408,7 +425,7 @@ def convert(arguments: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()  # what it would warn of ends in an error here
     transformers.logging.disable_progress_bar()
     if arguments.to:
-        found = as_stock_model(arguments.source, arguments.to)
+        found = read_ours(arguments.source, arguments.to)
     else:
         found = read_source(arguments.source, arguments.num_attention_heads, arguments.hidden_act)
     if arguments.tokenizer:
@@ -420,34 +437,48 @@ def convert(arguments: argparse.Namespace) -> None:
         f"{config.max_position_embeddings:,} positions"
     )
     print(f"Tokenizer: {len(found.tokenizer):,} tokens" if found.tokenizer else f"No tokenizer: {found.remark}")
-    print(f"Largest difference from {type(found.stock).__name__} in transformers: {check_logits(found):.1e}")
+    if found.stock:
+        print(compared(found))
     if arguments.to == "gguf":
         check_gguf(config, found.tokenizer)
-    made, name = (found.stock, type(found.stock).__name__) if arguments.to else (found.ours, "ScratchGPT")
-    if found.tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
-        backend, special = found.tokenizer.backend_tokenizer, found.tokenizer.special_tokens_map
-        limit = found.tokenizer.model_max_length
-        found.tokenizer = TokenizersBackend(tokenizer_object=backend, model_max_length=limit, **special)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
         whole = Path(folder) / "model"
-        if arguments.to == "gguf":
-            made.config.save_pretrained(whole)  # of its fields transformers' reader of GGUF takes only some from the file
-            write_gguf(whole / "model.gguf", config, found.ours.state_dict(), found.tokenizer, arguments.type)
-            found.stock = type(made).from_pretrained(whole, gguf_file="model.gguf", config=made.config, dtype=torch.float32)
-            print(
-                f"Largest difference when read back from {arguments.type}: {check_logits(found, ROUNDING[arguments.type]):.1e}"
-            )
-        else:
-            made.save_pretrained(whole)
-            if found.tokenizer:
-                found.tokenizer.save_pretrained(whole)
+        _write(found, whole, arguments)
         whole.rename(destination)
-    if arguments.to == "gguf":
-        print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")
-        return
-    trust = "" if arguments.to else ", trust_remote_code=True"
-    print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
+    match arguments.to:
+        case "gguf":
+            print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")
+        case "onnx":
+            print(f"{destination / ONNX_FILE} is for onnxruntime and what is built on it.")
+        case to:
+            name, trust = (type(found.stock).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
+            print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
+
+
+def _write(found: Found, folder: Path, arguments: argparse.Namespace) -> None:
+    tokenizer = found.tokenizer
+    if tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
+        backend, special = tokenizer.backend_tokenizer, tokenizer.special_tokens_map
+        tokenizer = TokenizersBackend(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **special)
+    match arguments.to:
+        case "gguf":
+            config, file = found.stock.config, "model.gguf"
+            config.save_pretrained(folder)  # of its fields transformers' reader of GGUF takes only some from the file
+            write_gguf(folder / file, found.ours.config, found.ours.state_dict(), tokenizer, arguments.type)
+            found.stock = type(found.stock).from_pretrained(folder, gguf_file=file, config=config, dtype=torch.float32)
+            print(f"Read back from {arguments.type}. {compared(found, ROUNDING[arguments.type])}")
+            return
+        case "onnx":
+            write_onnx(folder, found.ours.float())
+            ids = _some_ids(found.ours.config)
+            with torch.no_grad():
+                ours = found.ours(ids).logits
+            print(_difference(ours, onnx_logits(folder / ONNX_FILE, ids), TOLERANCE, "what onnxruntime computes"))
+        case to:
+            (found.stock if to else found.ours).save_pretrained(folder)
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
