@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FILE = "model.onnx"
@@ -32,11 +33,13 @@ def check_onnx(config: PreTrainedConfig) -> None:
     """Whether the graph of a model of this config can be written.
 
     Raises:
-        ValueError: a library is missing, or a graph cannot say what this model is; the message names the field.
+        ValueError: a library is missing or too old, or a graph cannot say what this model is; the message names the field.
     """
     missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"writing ONNX takes the libraries onnxscript and onnxruntime: pip install {' '.join(missing)}.")
+    if not hasattr(importlib.import_module("transformers.exporters.base"), "ExportedModel"):
+        raise ValueError(f"writing ONNX takes transformers 5.23 or later, and this is {transformers.__version__}.")
     if config.position_embedding_type == "rotary" and (kind := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
         raise ValueError(f"rope_type is {kind!r}, which depends on the length of a text: a graph has one for all.")
     if config.max_position_embeddings < EXAMPLE[1]:
