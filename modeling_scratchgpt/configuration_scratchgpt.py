@@ -29,6 +29,7 @@ PRESETS = {
     "1.5B": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
+MAX_LAYERS = 10_000  # beyond all measure; a damaged file would keep its reader busy for days
 CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
     "norm_type": ("layernorm", "rmsnorm"),
@@ -180,6 +181,8 @@ class ScratchGPTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS:,}, got {self.num_hidden_layers}.")
 
     def _validate_rotary(self) -> None:
         if self.head_dim % 2:

@@ -20,15 +20,19 @@ import argparse
 import json
 import pickle
 import pickletools
+import re
 import sys
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
@@ -39,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TokenizersBackend,
 )
+from transformers.activations import ACT2FN
 
 import modeling_scratchgpt
 
@@ -52,6 +57,7 @@ from .tensorflow_checkpoint import read_tensorflow_checkpoint
 from .tokenization_scratchgpt import ScratchGPTTokenizer
 
 State = dict[str, torch.Tensor]
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask of older files
 TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
 
@@ -65,9 +71,10 @@ class Found:
     stock: Any
     tokenizer: PreTrainedTokenizerBase | None
     remark: str = ""  # why there is no tokenizer
+    is_bare: bool = False  # whether the source tells its numbers and names of nothing else
 
 
-def read_source(source: str, num_attention_heads: int | None, hidden_act: str) -> Found:
+def read_source(source: str, num_attention_heads: int | None, hidden_act: str | None) -> Found:
     """Recognise and read a source.
 
     Args:
@@ -79,6 +86,12 @@ def read_source(source: str, num_attention_heads: int | None, hidden_act: str) -
         OSError: it is not there.
     """
     path = Path(source).expanduser()
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise ValueError(f"{source} is not there, and is no id of a repository on the Hub.")
+    if hidden_act is not None and hidden_act not in ACT2FN:
+        raise ValueError(
+            f"--hidden_act {hidden_act} is not one that transformers knows: these are {', '.join(sorted(ACT2FN))}."
+        )
     if path.is_dir():
         if (path / "hparams.json").is_file():
             return _openai(path)
@@ -97,26 +110,57 @@ def _folder(source: str) -> Found:
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") == "scratchgpt":
         raise ValueError(f"{source} is a ScratchGPT already: to make another of it, say which with --to.")
-    as_scratchgpt(fields)  # says what cannot be, in words of our own
+    ScratchGPTConfig(**as_scratchgpt(fields))  # says what cannot be, in words of our own
     plain = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
     stock_name = (fields.get("architectures") or [plain])[0]
     head = stock_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
     our_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}", None)
-    if our_class is None:
+    if our_class is None or not hasattr(our_class, "forward") or head == "PreTrainedModel":
         raise ValueError(f"{source} is a {stock_name}, for which ScratchGPT has no head.")
-    try:
+    _check_files(Path(source))
+    with _loading(source):
         ours, report = _with_report(our_class, source)
         _check_report(source, report)
         stock = getattr(transformers, stock_name).from_pretrained(source)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{source}: its weights are damaged, or are not weights ({error}).") from error
     return Found(f"{stock_name} of transformers", ours, stock, *_tokenizer_of(source))
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """What goes wrong while weights are loaded, in one line."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{source}: a file of its weights is damaged, or more than weights, which could run code.") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source}: its weights are damaged, no weights, or too large for this memory ({error}).") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse safetensors of a local folder that are damaged, hold what is no weight, or have two tensors for one place."""
+    places: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or is no file of weights ({error}).") from error
+        for name, kind in kinds.items():
+            if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(MASKS):
+                raise ValueError(f"{file}: {name} is of type {kind}: weights are floating-point numbers.")
+            if other := places.get(place := name.removeprefix("transformer.")):
+                raise ValueError(f"{folder} has two tensors for one place: {other} and {name}.")
+            places[place] = name
 
 
 def _openai(folder: Path) -> Found:
     """OpenAI's own files."""
     try:
         hparams = json.loads((folder / "hparams.json").read_text())
+        if not all(
+            type(hparams[name]) is int and hparams[name] > 0 for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head")
+        ):
+            raise ValueError("its sizes must be positive whole numbers")
         config = GPT2Config(
             vocab_size=hparams["n_vocab"],
             n_positions=hparams["n_ctx"],
@@ -129,7 +173,7 @@ def _openai(folder: Path) -> Found:
             bos_token_id=None,
             eos_token_id=None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'hparams.json'} does not give OpenAI's sizes ({error!r}).") from error
     indices = sorted(folder.glob("*.index"))
     if len(indices) != 1:
@@ -146,31 +190,43 @@ def _openai(folder: Path) -> Found:
     return Found("OpenAI's checkpoint for TensorFlow", ours, stock, *_openai_tokenizer(folder, ours.config))
 
 
-def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str) -> Found:
+def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> Found:
     """nanoGPT's checkpoint, or the bare weights of any model that names them as GPT-2, minGPT and nanoGPT do."""
     content = _read_tensors(file)
     kind = "bare weights"
     if isinstance(content.get("model"), dict):
         kind, hidden_act = "nanoGPT's checkpoint", "gelu"
-        num_attention_heads = (content.get("model_args") or {}).get("n_head", num_attention_heads)
+        sizes = content.get("model_args")
+        num_attention_heads = sizes.get("n_head", num_attention_heads) if isinstance(sizes, dict) else num_attention_heads
         content = content["model"]
-    state = {}
-    for name, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{file}: {name} is no tensor but a {type(tensor).__name__}: these are no weights of a model.")
-        name = name.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
-            state[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = tensor
+    state: State = {}
+    for original, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(original, str):
+            raise ValueError(f"{file}: {original} is no tensor but a {type(tensor).__name__}: these are no weights of a model.")
+        name = original.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
+        if name.endswith(MASKS):
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if name in state:
+            raise ValueError(f"{file} has two tensors for one place: {original} is the second for {name}.")
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+            raise ValueError(f"{file}: {original} is of type {tensor.dtype}: weights are dense floating-point numbers.")
+        state[name] = tensor
     try:
         vocab_size, width = state["transformer.wte.weight"].shape
         positions = state["transformer.wpe.weight"].shape[0]
         layout = state["transformer.h.0.attn.c_attn.weight"].shape
         inner = max(state["transformer.h.0.mlp.c_fc.weight"].shape)
-    except (KeyError, ValueError) as error:
+        layers = {int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")}
+    except (IndexError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error} is missing or no matrix: these are not the weights of a GPT-2.") from error
+    if layers != set(range(len(layers))):
+        raise ValueError(
+            f"{file} has layers {sorted(layers)[:3]} to {max(layers)}, and {len(layers)} of them: some are missing."
+        )
     if num_attention_heads is None:
         raise ValueError(f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads.")
-    if num_attention_heads < 1 or width % num_attention_heads:
+    if type(num_attention_heads) is not int or num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"--num_attention_heads {num_attention_heads} does not divide the width of {file}, {width}.")
     if layout[0] != width:  # nn.Linear's
         matrices = tuple(f".{name}.weight" for name in GPT2_MATRICES)
@@ -180,10 +236,10 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str) ->
         vocab_size=vocab_size,
         n_positions=positions,
         n_embd=width,
-        n_layer=1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")),
+        n_layer=len(layers),
         n_head=num_attention_heads,
         n_inner=inner,
-        activation_function=hidden_act,
+        activation_function=hidden_act or "gelu_new",
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -192,19 +248,21 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str) ->
         eos_token_id=None,
     )
     ours, stock = _models(config, state, str(file))
-    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")))
+    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")), is_bare=kind == "bare weights")
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
+            raise ValueError(f"{bad} in it has changed since it was written")
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is no file of weights alone: reading it could run code that it brings, so it is not read."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged, or is no file of weights ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}: give a state dict, or nanoGPT's checkpoint.")
@@ -213,6 +271,7 @@ def _read_tensors(file: Path) -> dict[str, Any]:
 
 def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Ours and transformers' GPT-2 with these weights, which bear its names and lie as it wants them."""
+    our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
     with torch.device("meta"):
         stock = transformers.GPT2LMHeadModel(config)
     expected = {name: tensor.shape for name, tensor in stock.state_dict().items()}
@@ -230,7 +289,6 @@ def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedMode
             raise ValueError(f"{file}: {name} is {tuple(state[name].shape)}, and should be {tuple(shape)}.")
     stock.load_state_dict(state, strict=False, assign=True)
     stock.tie_weights()
-    our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
     if not has_biases:
         our_config.attention_bias = our_config.mlp_bias = False
         state = {name: tensor for name, tensor in state.items() if not name.endswith(is_bias) or ".ln_" in name}
@@ -240,7 +298,14 @@ def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedMode
 
 
 def _with_report(model_class: Any, source: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, report = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{source or 'the source'}: {name} holds numbers that are not finite.")
+    head = getattr(model, "lm_head", None)
+    if head is not None and head.weight is not model.model.embed_tokens.weight:
+        model.config.tie_word_embeddings = False  # a file may have a head of its own, whatever its config says
+    return model, report
 
 
 def _check_report(source: str, report: dict[str, Any]) -> None:
@@ -275,8 +340,12 @@ def compared(found: Found, tolerance: float = TOLERANCE) -> str:
 
 
 def _some_ids(config: PreTrainedConfig) -> torch.Tensor:
+    """One text, since some classifiers take no more without a token to pad with; that token is not in it."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (2, min(32, config.max_position_embeddings)), generator=generator)
+    ids = torch.randint(config.vocab_size, (1, min(32, config.max_position_embeddings)), generator=generator)
+    return (
+        torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids) if config.pad_token_id is not None else ids
+    )
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, whose: str) -> str:
@@ -292,21 +361,26 @@ def read_ours(source: str, to: str) -> Found:
     Raises:
         ValueError: it is no ScratchGPT, or cannot be what is wanted; the message names the field of its config.
     """
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: --to takes the folder of a ScratchGPT.")
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
+    if Path(source, "adapter_config.json").is_file():
+        raise ValueError(f"{source} also holds an adapter, which would be left out: merge it into the model first.")
+    _check_files(Path(source))
     our_config = ScratchGPTConfig.from_dict(fields)
     stock_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
     if to == "onnx":
         check_onnx(our_config)
-    config = None if to == "onnx" else as_stock(our_config, stock_type)
-    try:
+    else:
+        as_stock(our_config, stock_type)
+    with _loading(source):
         ours, report = _with_report(ScratchGPTForCausalLM, source)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{source}: its weights are damaged, or are not weights ({error}).") from error
-    _check_report(source, report)
+        _check_report(source, report)
     stock = None
-    if config:
+    if to != "onnx":
+        config = as_stock(ours.config, stock_type)
         stock_class = transformers.GPT2LMHeadModel if stock_type == "gpt2" else transformers.Qwen3ForCausalLM
         state = gpt2_state(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
         stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
@@ -319,21 +393,36 @@ def read_ours(source: str, to: str) -> Found:
 
 def _tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     """A folder's or a repository's own, as ours."""
-    folder = Path(source)
-    if folder.is_dir() and not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-    ):
+    folder, files = Path(source), ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in files):
         return None, f"{source} holds none"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
             return None, f"{source} holds none"
     except Exception as error:  # transformers, tokenizers and the Hub each have their own
-        return None, " ".join(str(error).split())[:200]
-    limit = min(tokenizer.model_max_length, 2**40)
-    special = tokenizer.special_tokens_map
-    backend = tokenizer.backend_tokenizer
-    return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=limit, **special), ""
+        return None, f"that of {source} cannot be read ({' '.join(str(error).split())[:200]})"
+    return _as(ScratchGPTTokenizer, tokenizer), ""
+
+
+def _as(tokenizer_class: Any, tokenizer: Any) -> Any:
+    """A tokenizer as one of another class."""
+    return tokenizer_class(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=min(tokenizer.model_max_length, 2**40),
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, and the model rows for {vocab_size} tokens: pass --tokenizer."
+        )
 
 
 def _openai_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
@@ -341,8 +430,6 @@ def _openai_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[ScratchGP
         tokenizer = ScratchGPTTokenizer.from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
     except (OSError, ValueError) as error:
         return None, str(error)
-    if len(tokenizer) > config.vocab_size:
-        return None, f"it has {len(tokenizer)} tokens, and the model {config.vocab_size}"
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     return tokenizer, ""
 
@@ -389,8 +476,8 @@ def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
         return None, f"the file of weights brings none, and no {file.name} lies beside it: pass --tokenizer"
     try:
         ids = _plain_content(file.read_bytes())["stoi"]
-        if not all(isinstance(text, str) and isinstance(index, int) for text, index in ids.items()):
-            raise ValueError("stoi does not map characters to numbers")
+        if not all(isinstance(text, str) and len(text) == 1 for text in ids) or sorted(ids.values()) != [*range(len(ids))]:
+            raise ValueError("stoi does not number characters from 0 on")
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
     except Exception as error:  # it can be wrong in every way, and `tokenizers` raises bare exceptions
         raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
@@ -403,34 +490,46 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
     parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="turn a ScratchGPT into this")
-    parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices in a GGUF file (default: %(default)s)")
+    parser.add_argument("--type", choices=TYPES, help="of the matrices in a GGUF file (default: f16)")
     parser.add_argument("--num_attention_heads", type=int, help="of bare weights, which do not tell")
-    parser.add_argument(
-        "--hidden_act", default="gelu_new", help="the same; nanoGPT's is gelu (default: %(default)s, as GPT-2's)"
-    )
+    parser.add_argument("--hidden_act", help="the same; nanoGPT's is gelu (default: gelu_new, as GPT-2's)")
     parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, where the source brings none")
     arguments = parser.parse_args()
     try:
         convert(arguments)
-    except (OSError, ValueError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nconvert.py: stopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, SafetensorError, ValueError) as error:  # the second: a disk that is full
+        print(f"convert.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """What the command line asks for."""
     destination = arguments.destination.expanduser()
-    if destination.exists():
+    if destination.exists() or destination.is_symlink():
         raise ValueError(f"DESTINATION {destination} exists already: give the name of a new folder.")
     transformers.logging.set_verbosity_error()  # what it would warn of ends in an error here
     transformers.logging.disable_progress_bar()
-    if arguments.to:
-        found = read_ours(arguments.source, arguments.to)
-    else:
-        found = read_source(arguments.source, arguments.num_attention_heads, arguments.hidden_act)
-    if arguments.tokenizer:
-        found.tokenizer, found.remark = _tokenizer_of(arguments.tokenizer)
+    if arguments.type and arguments.to != "gguf":
+        raise ValueError(f"--type {arguments.type} is for --to gguf: leave it out.")
+    with _reading(arguments.source):
+        if arguments.to:
+            found = read_ours(arguments.source, arguments.to)
+        else:
+            found = read_source(arguments.source, arguments.num_attention_heads, arguments.hidden_act)
+    if not found.is_bare and (arguments.num_attention_heads or arguments.hidden_act):
+        raise ValueError(
+            f"{arguments.source} tells its heads and its activation: leave out --num_attention_heads, --hidden_act."
+        )
+    if arguments.tokenizer is not None:
+        found.tokenizer, remark = _tokenizer_of(arguments.tokenizer)
+        if not found.tokenizer:
+            raise ValueError(f"--tokenizer {arguments.tokenizer}: {remark}.")
     config = found.ours.config
+    if found.tokenizer:
+        _check_tokenizer(found.tokenizer, config.vocab_size)
     print(
         f"{arguments.source}: {found.kind}; {found.ours.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
@@ -456,18 +555,30 @@ def convert(arguments: argparse.Namespace) -> None:
             print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
 
 
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Whatever a file of other people's can make a reader stumble over ends in one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source} is damaged, or is not what it says it is ({type(error).__name__}: {said}).") from error
+
+
 def _write(found: Found, folder: Path, arguments: argparse.Namespace) -> None:
     tokenizer = found.tokenizer
     if tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
-        backend, special = tokenizer.backend_tokenizer, tokenizer.special_tokens_map
-        tokenizer = TokenizersBackend(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **special)
+        tokenizer = _as(TokenizersBackend, tokenizer)
     match arguments.to:
         case "gguf":
             config, file = found.stock.config, "model.gguf"
             config.save_pretrained(folder)  # of its fields transformers' reader of GGUF takes only some from the file
-            write_gguf(folder / file, found.ours.config, found.ours.state_dict(), tokenizer, arguments.type)
+            kind = arguments.type or "f16"
+            write_gguf(folder / file, found.ours.config, found.ours.state_dict(), tokenizer, kind)
             found.stock = type(found.stock).from_pretrained(folder, gguf_file=file, config=config, dtype=torch.float32)
-            print(f"Read back from {arguments.type}. {compared(found, ROUNDING[arguments.type])}")
+            print(f"Read back from {kind}. {compared(found, ROUNDING[kind])}")
             return
         case "onnx":
             write_onnx(folder, found.ours.float())

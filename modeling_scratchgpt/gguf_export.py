@@ -45,6 +45,12 @@ def check_gguf(config: ScratchGPTConfig, tokenizer: PreTrainedTokenizerBase | No
     words = content["pre_tokenizer"] or {}
     if content["model"]["type"] != "BPE" or words.get("type") != "ByteLevel" or not words.get("use_regex"):
         raise ValueError("of ScratchGPT's tokenizers a GGUF file can only hold `bpe`, byte-level BPE with GPT-2's words.")
+    plain, whole = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    if content["normalizer"] or plain != whole or words["add_prefix_space"] or content["model"]["ignore_merges"]:
+        raise ValueError(
+            "this tokenizer has a normalizer, ignore_merges, add_prefix_space, or a post_processor that adds tokens: programs "
+            "that read GGUF would do without and see other ids."
+        )
     return architecture
 
 
@@ -113,6 +119,8 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_add_bos_token(False)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
     for name in ("bos", "eos", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(index)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,11 +23,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.exporters import base as exporters
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
 from modeling_scratchgpt.tensorflow_checkpoint import crc32c, read_tensorflow_checkpoint
-from tests.conftest import MODERN, TINY
+from tests.conftest import IS_CURRENT, MODERN, TINY
 from tests.test_interchange import GPT2, QWEN3, difference, shaken
 
 
@@ -38,6 +38,7 @@ def run(monkeypatch, capsys, *words: object) -> str:
 
 def refused(monkeypatch, capsys, *words: object) -> str:
     """The one line that a mistake ends in; the destination, the second word, is untouched."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, capsys, *words)
     assert caught.value.code == 2
@@ -303,7 +304,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
         assert expected in message
         assert str(tmp_path / "gpt2") in message
     os.truncate(file, 5000)
-    assert "its weights are damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    assert "model.safetensors is damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
     assert "exists already" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
 
 
@@ -381,8 +382,152 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
 )
 def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
-    capsys.readouterr()
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
+
+
+# What people and damaged files get wrong ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2(tmp_path) -> Path:
+    """A folder of GPT-2's."""
+    shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("[1, 2]", "is damaged, or is not what it says it is"),
+        ("[" * 100_000, "is damaged, or is not what it says it is"),
+        ({"n_embd": "24"}, "n_embd"),
+        ({"n_layer": 10**9}, "num_hidden_layers must be at most 10,000"),
+        ({"architectures": ["GPT2Config"]}, "is a GPT2Config, for which ScratchGPT has no head"),
+        ({"quantization_config": "x"}, "is damaged, or is not what it says it is"),
+    ],
+)
+def test_a_config_that_cannot_be(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+    file = gpt2 / "config.json"
+    file.write_text(changed if isinstance(changed, str) else json.dumps({**json.loads(file.read_text()), **changed}))
+    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (
+            {"transformer.h.1.ln_1.weight": torch.full((24,), torch.nan)},
+            "input_layernorm.weight holds numbers that are not finite",
+        ),
+        ({"transformer.h.1.ln_1.weight": torch.ones(24, dtype=torch.int8)}, "transformer.h.1.ln_1.weight is of type I8"),
+        ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one place: transformer.wpe.weight and wpe.weight"),
+    ],
+)
+def test_weights_that_are_none(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+    file = gpt2 / "model.safetensors"
+    save_file({**load_file(file), **changed}, file, {"format": "pt"})
+    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"transformer.h.9.ln_1.weight": torch.ones(24)}, "to 9, and 3 of them: some are missing"),
+        ({"transformer.wte.weight": torch.ones(90, 24)}, "has two tensors for one place"),
+        ({"_orig_mod.transformer.wte.weight": torch.ones(90, 24, dtype=torch.int32)}, "is of type torch.int32"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be(changed, expected, tmp_path, monkeypatch, capsys):
+    checkpoint, _ = nanogpt(bias=True)
+    checkpoint["model"] |= changed
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert expected in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+
+
+def test_a_bit_that_has_turned_in_a_checkpoint_is_found(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(bias=True)[0], file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of some matrix
+    file.write_bytes(content)
+    assert "has changed since it was written" in refused(monkeypatch, capsys, file, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--type", "q8_0"], "--type q8_0 is for --to gguf"),
+        (["--num_attention_heads", 3], "tells its heads and its activation"),
+        (["--tokenizer", ""], "--tokenizer : "),
+        (["--tokenizer", "nowhere/at/all"], "--tokenizer nowhere/at/all: that of nowhere/at/all cannot be read"),
+        (["--hidden_act", "nope"], "--hidden_act nope is not one that transformers knows: these are "),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words, expected, gpt2, tmp_path, monkeypatch, capsys):
+    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours", *words)
+
+
+def test_a_tokenizer_without_rows_for_its_ids_is_refused(gpt2, tmp_path, monkeypatch, capsys):
+    ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290).save_pretrained(tmp_path / "tokenizer")
+    message = refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer")
+    assert "and the model rows for 90 tokens" in message
+
+
+def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, monkeypatch, capsys):
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass E: pass\n")
+    (evil / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": [None, "evil.E"]}, "tokenizer_class": "E"})
+    )
+    refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", evil)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_all_that_a_tokenizer_knows_comes_along_both_ways(tmp_path, monkeypatch, capsys):
+    tokenizer = ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 280, kind="bpe")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "ours")
+    tokenizer = ScratchGPTTokenizer.from_pretrained(tmp_path / "ours", padding_side="left", truncation_side="left")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
+    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
+    run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "back")
+    for folder in ("gpt2", "back"):
+        other = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert other.chat_template == tokenizer.chat_template
+        assert (other.padding_side, other.truncation_side) == ("left", "left")
+        assert "<|tool|>" in other.all_special_tokens
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 2])
+def test_a_classifier_needs_no_padding(pad_token_id, tmp_path, monkeypatch, capsys):
+    theirs = transformers.GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "vocab_size": 4}, pad_token_id=pad_token_id))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    assert "is a complete ScratchGPT" in run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+
+
+def test_a_head_of_its_own_under_a_config_that_says_tied(gpt2, tmp_path, monkeypatch, capsys):
+    file = gpt2 / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.randn(90, 24)}, file, {"format": "pt"})
+    run(monkeypatch, capsys, gpt2, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "back", "--to", "gpt2")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "back")
+    assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
+
+
+def test_stopping_it_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "_write", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, capsys, gpt2, tmp_path / "ours")
+    assert caught.value.code == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2"}
 
 
 # --to gguf --------------------------------------------------------------------------------------------------------------
@@ -404,7 +549,7 @@ def test_transformers_reads_our_gguf(fields, kind, most, tmp_path, monkeypatch, 
     assert type(theirs) in (GPT2LMHeadModel, Qwen3ForCausalLM)
     assert difference(ours, theirs) < most
     other = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-    text = "to be, naïve 🙂 or  not\n<|eos|>"
+    text = "to be, naïve 🙂 or  not\n" + "<|eos|>" * IS_CURRENT  # older readers take it for eight characters
     assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
 
@@ -439,18 +584,21 @@ def test_llama_cpp_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
         ),
         ({}, "bpe-gpt4", "a GGUF file can only hold `bpe`"),
         ({}, "character", "a GGUF file can only hold `bpe`"),
+        ({}, "lowercase", "would do without and see other ids"),
     ],
 )
 def test_what_a_gguf_cannot_say_is_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
-    ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290, kind=kind).save_pretrained(tmp_path / "ours")
-    capsys.readouterr()
+    tokenizer = ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290, kind="bpe" if kind == "lowercase" else kind)
+    if kind == "lowercase":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "ours")
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf")
 
 
 # --to onnx --------------------------------------------------------------------------------------------------------------
 
-can_write_onnx = pytest.mark.skipif(not hasattr(exporters, "ExportedModel"), reason="takes transformers 5.23")
+can_write_onnx = pytest.mark.skipif(not IS_CURRENT, reason="takes transformers 5.23")
 
 
 @can_write_onnx
@@ -470,7 +618,9 @@ def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
         assert str(Path(convert.__file__).parent).encode() not in file.read_bytes(), file.name
         assert b"site-packages" not in file.read_bytes(), file.name
 
-    exported = exporters.ExportedModel.from_pretrained(tmp_path / "out")  # transformers' own reader, of a batch with padding
+    from transformers.exporters.base import ExportedModel
+
+    exported = ExportedModel.from_pretrained(tmp_path / "out")  # transformers' own reader, of a batch with padding
     texts = ["to be, or not", "the question 12 that is"]
     batch = AutoTokenizer.from_pretrained(tmp_path / "out")(texts, return_tensors="pt", padding=True, padding_side="left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -498,5 +648,4 @@ def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
 )
 def test_what_a_graph_cannot_say_is_refused(fields, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields})).save_pretrained(tmp_path / "ours")
-    capsys.readouterr()
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")

@@ -141,7 +141,7 @@ def test_the_memory_that_torch_takes(shape, optimizer, checkpointing, accumulati
     config = ScratchGPTConfig(**{**TINY, **SHAPES[shape], **LARGER})
     model = ScratchGPTForCausalLM(config).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizers = make_optimizers(model, optimizer, 1e-3, 0.02, 0.1)
     ids = torch.randint(0, config.vocab_size, (8, 64))
 
