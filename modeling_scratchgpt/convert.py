@@ -331,7 +331,9 @@ def compared(found: Found, tolerance: float = TOLERANCE) -> str:
     for model in (found.ours, found.stock):
         dtype = model.dtype
         with torch.no_grad():
-            outputs.append((model if dtype == torch.float32 else model.float())(ids, attention_mask=torch.ones_like(ids)))
+            outputs.append(
+                (model if dtype == torch.float32 else model.float())(ids, attention_mask=torch.ones_like(ids), return_dict=True)
+            )
         if dtype != torch.float32:
             model.to(dtype)  # no bit of the weights has changed
     ours, stock = outputs

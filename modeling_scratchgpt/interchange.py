@@ -112,12 +112,17 @@ def as_scratchgpt(fields: dict[str, Any]) -> dict[str, Any]:
     for name, needed in UNSUPPORTED[model_type].items():
         if getattr(source, name) != needed:
             raise ValueError(f"{name} is {getattr(source, name)} in this {model_type} config: ScratchGPT has only {needed}.")
+    if set(getattr(source, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ValueError(
+            f"layer_types is {source.layer_types} in this {model_type} config: ScratchGPT has only full_attention."
+        )
     result = {name: getattr(source, their_name) for name, their_name in NAMES[model_type].items()}
     result |= {name: getattr(source, name) for name in SHARED} | ARCHITECTURE[model_type]
     if result["hidden_act"] == "gelu_new":
         result["hidden_act"] = "gelu_pytorch_tanh"  # the same function, computed at once
-    # What every config may have: labels of a classifier, data type, quantization.
+    # What every config may have: labels of a classifier, data type, quantization; not what a call is to return.
     common = PreTrainedConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    common -= {"return_dict", "output_attentions", "output_hidden_states"}
     return {**{name: value for name, value in fields.items() if name in common and name not in result}, **result}
 
 

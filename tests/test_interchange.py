@@ -208,6 +208,9 @@ def test_other_model_types_are_refused(tmp_path):
     Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    Qwen3Config(**QWEN3, layer_types=["sliding_attention", "full_attention"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer_types is .* ScratchGPT has only full_attention"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tie", [True, False])
