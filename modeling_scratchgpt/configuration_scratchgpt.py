@@ -11,6 +11,7 @@ Notable:
 """
 
 import json
+import sys
 from dataclasses import field
 from typing import Any
 
@@ -29,6 +30,7 @@ PRESETS = {
     "1.5B": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
+LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 MAX_LAYERS = 10_000  # beyond all measure; a damaged file would keep its reader busy for days
 CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
@@ -153,6 +155,13 @@ class ScratchGPTConfig(PreTrainedConfig):
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers. PEFT asks for it before it looks up where LoRA goes by default, so that it is told just then:
+        importing PEFT for it would double the time that importing this package takes."""
+        if constants := sys.modules.get("peft.utils.constants"):
+            constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["scratchgpt"] = LORA_TARGETS
+        return super().to_dict()
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:

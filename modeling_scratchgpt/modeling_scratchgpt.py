@@ -244,7 +244,13 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in transformers. The folder also gets the code, and says which class each Auto class finds in it."""
+        """As in transformers. The folder also gets the code, and says which class each Auto class finds in it.
+
+        Raises:
+            ValueError: the model has adapters, which are no part of its folder.
+        """
+        if hasattr(self, "_lora"):
+            raise ValueError("this model has adapters: save them with `save_adapter`, or the whole after `merge_and_unload`.")
         heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
         self.config.auto_map = {
             "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",

@@ -1,0 +1,410 @@
+"""LoRA: what it promises, by hand and by bits. That it is PEFT's is shown in tests/reference."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
+from modeling_scratchgpt.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
+from modeling_scratchgpt.lora import (
+    LoraConfig,
+    LoraLinear,
+    add_adapter,
+    combine_adapters,
+    delete_adapter,
+    disabled,
+    merge,
+    merge_and_unload,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+)
+from tests.conftest import MODERN, TINY
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def model_of(**fields: Any) -> ScratchGPTForCausalLM:
+    torch.manual_seed(0)
+    return ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields})).eval()
+
+
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Move what is trained, as training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits.float()
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.floats(0.5, 8), st.booleans(), st.integers(0, 3))
+def test_the_layer_computes_what_its_formula_says(rank, inputs, outputs, alpha, use_rslora, dimensions):
+    rank = min(rank, inputs, outputs)
+    layer = nn.Linear(inputs, outputs).double()
+    model = nn.Sequential(layer)
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=use_rslora, init_lora_weights=False)
+    add_adapter(model, config)
+    x = torch.randn(*[2] * dimensions, inputs, dtype=torch.float64)
+    a, b = model[0].lora_A["default"], model[0].lora_B["default"]
+    expected = layer(x) + alpha / (rank**0.5 if use_rslora else rank) * (x @ a.T @ b.T)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_dora_by_hand():
+    layer = nn.Linear(2, 2, bias=True)
+    model = nn.Sequential(layer)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        layer.bias.copy_(torch.tensor([1.0, -1.0]))
+    add_adapter(model, LoraConfig(r=1, lora_alpha=2, use_dora=True))
+    assert model[0].lora_magnitude_vector["default"].tolist() == [5, 2]  # the rows' lengths
+    with torch.no_grad():
+        model[0].lora_A["default"].copy_(torch.tensor([[1.0, 0.0]]))
+        model[0].lora_B["default"].copy_(torch.tensor([[1.5], [0.0]]))
+    # W + 2 B A = [[6, 4], [0, 2]]; the first row is 7.2111 long and shall be 5.
+    expected = torch.tensor([[6.0, 4.0]]) * 5 / 52**0.5
+    output = model(torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(output, torch.tensor([[expected.sum() + 1, 1.0]]))
+
+
+def test_gpt2_124m_with_rank_16_trains_2654208_parameters():
+    with torch.device("meta"):
+        model = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset("124M"))
+        add_adapter(model, LoraConfig(r=16))
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 2_654_208
+    assert trainable_parameters(model) == "2,654,208 of 127,094,016 parameters are trained (2.09%)"
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_it_starts_as_nothing_trains_itself_alone_and_leaves_the_base_as_it_was(fields, use_dora):
+    model = model_of(**fields)
+    before, state = logits(model), bits(model)
+    add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
+    torch.testing.assert_close(logits(model), before, atol=1e-6 if use_dora else 0, rtol=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # even if it is given everything
+    for _ in range(5):
+        model.train()(IDS, labels=IDS).loss.backward()
+        assert all((parameter.grad is not None) == (".lora_" in name) for name, parameter in model.named_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert (logits(model) - before).abs().max() > 1e-3
+    with disabled(model):
+        assert torch.equal(logits(model), before)
+    delete_adapter(model, "default")
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_unmerging_and_the_folder_of_the_merged_model(dtype, tie, use_dora, tmp_path):
+    model = model_of(tie_word_embeddings=tie).to(dtype)
+    state = bits(model)
+    add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
+    shake(model)
+    adapted, most = logits(model), 1e-5 if dtype == torch.float32 else 0.05
+    merge(model)
+    assert (logits(model) - adapted).abs().max() < most
+    with disabled(model):
+        assert all(torch.equal(model.get_parameter(name.replace("_proj.", "_proj.base_layer.")), state[name]) for name in state)
+    assert (logits(model) - adapted).abs().max() < most
+    unmerge(model)
+    assert torch.equal(logits(model), adapted)
+    with pytest.raises(ValueError, match="this model has adapters: save them with `save_adapter`"):
+        model.save_pretrained(tmp_path)
+    merged = merge_and_unload(model)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert merged.get_parameter(layer).dtype == dtype
+    merged.save_pretrained(tmp_path)
+    read = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(read), logits(merged))
+    assert (read.lm_head.weight is read.model.embed_tokens.weight) == tie
+
+
+def test_merging_rounds_once_from_float32():
+    layer = nn.Linear(8, 8, bias=False).bfloat16()
+    model = nn.Sequential(layer)
+    weight = layer.weight.detach().float()
+    add_adapter(model, LoraConfig(r=4, init_lora_weights=False))
+    delta = model[0].scale["default"] * (model[0].lora_B["default"] @ model[0].lora_A["default"])
+    merge(model)
+    assert torch.equal(layer.weight, (weight + delta).bfloat16())
+
+
+def test_generation_is_the_same_with_an_adapter_and_merged():
+    model = model_of()
+    add_adapter(model, LoraConfig(r=4))
+    shake(model)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    adapted = model.generate(IDS, **options)
+    assert torch.equal(merge_and_unload(model).generate(IDS, **options), adapted)
+
+
+def test_several_adapters_are_switched_added_combined_and_deleted():
+    model = model_of()
+    base = logits(model)
+    alone, deltas = {}, {}
+    layer_name = "model.layers.1.self_attn.v_proj"
+    for seed, name in enumerate(("a", "b")):
+        add_adapter(model, LoraConfig(r=2 + seed, lora_alpha=5, target_modules=["v_proj", "up_proj"][: seed + 1]), name)
+        shake(model, seed)
+        alone[name], deltas[name] = logits(model), model.get_submodule(layer_name).delta(name)
+    set_adapter(model, "a")
+    assert torch.equal(logits(model), alone["a"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.layers.{layer}.self_attn.v_proj.lora_{part}.a" for layer in range(2) for part in "AB"}
+
+    set_adapter(model, "a", "b")
+    both = logits(model)
+    combine_adapters(model, {"a": 1.0, "b": 1.0}, "sum")
+    torch.testing.assert_close(logits(model), both)
+    combine_adapters(model, {"a": 0.5, "b": -2.0}, "mixed")
+    torch.testing.assert_close(model.get_submodule(layer_name).delta("mixed"), 0.5 * deltas["a"] - 2 * deltas["b"])
+    set_adapter(model)
+    assert torch.equal(logits(model), base)
+    set_adapter(model, "b", trainable=False)
+    assert torch.equal(logits(model), alone["b"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name in ("a", "sum", "mixed"):
+        delete_adapter(model, name)
+    assert torch.equal(logits(model), alone["b"])
+    merged = merge_and_unload(model)
+    torch.testing.assert_close(logits(merged), alone["b"], atol=1e-6, rtol=1e-5)
+
+
+def test_a_combination_is_saved_and_read(tmp_path):
+    model = model_of()
+    for seed, name in enumerate(("a", "b")):
+        add_adapter(model, LoraConfig(r=2 + seed, target_modules=["v_proj", "up_proj"][: seed + 1]), name)
+        shake(model, seed)
+    combine_adapters(model, {"a": 0.5, "b": 2.0}, "mixed")
+    expected = logits(model)
+    save_adapter(model, tmp_path, "mixed")
+    other = model_of()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), expected)
+
+
+def test_a_new_head_is_trained_in_full_and_goes_with_its_adapter(tmp_path):
+    torch.manual_seed(0)
+    model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3)).eval()
+    head, before = model.score.weight.detach().clone(), logits(model)
+    add_adapter(model, LoraConfig(r=2, modules_to_save=["score"]))
+    assert not isinstance(model.score, LoraLinear)
+    assert model.score.weight.requires_grad
+    shake(model)
+    adapted = logits(model)
+    with disabled(model):
+        assert torch.equal(model.score.weight, head)
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), adapted)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == "SEQ_CLS"
+    torch.manual_seed(0)
+    other = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3)).eval()
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), adapted)
+    torch.testing.assert_close(logits(merge_and_unload(other)), adapted, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_tied_stays_tied_where_it_is_trained():
+    model = model_of(tie_word_embeddings=True)
+    base = model.lm_head.weight
+    add_adapter(model, LoraConfig(r=2, modules_to_save=["lm_head"]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight is not base
+    shake(model)
+    copied = copy.deepcopy(model)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert torch.equal(logits(copied), logits(model))
+    delete_adapter(model, "default")
+    assert model.lm_head.weight is model.model.embed_tokens.weight is base
+
+
+def test_an_adapter_of_half_precision_weights_learns_in_float32():
+    model = model_of().bfloat16()
+    add_adapter(model, LoraConfig(r=2))
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert model(IDS).logits.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.float()(IDS, labels=IDS).loss.backward()
+
+
+def test_a_quantized_base_is_adapted_but_not_merged(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+    model = model_of(hidden_size=64)
+    plain = logits(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    before = logits(model)
+    assert 0 < (before - plain).abs().max() < 0.1
+    add_adapter(model, LoraConfig(r=4))
+    assert torch.equal(logits(model), before)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    shake(model.eval())
+    with pytest.raises(ValueError, match=r"q_proj is quantized: load its base as it was before"):
+        merge(model)
+    save_adapter(model, tmp_path)
+    other = model_of(hidden_size=64)
+    load_adapter(other, tmp_path)
+    assert (logits(merge_and_unload(other)) - logits(model)).abs().max() < 0.1
+    with pytest.raises(ValueError, match="use_dora needs the numbers of .* and it is quantized"):
+        add_adapter(model, LoraConfig(use_dora=True), "dora")
+
+
+# What people get wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"r": 0}, "r must be a positive integer, got 0"),
+        ({"rank_pattern": {"q_proj": -1}}, "r must be a positive integer, got -1"),
+        ({"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
+        ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
+        ({"target_modules": 3}, "target_modules must be a text or a list of texts, got 3"),
+        ({"modules_to_save": ["score", None]}, r"modules_to_save must be a text or a list of texts, got \['score', None\]"),
+        ({"target_modules": "(q_proj"}, r"target_modules '\(q_proj' is no regular expression: missing \)"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights must be True, False or 'gaussian', got 'olora'"),
+        ({"r": 33}, r"r is 33, and model.layers.0.self_attn.q_proj is 32 x 32: at most 32 makes sense"),
+        (
+            {"target_modules": ["c_attn"]},
+            r"target_modules \['c_attn'\] means no layer; linear layers of this model are down_proj, ",
+        ),
+        ({"target_modules": ["norm"]}, "target_modules means model.norm, a LayerNorm: LoRA goes into nn.Linear here"),
+        ({"layers_to_transform": 7}, "target_modules 'all-linear' means no layer"),
+        ({"modules_to_save": ["score"]}, "modules_to_save has 'score', and the model has no module of that name"),
+    ],
+)
+def test_settings_that_cannot_be(values, expected):
+    model = model_of()
+    state = bits(model)
+    with pytest.raises(ValueError, match=expected):
+        add_adapter(model, LoraConfig(**values))
+    assert model.state_dict().keys() == state.keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_conv1d_of_transformers_gpt2_is_named():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3))
+    with pytest.raises(
+        ValueError, match=r"target_modules means transformer.h.0.attn.c_attn, a Conv1D: LoRA goes into nn.Linear"
+    ):
+        add_adapter(model, LoraConfig(target_modules=["c_attn"]))
+
+
+def test_names_of_adapters():
+    model = model_of()
+    with pytest.raises(ValueError, match="the model has no adapter 'a': it has none"):
+        set_adapter(model, "a")
+    add_adapter(model, LoraConfig(r=2), "a")
+    with pytest.raises(ValueError, match="adapter_name 'a' is taken"):
+        add_adapter(model, LoraConfig(r=2), "a")
+    with pytest.raises(ValueError, match=r"adapter_name 'b\.c' is taken, or no word of letters and digits"):
+        add_adapter(model, LoraConfig(r=2), "b.c")
+    merge(model)
+    with pytest.raises(ValueError, match="has an adapter merged into it: call `unmerge` first"):
+        add_adapter(model, LoraConfig(r=2), "b")
+    unmerge(model)
+    add_adapter(model, LoraConfig(r=2, use_dora=True), "dora")
+    with pytest.raises(ValueError, match="adapter 'dora' has DoRA, or parameters trained in full: it cannot be added"):
+        set_adapter(model, "a", "dora")
+    with pytest.raises(ValueError, match="adapter 'dora' has DoRA"):
+        combine_adapters(model, {"a": 1.0, "dora": 1.0}, "sum")
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    model = model_of()
+    add_adapter(model, LoraConfig(r=2))
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    return tmp_path / "adapter"
+
+
+def refused(saved: Path, expected: str, **fields: Any) -> None:
+    """Loading fails, and leaves a model as it was: with one adapter, which is being trained."""
+    model = model_of(**fields)
+    add_adapter(model, LoraConfig(r=3), "mine")
+    before, trained = logits(model), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=expected):
+        load_adapter(model, saved)
+    assert torch.equal(logits(model), before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+def test_an_adapter_of_another_base(saved):
+    refused(
+        saved,
+        r"q_proj.lora_A.weight is \(2, 32\), and should be \(2, 64\): it is damaged, or belongs to another",
+        hidden_size=64,
+    )
+    refused(saved, "has no place for model.layers.1", num_hidden_layers=1)
+    refused(saved, "lacks model.layers.2", num_hidden_layers=3)
+    other = model_of()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="was trained on other weights than this model's: load the base that it belongs to"):
+        load_adapter(other, saved)
+    load_adapter(model_of().bfloat16(), saved)  # the same base, rounded
+
+
+def test_an_adapter_of_another_revision(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "someone/base", "revision": "aaa"}))
+    model = model_of()
+    model.config._name_or_path, model.config._commit_hash = "someone/base", "bbb"
+    with pytest.raises(ValueError, match="was trained on revision aaa of its base, and this is bbb: load that one"):
+        load_adapter(model, saved)
+
+
+def test_damaged_adapters(saved):
+    whole = (saved / WEIGHTS).read_bytes()
+    for content in (b"", whole[:100], whole[:-10]):
+        (saved / WEIGHTS).write_bytes(content)
+        refused(saved, "adapter_model.safetensors is damaged, or is no file of weights")
+    (saved / WEIGHTS).write_bytes(whole)
+    tensors = load_file(saved / WEIGHTS)
+    name = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, saved / WEIGHTS)
+    refused(saved, f"lacks {name.removeprefix('base_model.model.')}")
+    save_file({**tensors, "more": torch.ones(1)}, saved / WEIGHTS)
+    refused(saved, "has no place for more")
+    for content in (b"[1]", b"{", b"\xff", b'{"peft_type": "LORA", "r": "x"}', b'{"peft_type": "LORA", "target_modules": 3}'):
+        (saved / CONFIG).write_bytes(content)
+        refused(saved, "adapter_config.json: ")
+    (saved / CONFIG).unlink()
+    with pytest.raises(OSError, match=r"adapter_config\.json"):
+        load_adapter(model_of(), saved)
+
+
+def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match="the model has no adapter 'default': it has none"):
+        save_adapter(model_of(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,218 @@
+"""Our LoRA and PEFT's, from the same start: the same numbers all along, and the same files."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.adapter_files import WEIGHTS, load_adapter, save_adapter
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
+from tests.conftest import MODERN, TINY, on_two_processes
+from tests.test_interchange import QWEN3
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.2},
+    "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.2},
+    "patterns": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+    "one layer": {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [1]},
+    "a pattern of names": {"target_modules": r"model\.layers\.\d\.self_attn\.[qv]_proj"},
+    "all but some": {"exclude_modules": ["o_proj"]},
+    "all biases": {"bias": "all"},
+    "biases of the layers": {"bias": "lora_only", "target_modules": ["q_proj", "v_proj"]},
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "tied embeddings": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "a norm": {"modules_to_save": ["model.norm"]},
+}
+
+
+def base(**fields: Any) -> ScratchGPTForCausalLM:
+    torch.manual_seed(0)
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing is at a special place
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def both(folder: Path, kind: dict[str, Any], **fields: Any) -> tuple[ScratchGPTForCausalLM, peft.PeftModel]:
+    """Ours with an adapter, and PEFT's with the same: what ours has saved is put into PEFT's."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "ensure_weight_tying": False, **kind}
+    ours = base(**fields)
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**copy.deepcopy(settings)))
+    add_adapter(ours, LoraConfig(**settings))
+    save_adapter(ours, folder)
+    result = peft.set_peft_model_state_dict(theirs, load_file(folder / WEIGHTS))
+    assert not result.unexpected_keys
+    return ours, theirs
+
+
+def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a tensor from its counterpart, relative to its length."""
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).norm() / second[name].norm().clamp(min=1e-12)) for name in first)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By names that ours and PEFT's have in common."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            name = name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".default", "")
+            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                name = name.replace(f"{part}.weight", part)
+            result[name] = parameter.grad.clone()
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_of_training_are_pefts(kind, tmp_path):
+    tied = kind == "tied embeddings"
+    ours, theirs = both(tmp_path, KINDS[kind], tie_word_embeddings=tied)
+    models = (ours.train(), theirs.train())
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
+    for step in range(50):
+        ids = torch.randint(0, 20, (4, 12), generator=torch.Generator().manual_seed(step))
+        losses = []
+        for model in models:
+            torch.manual_seed(step)  # of dropout
+            losses.append(model(input_ids=ids, labels=ids, skip_logits=False).loss)
+            losses[-1].backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        if step == 0:
+            assert apart(gradients(ours), gradients(theirs)) < 1e-6
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    save_adapter(ours, tmp_path)
+    assert apart(load_file(tmp_path / WEIGHTS), peft.get_peft_model_state_dict(theirs)) < 1e-6
+    assert losses[0] < 5.6  # it has learned something: it began at 5.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "fields", [{"tie_word_embeddings": True}, {**MODERN, "tie_word_embeddings": False}], ids=["gpt2", "modern"]
+)
+def test_each_reads_what_the_other_has_saved(kind, fields, tmp_path):
+    if "bias" in KINDS[kind] and "norm_type" in fields:
+        pytest.skip("the modern model has no biases")
+    ours, theirs = both(tmp_path / "0", KINDS[kind], **fields)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        for name, parameter in [*ours.named_parameters(), *theirs.named_parameters()]:
+            if parameter.requires_grad:  # no adapter of zeros
+                torch.manual_seed(sum(map(ord, name)))
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        ours.eval()
+        theirs.eval()
+        save_adapter(ours, tmp_path / "ours")
+        read = peft.PeftModel.from_pretrained(base(**fields), tmp_path / "ours").eval()
+        torch.testing.assert_close(read(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+
+        theirs.save_pretrained(tmp_path / "theirs")
+        model = base(**fields).eval()
+        load_adapter(model, tmp_path / "theirs")
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        merged = theirs.merge_and_unload()
+        torch.testing.assert_close(merge_and_unload(model)(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [
+        ("use_qalora", True),
+        ("layer_replication", [[0, 1], [0, 2]]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("trainable_token_indices", [3]),
+        ("lora_bias", True),
+        ("fan_in_fan_out", True),
+        ("target_parameters", ["mlp.weight"]),
+        ("something_new", {"a": 1}),
+    ],
+)
+def test_what_only_peft_can_do_is_refused_by_name(feature, value, tmp_path):
+    both(tmp_path, {})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, feature: value}))
+    with pytest.raises(ValueError, match=f"{feature} is .*, which is not done here: load it with PEFT"):
+        load_adapter(base(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
+    with pytest.raises(ValueError, match="peft_type is 'LOHA': only LORA is read here"):
+        load_adapter(base(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="init_lora_weights must be .*, got 'pissa'"):
+        load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
+def test_peft_knows_where_lora_goes_in_our_model(fields):
+    model = peft.get_peft_model(base(**fields), peft.LoraConfig())
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} | ({"gate_proj"} if fields else set())
+
+
+def test_any_model_of_linear_layers_will_do(tmp_path):
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+ON_TWO = """
+import copy
+import peft
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from modeling_scratchgpt.lora import LoraConfig, add_adapter
+from modeling_scratchgpt.adapter_files import save_adapter
+from tests.reference.test_lora_against_peft import apart, base, gradients
+
+kind, folder = sys.argv[1:]
+settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": kind == "rsLoRA", "use_dora": kind == "DoRA"}
+ours = base()
+theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**settings))
+torch.manual_seed(0)
+add_adapter(ours, LoraConfig(**settings))
+save_adapter(ours, f"{folder}/{dist.get_rank()}")
+peft.set_peft_model_state_dict(theirs, load_file(f"{folder}/{dist.get_rank()}/adapter_model.safetensors"))
+models = [ours.train(), theirs.train()]
+wrapped = [DistributedDataParallel(model) for model in models]
+optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
+for step in range(50):
+    ids = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+    for model, optimizer in zip(wrapped, optimizers):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    if step == 0:
+        assert apart(gradients(ours), gradients(theirs)) < 1e-6
+    for optimizer in optimizers:
+        optimizer.step()
+save_adapter(ours, f"{folder}/{dist.get_rank()}")
+mine = load_file(f"{folder}/{dist.get_rank()}/adapter_model.safetensors")
+assert apart(mine, peft.get_peft_model_state_dict(theirs)) < 1e-6
+for tensor in mine.values():  # both processes have the same
+    other = tensor.clone()
+    dist.broadcast(other, 0)
+    assert torch.equal(tensor, other)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "rsLoRA", "DoRA"])
+def test_two_processes_train_as_pefts_do(kind, tmp_path):
+    on_two_processes(ON_TWO, tmp_path, kind, tmp_path)
