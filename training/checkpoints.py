@@ -31,6 +31,7 @@ from training.arguments import UserError
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TRAINED = replace(WHOLE, ignore_frozen_params=True)  # of adapters that is little; the rest is where it was read from
 
 
 def check_output_folder(folder: Path, resume: bool = False) -> None:
@@ -104,7 +105,7 @@ def save_checkpoint(
         model, optimizers: the bare model, and the optimizers that hold its parameters.
         state: anything that JSON can hold, with `step` and `validation_loss` in it.
     """
-    whole: Any = get_state_dict(model, [_bare(optimizer) for optimizer in optimizers], options=WHOLE)
+    whole: Any = get_state_dict(model, [_bare(optimizer) for optimizer in optimizers], options=TRAINED)
     weights, moments = whole
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
         [_bare(optimizer) for optimizer in optimizers],
         model_state_dict=weights,
         optim_state_dict={"state": moments, "param_groups": state["param_groups"]},
-        options=replace(WHOLE, strict=False),  # of tied tensors only the first name was saved
+        options=replace(TRAINED, strict=False),  # of tied tensors only the first name was saved
     )
 
 

@@ -192,7 +192,8 @@ def train(
                 metrics.write(step.number, after)
                 bar.say(f"Step {step.number:,}: {after}\n\n{show()}")
             if is_last or is_asked or step.number % arguments.save_every == 0:
-                losses = [row["loss"] for row in metrics.rows if "learning_rate" not in row]
+                # The main process writes the checkpoint; the others know nothing of what was measured before a resumption.
+                losses = [row["loss"] for row in metrics.rows if "learning_rate" not in row] or [math.nan]
                 state = {
                     "step": step.number,
                     "validation_loss": losses[-1],

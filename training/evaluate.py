@@ -20,16 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 import modeling_scratchgpt  # noqa: F401  (teaches the Auto classes our model)
 from training.arguments import UserError, option, parse_arguments, run
 from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
 from training.loop import start_accelerator
 from training.metrics import evaluate
+from training.pretrained import load_model, load_tokenizer, one_line
 from training.tokens import tokenize
 from training.windows import Windows, evaluation_loader
 
@@ -49,45 +48,6 @@ class EvaluateArguments(CorpusArguments):
     json: bool = option(False, "Print one JSON object instead of a line.")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def load_tokenizer(name: str, trust_remote_code: bool) -> Tokenizer:
-    """The model's own tokenizer.
-
-    Raises:
-        UserError: there is none, or none that `tokenizers` runs.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers, tokenizers and the Hub each have their own
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({_one_line(error)}).") from error
-    # Where a folder holds no vocabulary, transformers may make a tokenizer without one.
-    if not tokenizer.is_fast or len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 0:
-        raise UserError(f"{name} holds no tokenizer.json: save the model's tokenizer beside it, with `save_pretrained`.")
-    return tokenizer
-
-
-def load_model(name: str, trust_remote_code: bool, device: torch.device) -> PreTrainedModel:
-    """The model on the device, in float32 on a CPU and in the precision it was saved in elsewhere.
-
-    Raises:
-        UserError: it is not there, is no causal language model, brings code that is not trusted, or lacks weights.
-    """
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
-        raise UserError(f"{name} cannot be loaded as a causal language model ({_one_line(error)}).") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name} is no causal language model, or not a whole one: it lacks {', '.join(missing[:3])}.")
-    return model.to(device).eval()
-
-
 def check_model(name: str, trust_remote_code: bool) -> bool:
     """Whether the code that comes with the model may run: never where this package has the model itself.
 
@@ -104,7 +64,7 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         where = "its config.json cannot be read" if folder.is_dir() else "no such folder here, and the Hub did not give it"
-        raise UserError(f"{name}: {where} ({_one_line(error)}).") from error
+        raise UserError(f"{name}: {where} ({one_line(error)}).") from error
     if config.get("model_type") == "scratchgpt":
         return False
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:

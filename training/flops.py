@@ -37,7 +37,7 @@ def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: ScratchGPTConfig, context_length: int) -> float:
+def flops_per_token(config: ScratchGPTConfig, context_length: int, frozen: bool = False) -> float:
     """Floating-point operations of training on one token, forward and backward, as PaLM's paper and nanoGPT count them.
 
     6 for each weight of a matrix that multiplies: those of the blocks, and the head's, which is a product also when its weights
@@ -49,11 +49,12 @@ def flops_per_token(config: ScratchGPTConfig, context_length: int) -> float:
 
     Args:
         context_length: tokens in a window.
+        frozen: the weights themselves are not trained, but adapters too small to count: then it is 4 for each weight.
     """
     query, key_value, inner = widths(config)
     block = 2 * config.hidden_size * (query + key_value) + _mlp_matrices(config) * config.hidden_size * inner
     weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
-    return 6.0 * weights + 12.0 * config.num_hidden_layers * query * context_length
+    return (4.0 if frozen else 6.0) * weights + 12.0 * config.num_hidden_layers * query * context_length
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Pretrain a GPT from scratch: from a corpus to a model folder that transformers loads.
+"""Pretrain a GPT: from a corpus to a model folder that transformers loads.
 
     accelerate launch training/pretrain.py
     accelerate launch training/pretrain.py --dataset book.txt --output_dir outputs/book
     accelerate launch training/pretrain.py --model hidden_size=256 num_hidden_layers=4 --max_steps 200
+    accelerate launch training/pretrain.py --base_model outputs/gpt2 --lora_r 16 --dataset book.txt --output_dir outputs/lora
 
 With nothing given it reads training/configs/pretrain.yaml: a small GPT on the docstrings of Python and of the libraries
 installed beside it, in five and a half minutes of training on two CPU cores. Whatever is typed overrides the file.
@@ -17,7 +18,8 @@ from datasets import concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 
-from modeling_scratchgpt import ScratchGPTForCausalLM
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
 from training.checkpoints import check_output_folder, whole_weights, written_whole
@@ -27,6 +29,7 @@ from training.flops import flops_per_token
 from training.loop import start_accelerator
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
+from training.pretrained import LoraArguments, load_base, load_config, load_tokenizer, lora_config, save_merged
 from training.report import CURVE, beginnings, draw_loss, duration, format_samples, hardware, sample, write_card
 from training.tokens import Tokens, tokenize, train_tokenizer
 from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
@@ -35,13 +38,18 @@ NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 
 
 @dataclass
-class PretrainArguments(EngineArguments, CorpusArguments):
+class PretrainArguments(EngineArguments, CorpusArguments, LoraArguments):
     config: str = option("training/configs/pretrain.yaml", "YAML file with values for any of these arguments.")
     dataset_weights: list[float] = option([], "How much each source counts; by its tokens if not given.")
     mixing_alpha: float = option(1.0, "Sources are drawn from in proportion to weight^alpha.")
     tokenizer: str = option("bpe", "Kind of the tokenizer that is trained on the corpus.", choices=TOKENIZERS)
     vocab_size: int = option(4096, "Most tokens of the tokenizer.")
     model: list[str] = model_option()
+    base_model: str = option(
+        "",
+        "Folder or Hub id of a model to train further: ours, GPT-2's or Qwen3's. It brings its shape and its tokenizer; "
+        "--model, --tokenizer and --vocab_size then say nothing.",
+    )
     context_length: int = option(256, "Tokens the model sees at once.")
     windows: str = option(
         "ordered",
@@ -55,6 +63,8 @@ class PretrainArguments(EngineArguments, CorpusArguments):
 def check(arguments: PretrainArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
     check_engine(arguments, num_processes)
+    if lora_config(arguments) and not arguments.base_model:
+        raise UserError(f"--lora_r {arguments.lora_r} adapts a model that is there already: give it by --base_model.")
     if arguments.context_length < 2:
         raise UserError(f"--context_length must be at least 2, got {arguments.context_length}.")
     if not 0 <= arguments.stride <= arguments.context_length:
@@ -95,6 +105,18 @@ def windows_of(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) 
     return Windows(tokens, arguments.context_length, pad_token_id, "training", stride)
 
 
+def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
+    """The model as it is before the first step; the same whenever it is asked for."""
+    set_seed(arguments.seed)
+    if arguments.base_model:
+        return load_base(ScratchGPTForCausalLM, arguments.base_model, lora_config(arguments))
+    model = ScratchGPTForCausalLM(config)
+    if arguments.optimizer == "muon":
+        muon_initialization(model)
+    model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
+    return model
+
+
 def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
     output_dir = Path(os.path.expanduser(arguments.output_dir))
@@ -102,7 +124,10 @@ def main() -> None:
     check(arguments, accelerator.num_processes)
     if accelerator.is_main_process:
         check_output_folder(output_dir, arguments.resume)
-    config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+    if arguments.base_model:
+        config = load_config(arguments.base_model, arguments.context_length)
+    else:
+        config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     accelerator.wait_for_everyone()
 
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
@@ -114,18 +139,22 @@ def main() -> None:
         training_texts, validation_texts, test_texts = (
             concatenate_datasets([getattr(split, name) for split in splits]) for name in ("train", "validation", "test")
         )
-        tokenizer = train_tokenizer(training_texts, arguments.vocab_size, arguments.tokenizer, arguments.context_length)
+        if arguments.base_model:
+            tokenizer = load_tokenizer(arguments.base_model, trust_remote_code=False)
+        else:
+            tokenizer = train_tokenizer(training_texts, arguments.vocab_size, arguments.tokenizer, arguments.context_length)
         training_tokens = [tokenize(split.train, tokenizer, corpus.name) for split, corpus in zip(splits, corpora, strict=True)]
         validation_tokens = tokenize(validation_texts, tokenizer, "the validation text")
         test_tokens = tokenize(test_texts, tokenizer, "the test text")
-    sources = [windows_of(arguments, tokens, tokenizer.pad_token_id) for tokens in training_tokens]
+    filler = tokenizer.pad_token_id or 0  # at the end of a row; it is neither seen nor scored
+    sources = [windows_of(arguments, tokens, filler) for tokens in training_tokens]
     if arguments.batch_size > (num_windows := sum(len(source) for source in sources)):
         raise UserError(
             f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: lower it, or "
             "give more text or a shorter --context_length."
         )
     validation_batches = evaluation_loader(
-        Windows(validation_tokens, arguments.context_length, tokenizer.pad_token_id, "validation"),
+        Windows(validation_tokens, arguments.context_length, filler, "validation"),
         arguments.batch_size,
         accelerator.num_processes,
     )
@@ -143,15 +172,18 @@ def main() -> None:
                 f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the places hold a token, none is lost"
             )
 
-    set_seed(arguments.seed)
-    config.vocab_size = len(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    model = ScratchGPTForCausalLM(config)
-    if arguments.optimizer == "muon":
-        muon_initialization(model)
-    model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
+    if not arguments.base_model:
+        config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    elif len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"--base_model {arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}."
+        )
+    model = first_model(arguments, config)
     accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware(accelerator.num_processes)}")
+    if arguments.lora_r:
+        accelerator.print(f"LoRA: {trainable_parameters(model)}")
     prompts = beginnings(validation_texts[:NUM_SAMPLES]["text"], tokenizer)
     samples: list[list[tuple[str, str]]] = []  # of each look at the model
 
@@ -172,13 +204,14 @@ def main() -> None:
         )
 
     prepared_batches = accelerator.prepare(validation_batches)
-    outcome = train(accelerator, arguments, model, batches_from, score, show, flops_per_token(config, arguments.context_length))
+    flops = flops_per_token(config, arguments.context_length, frozen=bool(arguments.lora_r))
+    outcome = train(accelerator, arguments, model, batches_from, score, show, flops)
     accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{format_samples(samples[-1])}")
     test = None
     if arguments.test_fraction:
         test_batches = accelerator.prepare(
             evaluation_loader(
-                Windows(test_tokens, arguments.context_length, tokenizer.pad_token_id, "test"),
+                Windows(test_tokens, arguments.context_length, filler, "test"),
                 arguments.batch_size,
                 accelerator.num_processes,
             )
@@ -190,7 +223,12 @@ def main() -> None:
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
-            model.save_pretrained(folder, state_dict=weights)
+            if arguments.lora_r:
+                whole = first_model(arguments, config)  # this one may be in parts
+                whole.load_state_dict(weights)
+                save_merged(whole, folder)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             draw_loss(outcome.rows, folder / CURVE)
             write_card(
@@ -208,6 +246,7 @@ def main() -> None:
                     "Hardware": hardware(accelerator.num_processes),
                 },
                 settings={**vars(arguments), "model": own_fields(config)},
+                base_model=arguments.base_model,
             )
     accelerator.print(
         f"Trained for {took}. The model, its card and its curve are in {output_dir}/:\n"

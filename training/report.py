@@ -73,7 +73,8 @@ def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     for text in texts:
         head, newline, _ = text[:PROMPT_CHARACTERS].rpartition("\n")
         opening = head + newline if head else text[:PROMPT_CHARACTERS].rpartition(" ")[0]  # whole lines, or whole words
-        prompts.append([tokenizer.bos_token_id, *tokenizer.backend_tokenizer.encode(opening).ids])
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        prompts.append([*start, *tokenizer.backend_tokenizer.encode(opening).ids])
     return prompts
 
 
@@ -171,6 +172,7 @@ def write_card(
     samples_after: list[tuple[str, str]],
     facts: dict[str, str],
     settings: dict[str, Any],
+    base_model: str = "",
 ) -> None:
     """The model card: what the model is, how good, how made, and how to use it.
 
@@ -182,6 +184,7 @@ def write_card(
         samples_before, samples_after: from the same prompts.
         facts: the rows of the table "How it was trained".
         settings: every argument of the run, the model's fields among them.
+        base_model: folder or Hub id of the model that was trained further, if it was.
     """
     result = list(evaluations.values())[-1]
     metrics = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
@@ -201,6 +204,12 @@ def write_card(
         tags=["scratchgpt"],
         model_name=name,
         eval_results=results,
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+    )
+    origin = (
+        f"trained further from {Path(base_model).name} with ScratchGPT"
+        if base_model
+        else "trained from scratch with ScratchGPT"
     )
     facts = {
         **facts,
@@ -217,7 +226,7 @@ def write_card(
 
 # {name}
 
-A small GPT, trained from scratch with ScratchGPT. It continues text in the manner of its corpus; it knows nothing else, and
+A small GPT, {origin}. It continues text in the manner of its corpus; it knows nothing else, and
 what it says is not to be relied on.
 
 ```python

@@ -1,0 +1,112 @@
+"""Runs that go on from a model that is there already, whole or with LoRA."""
+
+import json
+import re
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from modeling_scratchgpt.adapter_files import load_adapter
+from tests.training.conftest import TORCHRUN, launch, rows
+from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_done
+from training import pretrain
+from training.arguments import UserError
+
+FURTHER = [
+    "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_every", "8", "--save_every", "4",
+    "--validation_fraction", "0.1", "--report_to", "none", "--learning_rate", "0.01",
+]  # fmt: skip
+LORA = [*FURTHER, "--lora_r", "4", "--lora_dropout", "0.1", "--optimizer", "adamw"]
+
+
+@pytest.fixture(scope="module")
+def adapted(run, book, caches, tmp_path_factory):
+    """A finished run with LoRA, and its base."""
+    base, folder = run[0], tmp_path_factory.mktemp("adapted") / "run"
+    before = (base / "model.safetensors").read_bytes()
+    process = launch(LAUNCHERS[1], "--dataset", book, "--base_model", str(base), *LORA, "--output_dir", str(folder), **caches)
+    assert process.returncode == 0, process.stderr
+    assert (base / "model.safetensors").read_bytes() == before
+    return base, folder, process.stdout
+
+
+def test_a_run_with_lora_leaves_the_merged_model_and_the_adapter(adapted):
+    base, folder, said = adapted
+    assert "LoRA: 4,352 of " in said
+    losses = [row["loss"] for row in rows(folder) if "learning_rate" not in row]
+    assert losses[-1] < losses[0]
+    merged, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(20)[None]
+    ours = ScratchGPTForCausalLM.from_pretrained(base)
+    load_adapter(ours, folder / "adapter")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
+    with torch.no_grad():
+        expected = merged(ids).logits
+        torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert "trained further from book with ScratchGPT" in (folder / "README.md").read_text()
+    ScratchGPTTokenizer.from_pretrained(folder)
+
+
+def test_its_checkpoints_hold_the_adapter_alone(adapted):
+    _, folder, _ = adapted
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        names = load_file(checkpoint / "model.safetensors").keys()
+        assert names
+        assert all(".lora_" in name for name in names)
+        assert all(".lora_" in name for name in load_file(checkpoint / "optimizer.safetensors"))
+
+
+def test_a_killed_run_ends_with_the_same_bits(run, book, caches, tmp_path):
+    """On two processes, and killed after a step at which the held-out data was looked at."""
+    options = ["--dataset", book, "--base_model", str(run[0]), *LORA]
+    environment = {**caches, "ACCELERATE_USE_CPU": "true"}
+    straight = launch(TORCHRUN, *options, "--output_dir", str(tmp_path / "straight"), **environment)
+    assert straight.returncode == 0, straight.stderr
+    killed = start(TORCHRUN, *options, "--output_dir", str(tmp_path / "killed"), **environment)
+    assert kill_when(killed, lambda: steps_done(tmp_path / "killed") >= 10)
+    resumed = launch(TORCHRUN, *options, "--output_dir", str(tmp_path / "killed"), "--resume", **environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on after step 8" in resumed.stdout
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ends = [load_file(tmp_path / name / file) for name in ("killed", "straight")]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_gpt2s_own_folder_is_trained_further(real_data, book, caches, tmp_path):
+    files = real_data / "gpt2-tokenizer"
+    GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, n_positions=64)).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "vocab.json").write_bytes((files / "encoder.json").read_bytes())
+    (tmp_path / "gpt2" / "merges.txt").write_bytes((files / "vocab.bpe").read_bytes())
+    options = ["--dataset", book, "--base_model", str(tmp_path / "gpt2"), *FURTHER, "--max_steps", "4"]
+    process = launch(LAUNCHERS[1], *options, "--output_dir", str(tmp_path / "out"), **caches)
+    assert process.returncode == 0, process.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"], config["max_position_embeddings"]) == ("scratchgpt", 50257, 64)
+    losses = [row["loss"] for row in rows(tmp_path / "out") if "learning_rate" not in row]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lora_r", "4"], "--lora_r 4 adapts a model that is there already: give it by --base_model"),
+        (["--base_model", "nowhere"], "--base_model nowhere cannot be loaded"),
+        (["--base_model", "BASE", "--context_length", "64"], "--context_length 64 is longer than the 32 positions of"),
+        (["--base_model", "BASE", "--lora_r", "-1"], "r must be a positive integer, got -1"),
+        (["--base_model", "BASE", "--lora_r", "99"], "r is 99, and model.layers.0.self_attn.q_proj is 32 x 32"),
+        (["--base_model", "BASE", "--lora_r", "4", "--lora_target_modules", "c_attn"], "means no layer; linear layers of"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, expected, run, book, tmp_path, monkeypatch):
+    words = [str(run[0]) if word == "BASE" else word for word in words]
+    arguments = ["--dataset", book, "--output_dir", str(tmp_path / "out"), *FURTHER, *words]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        pretrain.main()
+    assert not (tmp_path / "out").exists()

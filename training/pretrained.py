@@ -1,0 +1,130 @@
+"""Models that are there already: loaded, adapted with LoRA, and put together again at the end of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_scratchgpt import ScratchGPTConfig
+from modeling_scratchgpt.adapter_files import save_adapter
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
+from training.arguments import UserError, option
+
+ADAPTER = "adapter"  # folder inside that of the merged model
+
+
+@dataclass
+class LoraArguments:
+    """What is trained of a model that is there already."""
+
+    lora_r: int = option(0, "Rank of LoRA adapters, which are trained instead of the model; 0 trains the whole model.")
+    lora_alpha: float = option(32.0, "What the adapters add is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Share of their inputs that the adapters do not see.")
+    lora_target_modules: list[str] = option(["all-linear"], "Last parts of the names of the layers to adapt.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = option(False, "Also train the length of each row of the matrices.")
+
+
+def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = None) -> LoraConfig | None:
+    """The adapter that is asked for, if one is.
+
+    Raises:
+        UserError: its settings cannot be.
+    """
+    if not arguments.lora_r:
+        return None
+    targets: Any = arguments.lora_target_modules
+    try:
+        return LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            use_rslora=arguments.use_rslora,
+            use_dora=arguments.use_dora,
+            modules_to_save=modules_to_save or [],
+        )
+    except ValueError as error:
+        raise UserError(f"--lora_r and the like: {error}") from error
+
+
+def load_base(model_class: Any, name: str, config: LoraConfig | None, **options: Any) -> Any:
+    """A model of ours to train on, from a folder or the Hub, be it ours, GPT-2's or Qwen3's; with an adapter if so asked.
+
+    Raises:
+        UserError: it cannot be loaded, lacks weights, or cannot have that adapter.
+    """
+    try:
+        model, report = model_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it lacks {', '.join(missing[:3])}")
+        if config:
+            add_adapter(model, config)
+    except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
+        raise UserError(f"{name} cannot be trained on ({one_line(error)}).") from error
+    return model
+
+
+def load_config(name: str, context_length: int) -> ScratchGPTConfig:
+    """The config of a model to train on.
+
+    Raises:
+        UserError: there is none, it is of no model that can be ours, or its positions are too few.
+    """
+    try:
+        config = ScratchGPTConfig.from_pretrained(name)
+    except Exception as error:  # transformers and the Hub each have their own
+        raise UserError(f"--base_model {name} cannot be loaded ({one_line(error)}).") from error
+    if config.max_position_embeddings < context_length:
+        positions = config.max_position_embeddings
+        raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: shorten it.")
+    return config
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """A folder of the model with its adapter merged into it, and in it one of the adapter by itself."""
+    save_adapter(model, folder / ADAPTER)
+    merge_and_unload(model)
+    model.save_pretrained(folder)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for a line that says more."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: there is none, or none that `tokenizers` runs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers, tokenizers and the Hub each have their own
+        raise UserError(f"{name}: its tokenizer cannot be loaded ({one_line(error)}).") from error
+    # Where a folder holds no vocabulary, transformers may make a tokenizer without one.
+    if not tokenizer.is_fast or len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 0:
+        raise UserError(f"{name} holds no tokenizer.json: save the model's tokenizer beside it, with `save_pretrained`.")
+    return tokenizer
+
+
+def load_model(name: str, trust_remote_code: bool, device: torch.device) -> PreTrainedModel:
+    """The model on the device, in float32 on a CPU and in the precision it was saved in elsewhere.
+
+    Raises:
+        UserError: it is not there, is no causal language model, brings code that is not trusted, or lacks weights.
+    """
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
+        raise UserError(f"{name} cannot be loaded as a causal language model ({one_line(error)}).") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name} is no causal language model, or not a whole one: it lacks {', '.join(missing[:3])}.")
+    return model.to(device).eval()
