@@ -43,7 +43,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         ValueError: there is no such adapter.
         OSError: the folder cannot be written.
     """
-    config, base_config = adapters_of(model, adapter_name).configs[adapter_name], getattr(model, "config", None)
+    adapters, base_config = adapters_of(model, adapter_name), getattr(model, "config", None)
+    config, full = adapters.configs[adapter_name], adapters.full[adapter_name]
     layers, task = lora_layers(model, adapter_name), (end for end in TASKS if type(model).__name__.endswith(end))
     written = {
         **asdict(config),
@@ -53,6 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
+        "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
         "task_type": config.task_type or TASKS.get(next(task, "")),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
         "revision": config.revision or getattr(base_config, "_commit_hash", None),
