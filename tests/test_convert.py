@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert, sources
 from modeling_scratchgpt.tensorflow_checkpoint import crc32c, read_tensorflow_checkpoint
 from tests.conftest import IS_CURRENT, MODERN, TINY
 from tests.test_interchange import GPT2, QWEN3, difference, shaken
@@ -221,9 +221,9 @@ def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypa
 def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
-    assert convert._plain_content(pickle.dumps(table, protocol)) == table
+    assert sources._plain_content(pickle.dumps(table, protocol)) == table
     with pytest.raises(ValueError, match="it holds more than dictionaries, strings and whole numbers"):
-        convert._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
+        sources._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
 
 
 class Explosive:
@@ -442,6 +442,18 @@ def test_a_checkpoint_that_cannot_be(changed, expected, tmp_path, monkeypatch, c
     checkpoint["model"] |= changed
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     assert expected in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+
+
+def test_weights_of_several_precisions_come_in_the_highest(tmp_path, monkeypatch, capsys):
+    checkpoint, theirs = nanogpt(bias=True)
+    checkpoint["model"] = {
+        name: tensor if ".ln_" in name else tensor.bfloat16() for name, tensor in checkpoint["model"].items()
+    }
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    assert ours.dtype == torch.float32
+    assert difference(ours, theirs) < 0.1
 
 
 def test_a_bit_that_has_turned_in_a_checkpoint_is_found(tmp_path, monkeypatch, capsys):
