@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-INITIALIZATIONS = (True, False, "gaussian")
-
 
 @dataclass
 class LoraConfig:
@@ -95,7 +93,7 @@ class LoraConfig:
                 raise ValueError(f"{name} {value!r} is no regular expression: {error}.") from error
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
-        if self.init_lora_weights not in INITIALIZATIONS:
+        if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}.")
 
     def rank(self, module_name: str) -> int:

@@ -200,8 +200,6 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | N
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
             raise ValueError(f"{file}: {original} is of type {tensor.dtype}: weights are dense floating-point numbers.")
         state[name] = tensor
-    widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()}, torch.bfloat16)
-    state = {name: tensor.to(widest) for name, tensor in state.items()}  # some keep the norms in a higher precision
     try:
         vocab_size, width = state["transformer.wte.weight"].shape
         positions = state["transformer.wpe.weight"].shape[0]
@@ -221,6 +219,8 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | N
     if layout[0] != width:  # nn.Linear's
         matrices = tuple(f".{name}.weight" for name in GPT2_MATRICES)
         state = {name: tensor.T if name.endswith(matrices) else tensor for name, tensor in state.items()}
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    state = {name: tensor.to(widest) for name, tensor in state.items()}  # some keep the norms in a higher precision
     head = state.get("lm_head.weight")
     config = GPT2Config(
         vocab_size=vocab_size,
