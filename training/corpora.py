@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from training.arguments import UserError, option
 from training.cache import appearing_whole, cached
 from training.docstrings import TEXT, read_docs, read_docstrings
-from training.files import FILE_ENDINGS, check_column, check_file, digest_of, find_files, read_file, text_of
+from training.files import FILE_ENDINGS, check_columns, check_file, digest_of, find_files, read_file, text_of
 
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
 NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
@@ -300,7 +300,7 @@ def _read_hub(source: str, text_column: str, streaming: bool, max_documents: int
     if not streaming:
         with _hub_errors(source):
             dataset = load_dataset(name, configuration or None, split="train")
-        check_column(f"--dataset {source}", text_column, dataset.column_names)
+        check_columns(f"--dataset {source}", {"text_column": text_column}, dataset.column_names)
         documents = dataset.select_columns(text_column)
         if text_column != "text":
             documents = documents.rename_column(text_column, "text")
@@ -313,13 +313,15 @@ def _read_hub(source: str, text_column: str, streaming: bool, max_documents: int
         builder = load_dataset_builder(name, configuration or None)
         rows = builder.as_streaming_dataset(split="train")
     if rows.column_names:
-        check_column(f"--dataset {source}", text_column, rows.column_names)
+        check_columns(f"--dataset {source}", {"text_column": text_column}, rows.column_names)
         rows = rows.select_columns([text_column])
 
     def texts() -> Iterator[str]:
         with _hub_errors(source):
             for number, row in enumerate(rows.take(max_documents) if max_documents else rows, start=1):
-                yield text_of(row, text_column, f"--dataset {source}: row {number}")
+                place = f"--dataset {source}: row {number}"
+                check_columns(place, {"text_column": text_column}, row)
+                yield text_of(row, text_column, place)
 
     # The builder's hash is that of the commit on the Hub.
     key = f"stream {source} {builder.hash} {text_column} {max_documents}"

@@ -1,4 +1,4 @@
-"""Files of texts: plain text, JSON lines, CSV and Parquet, each read as the texts of its rows.
+"""Files of texts: plain text, and tables (JSON lines, CSV, TSV and Parquet), which are read row by row.
 
 Notable:
 - Rows are read one by one here and not by `datasets`' own loaders: those guess types, take a missing column and the text "NA"
@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from training.arguments import UserError
 
-FILE_ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+FILE_ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".csv", ".tsv")
+Row = dict[str, Any]
 HEAD = 2**20  # bytes of a text file that are looked at before long work
 LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow counts them with 32 bits
 
@@ -67,8 +68,26 @@ def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
     Raises:
         UserError: the file cannot be read, is not what its ending says, or has a row without text.
     """
+    if path.suffix.lower() in READERS:
+        for place, row in read_rows(path, {"text_column": text_column}, errors):
+            yield text_of(row, text_column, place, errors)
+    else:
+        with _system_errors(path):
+            yield _text_file(path, errors)
+
+
+def read_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a table, each with its place, which an error about it says first.
+
+    Args:
+        columns: the names of those to read, by the option that sets them.
+        errors: as in `read_file`.
+
+    Raises:
+        UserError: the file cannot be read, is not what its ending says, or lacks a column.
+    """
     with _system_errors(path):
-        yield from READERS.get(path.suffix.lower(), _text_file)(path, text_column, errors)
+        yield from READERS[path.suffix.lower()](path, columns, errors)
 
 
 def check_file(path: Path, text_column: str, errors: str) -> None:
@@ -90,20 +109,27 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def text_of(row: dict[str, Any], text_column: str, place: str) -> str:
+def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> str:
     """The text of a row; `place` is what an error says first."""
-    if text_column not in row:
-        raise UserError(f"{place} has no {text_column!r}; it has {', '.join(map(str, row)) or 'nothing'}. Set --text_column.")
     text = row[text_column]
     if not isinstance(text, str | None):
         raise UserError(f"{place} has no text under {text_column!r} but {type(text).__name__}. Set --text_column.")
-    return text or ""
+    if text is None or text.isascii():
+        return text or ""
+    if errors != "strict":
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+    try:  # JSON can spell half of a character, text cannot hold it
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} holds half of a character ({error}): mend it, or set --errors replace.") from error
+    return text
 
 
-def check_column(place: str, text_column: str, columns: list[str]) -> None:
-    """Refuse columns that `text_column` is not among."""
-    if text_column not in columns:
-        raise UserError(f"{place}: no column {text_column!r}; it has {', '.join(columns) or 'none'}. Set --text_column.")
+def check_columns(place: str, columns: dict[str, str], there: Iterable[str]) -> None:
+    """Refuse what lacks one of the columns, which are given by the option that sets them."""
+    for option, column in columns.items():
+        if column not in there:
+            raise UserError(f"{place} has no {column!r}; it has {', '.join(map(str, there)) or 'nothing'}. Set --{option}.")
 
 
 @contextmanager
@@ -114,9 +140,9 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise UserError(f"--dataset {path}: {error.strerror or error}.") from error
 
 
-def _text_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+def _text_file(path: Path, errors: str) -> str:
     _check_text_file(path, errors)
-    yield _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1, errors)
+    return _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1, errors)
 
 
 def _check_text_file(path: Path, errors: str) -> None:
@@ -130,7 +156,8 @@ def _check_text_file(path: Path, errors: str) -> None:
     _decoded(head, path, 1, errors)
 
 
-def _jsonl_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+    like = ", ".join(f'"{column}": "..."' for column in columns.values())
     for number, line in _lines(path, errors):
         if line.isspace():
             continue
@@ -138,51 +165,54 @@ def _jsonl_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{place} is not JSON ({error}): it must look like {{"{text_column}": "..."}}.') from error
+            raise UserError(f"{place} is not JSON ({error}): it must look like {{{like}}}.") from error
         if not isinstance(row, dict):
-            raise UserError(f'{place} is no object but {type(row).__name__}: it must look like {{"{text_column}": "..."}}.')
-        text = text_of(row, text_column, place)
-        if errors != "strict":
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
-        try:  # JSON can spell half of a character, text cannot hold it
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{place} holds half of a character ({error}): mend it, or set --errors replace.") from error
-        yield text
+            raise UserError(f"{place} is no object but {type(row).__name__}: it must look like {{{like}}}.")
+        check_columns(place, columns, row)
+        yield place, row
 
 
-def _csv_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+def _separated_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
-    reader = csv.reader((line for _, line in _lines(path, errors)), strict=True)
+    is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes are characters as any other
+    lines = (line for _, line in _lines(path, errors))
+    form: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(lines, **form)
     try:
         header = next(reader, [])
-        check_column(f"--dataset {path}", text_column, header)
+        check_columns(f"--dataset {path}", columns, header)
         for row in reader:
             if row and len(row) != len(header):
+                what = "commas" if is_csv else "tabs"
                 raise UserError(
                     f"--dataset {path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts "
-                    "that hold commas into quotes."
+                    f"that hold {what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
                 )
             if row:
-                yield row[header.index(text_column)]
+                yield f"--dataset {path}: line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"--dataset {path}: line {reader.line_num} is not CSV ({error}).") from error
 
 
-def _parquet_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            check_column(f"--dataset {path}", text_column, file.schema_arrow.names)
-            kind = file.schema_arrow.field(text_column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise UserError(f"--dataset {path}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
-            for batch in file.iter_batches(batch_size=100, columns=[text_column]):
-                for value in batch.column(text_column):
+            check_columns(f"--dataset {path}", columns, file.schema_arrow.names)
+            names = list(dict.fromkeys(columns.values()))
+            for batch in file.iter_batches(batch_size=100, columns=names):
+                for values in zip(*(batch.column(name) for name in names), strict=True):
                     number += 1
-                    yield _decoded(value.as_buffer() or b"", path, number, errors, "row")
+                    cells = (_cell(value, path, number, errors) for value in values)
+                    yield f"--dataset {path}: row {number}", dict(zip(names, cells, strict=True))
     except pa.ArrowException as error:
         raise UserError(f"--dataset {path}: this is not a Parquet file, or a damaged one ({error}).") from error
+
+
+def _cell(value: Any, path: Path, number: int, errors: str) -> Any:
+    if not value.is_valid or not isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar):
+        return value.as_py()
+    return _decoded(value.as_buffer(), path, number, errors, "row")
 
 
 def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
@@ -206,8 +236,9 @@ def _decoded(data: Any, path: Path, first: int, errors: str, unit: str = "line")
         ) from error
 
 
-READERS: dict[str, Callable[[Path, str, str], Iterator[str]]] = {
-    ".jsonl": _jsonl_file,
-    ".csv": _csv_file,
-    ".parquet": _parquet_file,
+READERS: dict[str, Callable[[Path, dict[str, str], str], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".csv": _separated_rows,
+    ".tsv": _separated_rows,
+    ".parquet": _parquet_rows,
 }

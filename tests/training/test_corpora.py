@@ -46,12 +46,13 @@ def test_files_and_folders_in_order(tmp_path):
     write(tmp_path, "folder/deep/a.TXT", "third")
     write(tmp_path, "folder/rows.jsonl", '{"text": "fourth"}\n\n{"text": "fifth", "id": 5}\n')
     write(tmp_path, "folder/rows.csv", "id,text\n6,sixth\n")
+    write(tmp_path, "folder/rows.tsv", 'id\ttext\n8\tthe "eighth"\n')
     pq.write_table(pa.table({"text": ["seventh"]}), tmp_path / "folder" / "rows.parquet")
     write(tmp_path, "folder/blank.txt", " \n\u3000")
     write(tmp_path, "folder/picture.png", "not read")
     first, second = read_corpora([one, str(tmp_path / "folder")])
     assert (first.name, first.documents["text"][:], first.copies) == ("one.txt", ["first"], 0)
-    assert second.documents["text"][:] == ["second", "third", "sixth", "fourth", "fifth", "seventh"]
+    assert second.documents["text"][:] == ["second", "third", "sixth", "fourth", "fifth", "seventh", 'the "eighth"']
     assert (second.name, second.copies, second.near_copies) == ("folder", 0, 0)
 
 
@@ -135,10 +136,11 @@ def test_max_documents_and_nothing_of_the_rest(tmp_path):
             r"a\.jsonl: not UTF-8 text \(byte 13 of line 2 is 0xe9\): save it as",
         ),
         ("a.jsonl", '{"text": "\\ud83d"}', "line 1 holds half of a character"),
-        ("a.csv", "id,txt\n1,a\n", r"a\.csv: no column 'text'; it has id, txt"),
-        ("a.csv", "", r"a\.csv: no column 'text'; it has none"),
+        ("a.csv", "id,txt\n1,a\n", r"a\.csv has no 'text'; it has id, txt"),
+        ("a.csv", "", r"a\.csv has no 'text'; it has nothing"),
         ("a.csv", "id,text\n1,a\n2,b, c\n", r"line 3 has 3 columns, the header has 2: put texts that hold commas into quotes"),
         ("a.csv", 'id,text\n1,"a\nb\n', r"a\.csv: line 3 is not CSV \(unexpected end of data"),
+        ("a.tsv", "id\ttext\n1\ta\tb\n", r"line 2 has 3 columns, the header has 2: put texts that hold tabs into a \.csv file"),
         ("a.csv", b"PK\x03\x04\0\0", "this is a binary file"),
         ("a.parquet", "id,text\n", r"a\.parquet: this is not a Parquet file"),
         ("a.txt", b"one\ncaf\xe9", r"a\.txt: not UTF-8 text \(byte 3 of line 2 is 0xe9\)"),
@@ -160,9 +162,9 @@ def test_parquet_columns_rows_and_nulls(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", None, "b"], pa.large_string()), "n": [1, 2, 3]}), path)
     assert texts(path) == ["a", "b"]
-    with pytest.raises(UserError, match=r"a\.parquet: no column 'txt'; it has text, n"):
+    with pytest.raises(UserError, match=r"a\.parquet has no 'txt'; it has text, n"):
         check_sources([str(path)], text_column="txt")
-    with pytest.raises(UserError, match="the column 'n' holds no text but int64"):
+    with pytest.raises(UserError, match="row 1 has no text under 'n' but int"):
         check_sources([str(path)], text_column="n")
     wrong = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"ab\xff"))
     pq.write_table(pa.table({"text": wrong}), path)
@@ -209,7 +211,7 @@ def test_missing_sources_are_named(source, message):
 
 def test_nothing_to_read_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"there is no \.txt, \.md, \.jsonl, \.parquet, \.csv file in this folder"):
+    with pytest.raises(UserError, match=r"there is no \.txt, \.md, \.jsonl, \.parquet, \.csv, \.tsv file in this folder"):
         check_sources([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="--dataset is empty"):
         check_sources([])
@@ -251,7 +253,7 @@ def test_hub_datasets(hub, streaming):
     assert corpus.documents["text"][:] == ["text 0", "text 1", "text 2"]
     assert len(texts("owner/name", streaming=streaming)) == 100
     assert hub[-1] == ("owner/name", None)
-    with pytest.raises(UserError, match="owner/name: no column 'txt'; it has text, number"):
+    with pytest.raises(UserError, match="owner/name has no 'txt'; it has text, number"):
         texts("owner/name", streaming=streaming, text_column="txt")
     with pytest.raises(UserError, match="no text"):
         texts("owner/name", streaming=streaming, text_column="number")
