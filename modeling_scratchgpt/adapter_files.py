@@ -10,10 +10,10 @@ Notable:
 Format: https://github.com/huggingface/peft
 """
 
-import hashlib
 import json
 import os
-from dataclasses import asdict, fields
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from .lora import LoraConfig, LoraLinear, adapters_of, add_adapter, delete_adapter, is_plain, lora_layers, set_adapter
+from .lora import LoraLinear, adapters_of, add_adapter_of_any_rank, delete_adapter, is_plain, lora_layers, set_adapter
+from .lora_config import LoraConfig, matches, modules_in_full
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 TASKS = {
@@ -50,7 +52,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         **asdict(config),
         "peft_type": "LORA",
         "inference_mode": True,
-        "target_modules": _shortened(model, layers),
+        "target_modules": _meaning(model, layers),
+        "modules_to_save": [name.removesuffix(".base_layer") for name in modules_in_full(model, config)] or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -63,10 +66,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".writing-{os.getpid()}"
     try:
-        tensors = {f"{PREFIX}{name}": tensor.detach().clone() for name, tensor in _tensors(model, adapter_name).items()}
-        save_file(tensors, temporary, {"format": "pt", "base": _fingerprint(layers)})
+        tensors = {f"{PREFIX}{name}": _whole(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
+        save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
         os.replace(temporary, folder / WEIGHTS)
-        temporary.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(written, indent=2) + "\n")  # not sorted: of two patterns that match, the first counts
         os.replace(temporary, folder / CONFIG)
     except SafetensorError as error:  # it wraps the system's errors into its own words
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
@@ -86,39 +89,53 @@ def load_adapter(
         ValueError: it is no LoRA, uses what is not done here (by name), is damaged, or belongs to another base.
         OSError: it is not there.
     """
-    config = _read_config(cached_file(os.fspath(source), CONFIG, **hub))
+    config = _read_config(_file(source, CONFIG, hub))
     base_config = getattr(model, "config", None)
     own = getattr(base_config, "_commit_hash", None)
     is_same = getattr(base_config, "_name_or_path", None) == config.base_model_name_or_path
     if is_same and config.revision and own and config.revision != own:
         raise ValueError(f"{source} was trained on revision {config.revision} of its base, and this is {own}: load that one.")
-    file = cached_file(os.fspath(source), WEIGHTS, **hub)
+    file = _file(source, WEIGHTS, hub)
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            trained_on = (opened.metadata() or {}).get("base")
-    except SafetensorError as error:
+            trained_on = json.loads((opened.metadata() or {}).get("base", "{}"))
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or is no file of weights ({error}).") from error
-    active, trainables = adapters_of(model).active, {name for name, value in model.named_parameters() if value.requires_grad}
-    add_adapter(model, config, adapter_name)
+    # PEFT names heads that a model may have; those that this one lacks mean nothing.
+    names = [name for name, _ in model.named_modules()]
+    there = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
+    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    add_adapter_of_any_rank(model, replace(config, modules_to_save=there), adapter_name)
     try:
-        _check(tensors, _tensors(model, adapter_name), str(file))
-        if trained_on and _fingerprint(lora_layers(model, adapter_name)) not in ("", trained_on):
-            raise ValueError(f"{file} was trained on other weights than this model's: load the base that it belongs to.")
-    except ValueError:
+        _check(model, tensors, _tensors(model, adapter_name), file)
+        _check_base(lora_layers(model, adapter_name), trained_on, file)
+        with torch.no_grad():
+            for name, place in _tensors(model, adapter_name).items():
+                place.copy_(tensors[name])
+    except Exception:
         delete_adapter(model, adapter_name)
-        if adapters_of(model).configs:
-            set_adapter(model, *active)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainables)
+        set_adapter(model, *active, trainable=False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
-    with torch.no_grad():
-        for name, place in _tensors(model, adapter_name).items():
-            place.copy_(tensors[name])
     set_adapter(model, adapter_name, trainable=trainable)
 
 
-def _read_config(file: Any) -> LoraConfig:
+def _file(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> str:
+    source = os.fspath(source)
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, name)):
+            raise FileNotFoundError(
+                f"{source} holds no {name}: it is no adapter, or one in an old format, which could run code."
+            )
+        return os.path.join(source, name)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"{source} is no folder, and no id of a repository on the Hub.")
+    return str(cached_file(source, name, **hub))
+
+
+def _read_config(file: str) -> LoraConfig:
     try:
         content = json.loads(Path(file).read_text())
         known = {item.name for item in fields(LoraConfig)}
@@ -141,10 +158,27 @@ def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
         result[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name]
         if adapter_name in layer.lora_magnitude_vector:
             result[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name]
-    return result | adapters_of(model).full[adapter_name]
+    for name, parameter in adapters_of(model).full[adapter_name].items():
+        path, _, child = name.rpartition(".base_layer.")
+        if path and path not in lora_layers(model, adapter_name):  # another adapter's: to this one it is the layer it was
+            name = f"{path}.{child}"
+        result[name] = parameter
+    return result
 
 
-def _check(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], file: str) -> None:
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from all processes if it is sharded over them, which then all have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _check(model: nn.Module, tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], file: str) -> None:
+    for name in tensors.keys() - places.keys():  # PEFT may save embeddings that it has not trained
+        if re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", name):
+            base = dict(model.named_parameters(remove_duplicate=False))
+            own = base.get(name, base.get(name.replace(".base_layer", "")))
+            if own is None or own.shape != tensors[name].shape or not torch.equal(own.to(tensors[name]), tensors[name]):
+                raise ValueError(f"{file} brings embeddings of its own, {name}, which is not done here: load it with PEFT.")
+            del tensors[name]
     for what, names in (("lacks", places.keys() - tensors.keys()), ("has no place for", tensors.keys() - places.keys())):
         if names:
             raise ValueError(f"{file} {what} {', '.join(sorted(names)[:3])}: it is damaged, or belongs to another base.")
@@ -154,22 +188,32 @@ def _check(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], fi
             raise ValueError(f"{file}: {name} is {shapes}: it is damaged, or belongs to another base.")
 
 
-def _fingerprint(layers: dict[str, LoraLinear]) -> str:
-    """Tells weights apart by a few numbers of each adapted layer, in bfloat16, to which other precisions round alike."""
-    digest = hashlib.sha256()
-    for name, layer in sorted(layers.items()):
-        if not is_plain(layer.base_layer):
-            return ""
-        weight = layer.base_layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
-        digest.update(name.encode() + weight.detach()[0, :64].bfloat16().cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def _fingerprint(layers: dict[str, LoraLinear]) -> dict[str, list[float]]:
+    """What tells weights apart: of the first row of each layer, the sum with turns of sign, and the length."""
+    result = {}
+    for name, layer in layers.items():
+        if is_plain(layer.base_layer):
+            weight = layer.base_layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
+            row = weight.detach()[0].double().cpu()
+            signs = torch.ones_like(row)
+            signs[1::2] = -1
+            result[name] = [round(float(row @ signs), 6), round(float(row.norm()), 6)]
+    return result
 
 
-def _shortened(model: nn.Module, layers: dict[str, LoraLinear]) -> list[str]:
-    """The last parts of these layers' names if they mean no other module, or their whole names."""
-    ends = {name.rpartition(".")[2] for name in layers}
-    others = {name for name, _ in model.named_modules()} - layers.keys()
-    return sorted(layers) if any(name.rpartition(".")[2] in ends for name in others) else sorted(ends)
+def _check_base(layers: dict[str, LoraLinear], trained_on: dict[str, list[float]], file: str) -> None:
+    for name, (number, length) in _fingerprint(layers).items():
+        other = trained_on.get(name, [number])[0]
+        if not abs(number - other) <= 0.03 * length + 1e-5:  # half precision moves it by a thousandth
+            raise ValueError(f"{file} was trained on other weights than this model's: load the base that it belongs to.")
+
+
+def _meaning(model: nn.Module, layers: dict[str, LoraLinear]) -> str | list[str]:
+    """What means these layers and no other modules: the last parts of their names, or an expression for the whole names."""
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    meant = {name for name, _ in model.named_modules() if not name.startswith(inside) and matches(name, ends)}
+    return ends if meant == layers.keys() else "|".join(re.escape(name) for name in layers)
 
 
 __all__ = ["load_adapter", "save_adapter"]

@@ -28,87 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-@dataclass
-class LoraConfig:
-    """What an adapter adds, and where. The names are PEFT's.
-
-    Args:
-        r: rank of what is added; `rank_pattern` may give other ranks to modules whose names end in a pattern.
-        lora_alpha: what is added is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
-        lora_dropout: share of the layers' inputs that A does not see, while training.
-        target_modules: `"all-linear"`: all linear layers but the heads; or the last parts of modules' names; or a regular
-            expression for whole names.
-        exclude_modules: which of them are left alone, in the same way.
-        layers_to_transform: numbers of the blocks to adapt; all if not given. `layers_pattern` is the name of their list.
-        use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
-        use_dora: also train the length of each row of W, apart from its direction.
-        init_lora_weights: of A: True for uniform numbers, as in `nn.Linear`, `"gaussian"` for normal ones; False leaves B at
-            such numbers too, so that the adapter changes the model from the start.
-        bias: which biases are trained: `"none"`, `"all"`, or `"lora_only"`: those of the adapted layers.
-        modules_to_save: last parts of the names of modules that are trained in full, such as a new head.
-        ensure_weight_tying: whether what is tied in the base stays so where it is trained in full.
-
-    Raises:
-        ValueError: a value is not one of those, named.
-    """
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
-    ensure_weight_tying: bool = True
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        for rank in (self.r, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"r must be a positive integer, got {rank!r}.")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not 0 < alpha < math.inf:
-                raise ValueError(f"lora_alpha must be a positive number, got {alpha!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            value = getattr(self, name)
-            texts = [value] if isinstance(value, str) else value or []
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{name} must be a text or a list of texts, got {value!r}.")
-        for name in ("target_modules", "exclude_modules"):
-            try:
-                re.compile(value if isinstance(value := getattr(self, name), str) else "")
-            except re.error as error:
-                raise ValueError(f"{name} {value!r} is no regular expression: {error}.") from error
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}.")
-
-    def rank(self, module_name: str) -> int:
-        """The rank of what is added to this module."""
-        return _by_pattern(self.rank_pattern, module_name, self.r)
-
-    def scale(self, module_name: str) -> float:
-        """What it is scaled by."""
-        rank = self.rank(module_name)
-        return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _by_pattern(patterns: dict[str, Any], module_name: str, otherwise: Any) -> Any:
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module_name))
-    return next(matching, otherwise)
+from .lora_config import LoraConfig, parameters_in_full, targets_of
 
 
 class LoraLinear(nn.Module):
@@ -127,7 +47,7 @@ class LoraLinear(nn.Module):
         self.scale: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: list[str] = []
-        self.unmerged_weight: torch.Tensor | None = None  # while merged: the weight as it was before
+        self.unmerged_weight: nn.Parameter | None = None  # while merged: the weight as it was before
         self.train(base_layer.training)
 
     def add(self, adapter_name: str, rank: int, scale: float, config: LoraConfig) -> None:
@@ -186,18 +106,21 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Make what the active adapters add part of the weight."""
-        weight = self.base_layer.weight
+        weight: Any = self.base_layer.weight
         if self.unmerged_weight is None and self.active:
             merged = weight.float() + sum(self.delta(name) for name in self.active)
             for name in self.active:
                 if name in self.lora_magnitude_vector:
                     merged *= (self.lora_magnitude_vector[name] / self._row_lengths(name))[:, None]
-            self.unmerged_weight, weight.data = weight.data, merged.to(weight.dtype)
+            # Another parameter, not other numbers in this one: the embeddings may hold it as well.
+            self.unmerged_weight = weight
+            self.base_layer.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the weight back."""
         if self.unmerged_weight is not None:
-            self.base_layer.weight.data, self.unmerged_weight = self.unmerged_weight, None
+            _replace(self.base_layer, "weight", self.unmerged_weight)
+            self.unmerged_weight = None
 
 
 # The adapters of a model --------------------------------------------------------------------------------------------------
@@ -210,6 +133,7 @@ class Adapters:
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # by adapter: what replaces which parameter
     base: dict[str, nn.Parameter] = field(default_factory=dict)  # what is replaced
+    frozen: list[nn.Parameter] = field(default_factory=list)  # what was so before there was an adapter
     active: tuple[str, ...] = ()
 
 
@@ -235,33 +159,49 @@ def lora_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> None:
     """Give the model a new adapter and make it the active one. All other parameters are frozen.
 
+    While a model has adapters, `save_adapter` saves them; `save_pretrained` would write its layers under other names.
+
     Raises:
         ValueError: the model has one of that name, or cannot have what the config asks for; the message names the module.
     """
+    for name, layer in targets_of(model, config).items():
+        rank, limit = config.rank(name), min(layer.in_features, layer.out_features)
+        if rank > limit:
+            size = f"{layer.out_features} x {layer.in_features}"
+            raise ValueError(f"r is {rank}, and {name} is {size}: at most {limit} makes sense.")
+    add_adapter_of_any_rank(model, config, adapter_name)
+
+
+def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """As `add_adapter`, also with ranks that are higher than they need to be, as adapters of other people's have them."""
     adapters = adapters_of(model)
-    if adapter_name in adapters.configs or not re.fullmatch(r"\w+", adapter_name):
+    is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
+    if not is_word or adapter_name in adapters.configs or hasattr(nn.ParameterDict, adapter_name):
         taken = ", ".join(adapters.configs) or "none"
         raise ValueError(f"adapter_name {adapter_name!r} is taken, or no word of letters and digits; taken are: {taken}.")
     _refuse_merged(model)
-    targets = _targets(model, config)
+    targets = targets_of(model, config)
     for name, layer in targets.items():
         base = layer.base_layer if isinstance(layer, LoraLinear) else layer
-        rank, limit = config.rank(name), min(base.in_features, base.out_features)
-        if rank > limit:
-            raise ValueError(
-                f"r is {rank}, and {name} is {base.out_features} x {base.in_features}: at most {limit} makes sense."
-            )
         if config.use_dora and not is_plain(base):
-            raise ValueError(f"use_dora needs the numbers of {name}, and it is quantized: leave it out.")
-    _trained_in_full(model, config, targets)  # says what is not there, while nothing has changed
+            raise ValueError(f"use_dora needs the numbers of {name}, and {_form(base)}: leave it out.")
+        if base.weight.is_meta and hasattr(base, "_hf_hook"):
+            raise ValueError(f"{name} is offloaded: load the model onto one device, then add the adapter.")
+    parameters_in_full(model, config, targets)  # says what is not there, while nothing has changed
+    if not adapters.configs:
+        adapters.frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for name, layer in targets.items():
         if not isinstance(layer, LoraLinear):
             targets[name] = LoraLinear(layer)
-            _set(model, name, targets[name])
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, targets[name])
+            for known in (adapters.base, *adapters.full.values()):  # what is in the layer now has a longer name
+                for old in [old for old in known if old.rpartition(".")[0] == name]:
+                    known[f"{name}.base_layer.{old.rpartition('.')[2]}"] = known.pop(old)
         targets[name].add(adapter_name, config.rank(name), config.scale(name), config)
     copies: dict[Any, nn.Parameter] = {}
     adapters.full[adapter_name] = {}
-    for name, parameter in _trained_in_full(model, config, targets).items():
+    for name, parameter in parameters_in_full(model, config, targets).items():
         parameter = adapters.base.setdefault(name, parameter)
         same = id(parameter) if config.ensure_weight_tying else name  # one copy for all places that hold the same
         copies.setdefault(same, nn.Parameter(parameter.detach().clone()))
@@ -281,12 +221,15 @@ def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -
         ValueError: there is none of that name; or they cannot be active together.
     """
     adapters = adapters_of(model, *adapter_names)
+    if not adapters.configs:
+        return
     _refuse_merged(model)
     if len(adapter_names) > 1:
         _refuse_more_than_matrices(adapters, adapter_names)
     for name, parameter in adapters.base.items():
         own = [adapters.full[adapter][name] for adapter in adapter_names if name in adapters.full[adapter]]
-        _set(model, name, own[0] if own else parameter)
+        parent, _, child = name.rpartition(".")
+        _replace(model.get_submodule(parent), child, own[0] if own else parameter)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.active = [name for name in adapter_names if name in layer.lora_A]
@@ -303,14 +246,16 @@ def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its base, whether or not adapters are merged."""
-    active, trainable = adapters_of(model).active, any(parameter.requires_grad for parameter in model.parameters())
+    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_merged = any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
     unmerge(model)
     set_adapter(model)
     try:
         yield
     finally:
-        set_adapter(model, *active, trainable=trainable)
+        set_adapter(model, *active, trainable=False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         if is_merged:
             merge(model)
 
@@ -318,7 +263,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter away; after the last one the model is what it was before the first."""
     adapters = adapters_of(model, adapter_name)
-    set_adapter(model, *(name for name in adapters.active if name != adapter_name))
+    _refuse_merged(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    set_adapter(model, *(name for name in adapters.active if name != adapter_name), trainable=False)
     for layer in lora_layers(model, adapter_name).values():
         for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scale, layer.dropout):
             if adapter_name in values:
@@ -326,6 +273,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     del adapters.configs[adapter_name], adapters.full[adapter_name]
     if not adapters.configs:
         _unload(model)
+        return
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def combine_adapters(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
@@ -336,6 +286,9 @@ def combine_adapters(model: nn.Module, weights: dict[str, float], adapter_name: 
     """
     adapters = adapters_of(model, *weights)
     _refuse_more_than_matrices(adapters, weights)
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not abs(weight) < 1e30:
+            raise ValueError(f"the weight of adapter {name!r} must be a number, got {weight!r}.")
     parts = {name: [adapter for adapter in weights if adapter in layer.lora_A] for name, layer in lora_layers(model).items()}
     parts = {name: own for name, own in parts.items() if own}
     layers = lora_layers(model)
@@ -343,7 +296,7 @@ def combine_adapters(model: nn.Module, weights: dict[str, float], adapter_name: 
     most = max(ranks.values(), default=1)
     others: dict[str, Any] = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
     config = LoraConfig(r=most, lora_alpha=most, target_modules=[*ranks], rank_pattern=others, alpha_pattern=others)
-    add_adapter(model, config, adapter_name)
+    add_adapter_of_any_rank(model, config, adapter_name)
     with torch.no_grad():
         for name, own in parts.items():
             layer = layers[name]
@@ -356,11 +309,11 @@ def merge(model: nn.Module) -> None:
     """Make what the active adapters add part of the weights: the model is as fast as its base, until `unmerge`.
 
     Raises:
-        ValueError: a layer is quantized.
+        ValueError: a layer holds no plain numbers.
     """
     for name, layer in lora_layers(model).items():
         if not is_plain(layer.base_layer):
-            raise ValueError(f"{name} is quantized: load its base as it was before, and the adapter onto that, to merge them.")
+            raise ValueError(f"{name} cannot be merged, {_form(layer.base_layer)}: load base and adapter plainly.")
     for layer in lora_layers(model).values():
         layer.merge()
 
@@ -372,9 +325,15 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The same model without adapters, what the active ones add made part of its weights; saved and trained as ever."""
+    """The same model without adapters, what the active ones add made part of its weights; saved and trained as ever.
+
+    A tied head that had an adapter is tied no more.
+    """
     merge(model)
+    head, embedding = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input"))
     _unload(model)
+    if isinstance(head, LoraLinear) and getattr(head.base_layer, "weight", None) is not getattr(embedding, "weight", None):
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return model
 
 
@@ -386,25 +345,28 @@ def trainable_parameters(model: nn.Module) -> str:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer holds its weight as numbers, not as what a quantizer has made of them."""
+    """Whether a linear layer holds its weight as numbers, not as what a quantizer or a sharding has made of them."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
-def _set(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Put a module or a parameter where another is."""
-    parent, _, child = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if isinstance(value, nn.Parameter):
-        value.data = value.data.to(getattr(module, child).device)  # the model may have moved meanwhile
-    setattr(module, child, value)
+def _form(layer: Any) -> str:
+    return f"it is quantized, sharded, or of a kind of its own ({type(layer).__name__} with a {type(layer.weight).__name__})"
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter where another is, on its device and in its precision: the model may have moved meanwhile."""
+    parameter.data = parameter.data.to(getattr(module, name).data)
+    setattr(module, name, parameter)
 
 
 def _unload(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
-        _set(model, name, layer.base_layer)
-    vars(model).pop("_lora", None)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    adapters: Adapters = vars(model).pop("_lora", Adapters())
+    frozen = {id(parameter) for parameter in adapters.frozen}
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in frozen)
 
 
 def _refuse_merged(model: nn.Module) -> None:
@@ -419,73 +381,8 @@ def _refuse_more_than_matrices(adapters: Adapters, names: Iterable[str]) -> None
             raise ValueError(f"adapter {name!r} has DoRA, or parameters trained in full: it cannot be added to another.")
 
 
-# What a config means ------------------------------------------------------------------------------------------------------
-
-
-def _targets(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """The layers that the config means, by name."""
-    inside = tuple(f"{name}." for name in lora_layers(model))
-    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
-    linear = {name for name, module in modules.items() if isinstance(module, (nn.Linear, LoraLinear))}
-    if config.target_modules == "all-linear":
-        backbone = getattr(model, "base_model_prefix", "")  # of a model of transformers; what is beside it are heads
-        found = {name for name in linear if name.startswith(f"{backbone}.")} if hasattr(model, backbone) else linear
-    else:
-        found = {name for name in modules if _matches(name, config.target_modules)}
-    found = {
-        name
-        for name in found
-        if _in_layers(name, config)
-        and not _matches(name, config.exclude_modules or [])
-        and not any(f".{end}." in f".{name}." for end in config.modules_to_save or [])
-    }
-    for name in sorted(found - linear):
-        raise ValueError(f"target_modules means {name}, a {type(modules[name]).__name__}: LoRA goes into nn.Linear here.")
-    if not found:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
-        raise ValueError(f"target_modules {config.target_modules!r} means no layer; linear layers of this model are {there}.")
-    return {name: module for name, module in modules.items() if name in found}
-
-
-def _matches(name: str, wanted: str | list[str]) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def _in_layers(name: str, config: LoraConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
-    wanted = config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
-    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ["[^.]*"]
-    numbers = [match[1] for pattern in lists if (match := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name))]
-    return bool(numbers) and int(numbers[0]) in wanted
-
-
-def _trained_in_full(model: nn.Module, config: LoraConfig, targets: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """The parameters that the config has trained as they are, by every name they have."""
-    parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if ".lora_" not in name}
-    wanted: set[str] = set()
-    for end in config.modules_to_save or []:
-        of_module = {name for name in parameters if f".{end}." in f".{name}"}
-        if not of_module:
-            raise ValueError(f"modules_to_save has {end!r}, and the model has no module of that name with parameters.")
-        wanted |= of_module
-    if config.bias == "all":
-        wanted |= {name for name in parameters if name.endswith(".bias")}
-    if config.bias == "lora_only":
-        wanted |= {
-            name
-            for name in parameters
-            if name.endswith(".bias") and name.rpartition(".")[0].removesuffix(".base_layer") in targets
-        }
-    if config.ensure_weight_tying:
-        same = {id(parameters[name]) for name in wanted}
-        wanted |= {name for name, parameter in parameters.items() if id(parameter) in same}
-    return {name: parameter for name, parameter in parameters.items() if name in wanted}
-
-
 __all__ = [
+    "Adapters",
     "LoraConfig",
     "LoraLinear",
     "add_adapter",

@@ -249,7 +249,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the model has adapters, which are no part of its folder.
         """
-        if hasattr(self, "_lora"):
+        if not self._hf_peft_config_loaded and any(".lora_" in name for name, _ in self.named_parameters()):
             raise ValueError("this model has adapters: save them with `save_adapter`, or the whole after `merge_and_unload`.")
         heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
         self.config.auto_map = {

@@ -128,6 +128,15 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def frozen_digest(model: nn.Module) -> str:
+    """Tells apart what a run does not train, and so does not save, by the first numbers of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode() + parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights of a model on the CPU, however it is sharded; every process calls it."""
     weights: dict[str, Any] = get_model_state_dict(model, options=WHOLE)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from training.arguments import UserError, option
-from training.checkpoints import StopSignals, find_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoints import StopSignals, find_checkpoint, frozen_digest, load_checkpoint, save_checkpoint
 from training.flops import measured_peak
 from training.loop import training_steps
 from training.metrics import MetricsFile
@@ -142,6 +142,7 @@ def train(
     output_dir = Path(os.path.expanduser(arguments.output_dir))
     checkpoints = output_dir / "checkpoints"
     optimizers, schedules = optimization(arguments, model)
+    frozen = frozen_digest(model)
     prepared_model, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     before = evaluate(prepared_model)
     accelerator.print(f"\nBefore training: {before}.\n\n{show()}")
@@ -151,6 +152,8 @@ def train(
     if found:
         path, state = found
         _check_settings(arguments, state["settings"], path)
+        if frozen != state.get("frozen", frozen):
+            raise UserError(f"the model that the run in {output_dir} started from has changed since: go on from that one.")
         load_checkpoint(path, state, model, prepared_optimizers)
         for schedule, saved in zip(schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
@@ -198,6 +201,7 @@ def train(
                     "step": step.number,
                     "validation_loss": losses[-1],
                     "settings": _settings(arguments),
+                    "frozen": frozen,
                     "schedules": [schedule.state_dict() for schedule in schedules],
                 }
                 save_checkpoint(checkpoints, accelerator, model, prepared_optimizers, state, arguments.keep_checkpoints)

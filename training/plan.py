@@ -25,11 +25,11 @@ from accelerate.utils import gather_object
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
-from training.arguments import UserError, model_config, parse_arguments, run
+from training.arguments import UserError, parse_arguments, run
 from training.engine import optimization
 from training.flops import flops_per_token, measured_peak, parameters_by_part, widths
 from training.loop import start_accelerator, training_steps
-from training.pretrain import PretrainArguments
+from training.pretrain import PretrainArguments, config_of
 from training.report import duration
 
 FLOAT = 4  # bytes
@@ -177,6 +177,8 @@ def probe(accelerator: Accelerator, arguments: PretrainArguments, config: Scratc
 
 def check(arguments: PretrainArguments, num_processes: int) -> None:
     """Refuse what cannot be planned; what it would read or write does not matter here."""
+    if arguments.lora_r:
+        raise UserError(f"--lora_r {arguments.lora_r}: plan.py knows what training a whole model takes; adapters take less.")
     for name in ("context_length", "batch_size", "gradient_accumulation_steps", "max_steps"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
@@ -206,7 +208,7 @@ def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
     accelerator = start_accelerator()
     check(arguments, accelerator.num_processes)
-    config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+    config = config_of(arguments)
     processes, device = accelerator.num_processes, accelerator.device
 
     parts = parameters_by_part(config)

@@ -105,6 +105,13 @@ def windows_of(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) 
     return Windows(tokens, arguments.context_length, pad_token_id, "training", stride)
 
 
+def config_of(arguments: PretrainArguments) -> ScratchGPTConfig:
+    """The shape of the model that is trained."""
+    if arguments.base_model:
+        return load_config(arguments.base_model, arguments.context_length)
+    return model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+
+
 def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
     """The model as it is before the first step; the same whenever it is asked for."""
     set_seed(arguments.seed)
@@ -124,10 +131,7 @@ def main() -> None:
     check(arguments, accelerator.num_processes)
     if accelerator.is_main_process:
         check_output_folder(output_dir, arguments.resume)
-    if arguments.base_model:
-        config = load_config(arguments.base_model, arguments.context_length)
-    else:
-        config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+    config = config_of(arguments)
     accelerator.wait_for_everyone()
 
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.

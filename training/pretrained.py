@@ -1,6 +1,6 @@
 """Models that are there already: loaded, adapted with LoRA, and put together again at the end of a run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
         UserError: its settings cannot be.
     """
     if not arguments.lora_r:
+        for name, default in asdict(LoraArguments()).items():
+            if getattr(arguments, name) != default:
+                raise UserError(f"--{name} {getattr(arguments, name)} is for LoRA: give its rank by --lora_r.")
         return None
     targets: Any = arguments.lora_target_modules
+    if "all-linear" in targets and len(targets) > 1:
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: give all-linear alone, or names of layers.")
     try:
         return LoraConfig(
             r=arguments.lora_r,
@@ -73,6 +78,8 @@ def load_config(name: str, context_length: int) -> ScratchGPTConfig:
     Raises:
         UserError: there is none, it is of no model that can be ours, or its positions are too few.
     """
+    if Path(name, "adapter_config.json").is_file():
+        raise UserError(f"--base_model {name} holds an adapter: merge it into its model, and give the folder of that.")
     try:
         config = ScratchGPTConfig.from_pretrained(name)
     except Exception as error:  # transformers and the Hub each have their own

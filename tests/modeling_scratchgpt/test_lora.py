@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -266,14 +267,156 @@ def test_a_quantized_base_is_adapted_but_not_merged(tmp_path):
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     shake(model.eval())
-    with pytest.raises(ValueError, match=r"q_proj is quantized: load its base as it was before"):
+    with pytest.raises(ValueError, match=r"q_proj cannot be merged, it is quantized, sharded, or of a kind of its own"):
         merge(model)
     save_adapter(model, tmp_path)
     other = model_of(hidden_size=64)
     load_adapter(other, tmp_path)
     assert (logits(merge_and_unload(other)) - logits(model)).abs().max() < 0.1
-    with pytest.raises(ValueError, match="use_dora needs the numbers of .* and it is quantized"):
+    with pytest.raises(ValueError, match="use_dora needs the numbers of .* it is quantized, sharded"):
         add_adapter(model, LoraConfig(use_dora=True), "dora")
+
+
+# What strangers broke ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tied_head_with_an_adapter_is_untied_by_merging(tmp_path):
+    model = model_of(tie_word_embeddings=True)
+    before = model.model.embed_tokens.weight.detach().clone()
+    add_adapter(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    shake(model)
+    adapted = logits(model)
+    merge(model)
+    torch.testing.assert_close(logits(model), adapted, atol=1e-5, rtol=1e-5)
+    unmerge(model)
+    assert torch.equal(logits(model), adapted)
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+    merge_and_unload(model).save_pretrained(tmp_path)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    torch.testing.assert_close(logits(ScratchGPTForCausalLM.from_pretrained(tmp_path)), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_share_a_weight_get_it_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    weight = model[0].weight
+    before = weight.detach().clone()
+    add_adapter(model, LoraConfig(r=2, init_lora_weights=False))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected)
+    unmerge(model)
+    delete_adapter(model, "default")
+    assert model[0].weight is model[1].weight is weight
+    assert torch.equal(weight, before)
+    model.append(model[0])
+    with pytest.raises(ValueError, match="0 is one layer in several places of the model"):
+        add_adapter(model, LoraConfig(r=2))
+
+
+def test_the_first_of_two_patterns_counts_on_disk_too(tmp_path):
+    model = model_of()
+    patterns = {"q_proj": 2, r"layers\.0\.self_attn\.q_proj": 6, r".*v_proj": 3}
+    add_adapter(
+        model, LoraConfig(r=4, rank_pattern=patterns, alpha_pattern={"q_proj": 8, r"layers\.0\.self_attn\.q_proj": 640})
+    )
+    shake(model)
+    save_adapter(model, tmp_path)
+    other = model_of()
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"target_modules": ["v_proj"], "bias": "all"}, {"target_modules": ["q_proj"]}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}, {"target_modules": ["up_proj"]}),
+        ({"target_modules": ["up_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}),
+        ({"target_modules": ["up_proj"]}, {"target_modules": ["q_proj"], "bias": "all"}),
+    ],
+)
+def test_adapters_that_meet_in_one_layer(first, second, tmp_path):
+    model = model_of()
+    base, expected = logits(model), {}
+    for seed, (name, settings_) in enumerate({"a": first, "b": second}.items()):
+        add_adapter(model, LoraConfig(r=2, **settings_), name)
+        shake(model, seed)
+        expected[name] = logits(model)
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        assert torch.equal(logits(model), expected[name])
+        save_adapter(model, tmp_path / name, name)
+        other = model_of()
+        load_adapter(other, tmp_path / name)
+        assert torch.equal(logits(other), expected[name])
+        read = peft.PeftModel.from_pretrained(model_of(), tmp_path / name)
+        torch.testing.assert_close(logits(read), expected[name], atol=1e-5, rtol=1e-5)
+    for name in ("a", "b"):
+        delete_adapter(model, name)
+    assert torch.equal(logits(model), base)
+
+
+def test_what_is_put_aside_moves_with_the_model():
+    model = model_of()
+    add_adapter(model, LoraConfig(r=2, modules_to_save=["lm_head"]))
+    model.bfloat16()
+    with disabled(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        logits(model)
+    merge(model)
+    model.double()
+    unmerge(model)
+    logits(model)
+    delete_adapter(model, "default")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_what_was_frozen_stays_so_and_what_was_not_does_not():
+    model = model_of()
+    with disabled(model):
+        set_adapter(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.model.norm.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    add_adapter(model, LoraConfig(r=2), "a")
+    add_adapter(model, LoraConfig(r=2), "b")
+    set_adapter(model, "b", trainable=False)
+    delete_adapter(model, "a")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    delete_adapter(model, "b")
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_the_same_base_in_any_precision_is_known(saved):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        load_adapter(model_of().to(dtype), saved)
+
+
+def test_a_backbone_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
+    model = model_of()
+    add_adapter(model.model, LoraConfig(r=2))
+    with pytest.raises(ValueError, match="this model has adapters"):
+        model.save_pretrained(tmp_path)
+
+
+def test_names_that_mean_more_than_was_adapted(tmp_path):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.b = nn.Linear(4, 4), nn.ModuleDict({"proj": nn.Linear(4, 4)})
+
+    model = Block()
+    add_adapter(model, LoraConfig(r=2, target_modules="proj"))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "proj"
+    other = Block()
+    other.load_state_dict(
+        {name.replace(".base_layer", ""): tensor for name, tensor in bits(model).items() if "lora" not in name}
+    )
+    load_adapter(other, tmp_path)
+    assert not isinstance(other.b["proj"], LoraLinear)
 
 
 # What people get wrong ---------------------------------------------------------------------------------------------------
@@ -285,10 +428,16 @@ def test_a_quantized_base_is_adapted_but_not_merged(tmp_path):
         ({"r": 0}, "r must be a positive integer, got 0"),
         ({"rank_pattern": {"q_proj": -1}}, "r must be a positive integer, got -1"),
         ({"lora_alpha": 0}, "lora_alpha must be a positive number, got 0"),
+        ({"r": True}, "r must be a positive integer, got True"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a positive number, got '16'"),
+        ({"rank_pattern": [1]}, r"rank_pattern must map patterns of names to numbers, got \[1\]"),
+        ({"alpha_pattern": {"*": 3}}, r"alpha_pattern '\*' is no regular expression: nothing to repeat"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of texts, got 'lm_head'"),
+        ({"layers_to_transform": (0, 1)}, r"layers_to_transform must be a number or a list of numbers, got \(0, 1\)"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
         ({"target_modules": 3}, "target_modules must be a text or a list of texts, got 3"),
-        ({"modules_to_save": ["score", None]}, r"modules_to_save must be a text or a list of texts, got \['score', None\]"),
+        ({"modules_to_save": ["score", None]}, r"modules_to_save must be a list of texts, got \['score', None\]"),
         ({"target_modules": "(q_proj"}, r"target_modules '\(q_proj' is no regular expression: missing \)"),
         ({"init_lora_weights": "olora"}, "init_lora_weights must be True, False or 'gaussian', got 'olora'"),
         ({"r": 33}, r"r is 33, and model.layers.0.self_attn.q_proj is 32 x 32: at most 32 makes sense"),
@@ -327,6 +476,11 @@ def test_names_of_adapters():
         add_adapter(model, LoraConfig(r=2), "a")
     with pytest.raises(ValueError, match=r"adapter_name 'b\.c' is taken, or no word of letters and digits"):
         add_adapter(model, LoraConfig(r=2), "b.c")
+    for name in ("train", "keys", None, 3):
+        with pytest.raises(ValueError, match="is taken, or no word of letters and digits"):
+            add_adapter(model, LoraConfig(r=2), name)
+    with pytest.raises(ValueError, match="the weight of adapter 'a' must be a number, got nan"):
+        combine_adapters(model, {"a": float("nan")}, "c")
     merge(model)
     with pytest.raises(ValueError, match="has an adapter merged into it: call `unmerge` first"):
         add_adapter(model, LoraConfig(r=2), "b")
@@ -400,8 +554,10 @@ def test_damaged_adapters(saved):
         (saved / CONFIG).write_bytes(content)
         refused(saved, "adapter_config.json: ")
     (saved / CONFIG).unlink()
-    with pytest.raises(OSError, match=r"adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json: it is no adapter"):
         load_adapter(model_of(), saved)
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder, and no id of a repository"):
+        load_adapter(model_of(), "nowhere")
 
 
 def test_nothing_is_written_where_there_is_no_adapter(tmp_path):

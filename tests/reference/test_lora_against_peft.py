@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 from modeling_scratchgpt.adapter_files import WEIGHTS, load_adapter, save_adapter
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
 from tests.conftest import MODERN, TINY, on_two_processes
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases of the layers": {"bias": "lora_only", "target_modules": ["q_proj", "v_proj"]},
     "a head of its own": {"modules_to_save": ["lm_head"]},
     "tied embeddings": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "a norm": {"modules_to_save": ["model.norm"]},
+    "norms": {"modules_to_save": ["norm"]},
 }
 
 
@@ -126,6 +126,48 @@ def test_each_reads_what_the_other_has_saved(kind, fields, tmp_path):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         merged = theirs.merge_and_unload()
         torch.testing.assert_close(merge_and_unload(model)(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_classifiers_of_peft_with_their_heads(tmp_path):
+    """PEFT adds names of heads that a classifier might have."""
+    torch.manual_seed(0)
+    model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3)).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    with torch.no_grad():
+        theirs.base_model.model.score.modules_to_save["default"].weight.add_(1.0)
+    theirs.save_pretrained(tmp_path)
+    assert "classifier" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    load_adapter(model, tmp_path)
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_embeddings_that_peft_saves_beside_an_adapter(changed, tmp_path):
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    if changed:
+        with torch.no_grad():
+            theirs.get_output_embeddings().base_layer.weight.add_(1.0)
+    theirs.save_pretrained(tmp_path)
+    model, ids = base().eval(), torch.arange(24).view(2, 12)
+    if changed:
+        with pytest.raises(ValueError, match="brings embeddings of its own, .*, which is not done here: load it with PEFT"):
+            load_adapter(model, tmp_path)
+    else:
+        load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(ids).logits, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_above_a_narrow_matrix_are_read(tmp_path):
+    fields = {**MODERN, "num_key_value_heads": 1}
+    settings = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(base(**fields), settings).eval()
+    theirs.save_pretrained(tmp_path)
+    model, ids = base(**fields).eval(), torch.arange(24).view(2, 12)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

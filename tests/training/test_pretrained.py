@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import peft
@@ -16,12 +17,13 @@ from tests.training.conftest import TORCHRUN, launch, rows
 from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_done
 from training import pretrain
 from training.arguments import UserError
+from training.checkpoints import frozen_digest
 
 FURTHER = [
     "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_every", "8", "--save_every", "4",
-    "--validation_fraction", "0.1", "--report_to", "none", "--learning_rate", "0.01",
+    "--validation_fraction", "0.1", "--report_to", "none",
 ]  # fmt: skip
-LORA = [*FURTHER, "--lora_r", "4", "--lora_dropout", "0.1", "--optimizer", "adamw"]
+LORA = [*FURTHER, "--lora_r", "4", "--lora_dropout", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,27 @@ def test_a_killed_run_ends_with_the_same_bits(run, book, caches, tmp_path):
         assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
+def test_a_run_does_not_go_on_from_another_base(adapted, book, tmp_path, monkeypatch):
+    """And an adapter's folder is no base."""
+    base, folder, _ = adapted
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "run")
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
+    model = ScratchGPTForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.01
+    model.save_pretrained(tmp_path / "base")
+    assert frozen_digest(ScratchGPTForCausalLM.from_pretrained(base).requires_grad_(False)) != frozen_digest(
+        ScratchGPTForCausalLM.from_pretrained(tmp_path / "base").requires_grad_(False)
+    )
+    assert len(state["frozen"]) == 64
+    words = ["--dataset", book, "--output_dir", str(tmp_path / "out"), *FURTHER, "--base_model", str(folder / "adapter")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    with pytest.raises(UserError, match="holds an adapter: merge it into its model, and give the folder of that"):
+        pretrain.main()
+
+
 def test_gpt2s_own_folder_is_trained_further(real_data, book, caches, tmp_path):
     files = real_data / "gpt2-tokenizer"
     GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, n_positions=64)).save_pretrained(tmp_path / "gpt2")
@@ -96,6 +119,8 @@ def test_gpt2s_own_folder_is_trained_further(real_data, book, caches, tmp_path):
     ("words", "expected"),
     [
         (["--lora_r", "4"], "--lora_r 4 adapts a model that is there already: give it by --base_model"),
+        (["--base_model", "BASE", "--use_dora", "True"], "--use_dora True is for LoRA: give its rank by --lora_r"),
+        (["--base_model", "BASE", "--lora_r", "4", "--lora_target_modules", "all-linear", "q_proj"], "give all-linear alone"),
         (["--base_model", "nowhere"], "--base_model nowhere cannot be loaded"),
         (["--base_model", "BASE", "--context_length", "64"], "--context_length 64 is longer than the 32 positions of"),
         (["--base_model", "BASE", "--lora_r", "-1"], "r must be a positive integer, got -1"),

@@ -1,0 +1,204 @@
+"""What a LoRA adapter is to be, and which layers and parameters of a model that means. Names and meaning are PEFT's."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn as nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+@dataclass
+class LoraConfig:
+    """What an adapter adds, and where. The names are PEFT's.
+
+    Args:
+        r: rank of what is added; `rank_pattern` may give other ranks to modules whose names end in a pattern.
+        lora_alpha: what is added is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
+        lora_dropout: share of the layers' inputs that A does not see, while training.
+        target_modules: `"all-linear"`: all linear layers but the heads; or the last parts of modules' names; or a regular
+            expression for whole names.
+        exclude_modules: which of them are left alone, in the same way.
+        layers_to_transform: numbers of the blocks to adapt; all if not given. `layers_pattern` is the name of their list.
+        use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
+        use_dora: also train the length of each row of W, apart from its direction.
+        init_lora_weights: of A: True for uniform numbers, as in `nn.Linear`, `"gaussian"` for normal ones; False leaves B at
+            such numbers too, so that the adapter changes the model from the start.
+        bias: which biases are trained: `"none"`, `"all"`, or `"lora_only"`: those of the adapted layers.
+        modules_to_save: last parts of the names of modules that are trained in full, such as a new head.
+        ensure_weight_tying: whether what is tied in the base stays so where it is trained in full.
+
+    Raises:
+        ValueError: a value is not one of those, named.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = True
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for rank in (self.r, *_checked(self, "rank_pattern")):
+            if type(rank) is not int or rank < 1:
+                raise ValueError(f"r must be a positive integer, got {rank!r}.")
+        for alpha in (self.lora_alpha, *_checked(self, "alpha_pattern")):
+            if not isinstance(alpha, int | float) or not 0 < alpha < 1e30:
+                raise ValueError(f"lora_alpha must be a positive number, got {alpha!r}.")
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            is_list = isinstance(value, list) and all(isinstance(text, str) for text in value)
+            is_text = isinstance(value, str) and name != "modules_to_save"
+            if not is_list and not is_text and (value is not None or name == "target_modules"):
+                what = "a list of texts" if name == "modules_to_save" else "a text or a list of texts"
+                raise ValueError(f"{name} must be {what}, got {value!r}.")
+            for pattern in [value] if is_text else value or [] if name == "layers_pattern" else []:
+                _check_pattern(name, pattern)
+        numbers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform or 0]
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(f"layers_to_transform must be a number or a list of numbers, got {self.layers_to_transform!r}.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}.")
+
+    def rank(self, module_name: str) -> int:
+        """The rank of what is added to this module."""
+        return _by_pattern(self.rank_pattern, module_name, self.r)
+
+    def scale(self, module_name: str) -> float:
+        """What it is scaled by."""
+        rank = self.rank(module_name)
+        return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(patterns: dict[str, Any], module_name: str, otherwise: Any) -> Any:
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module_name))
+    return next(matching, otherwise)
+
+
+def _checked(config: LoraConfig, name: str) -> list[Any]:
+    """The values of a dictionary of patterns."""
+    patterns = getattr(config, name)
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{name} must map patterns of names to numbers, got {patterns!r}.")
+    for pattern in patterns:
+        _check_pattern(name, pattern)
+    return list(patterns.values())
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name} {pattern!r} is no regular expression: {error}.") from error
+
+
+# What it means in a model -------------------------------------------------------------------------------------------------
+
+
+def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """The layers that a config has adapted, by name; an adapted one counts as the layer it was.
+
+    Raises:
+        ValueError: there is none, or one that LoRA cannot go into; it is named.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
+    linear = {name for name, module in modules.items() if _can_be_adapted(module)}
+    if config.target_modules == "all-linear":
+        backbone = getattr(model, "base_model_prefix", "")  # of a model of transformers; what is beside it are heads
+        found = {name for name in linear if name.startswith(f"{backbone}.")} if hasattr(model, backbone) else linear
+    else:
+        found = {name for name in modules if matches(name, config.target_modules)}
+    kept = tuple(f"{name}." for name in modules_in_full(model, config))
+    found = {
+        name
+        for name in found
+        if _in_layers(name, config) and not matches(name, config.exclude_modules or []) and not f"{name}.".startswith(kept)
+    }
+    for name in sorted(found - linear):
+        raise ValueError(f"target_modules means {name}, a {type(modules[name]).__name__}: LoRA goes into nn.Linear here.")
+    if not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+        raise ValueError(f"target_modules {config.target_modules!r} means no layer; linear layers of this model are {there}.")
+    places = [id(module) for name, module in model.named_modules(remove_duplicate=False)]
+    for name in sorted(found):
+        if places.count(id(modules[name])) > 1:
+            raise ValueError(f"{name} is one layer in several places of the model: LoRA cannot go into one of them alone.")
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def modules_in_full(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of the modules that a config has trained as they are.
+
+    Raises:
+        ValueError: there is none of a name; or one has more than parameters to remember.
+    """
+    names = [name for name, _ in model.named_modules() if name and ".lora_" not in name]
+    result: set[str] = set()
+    for end in config.modules_to_save or []:
+        found = {name for name in names if name.removesuffix(".base_layer").endswith(end)}  # as PEFT understands it
+        if not any(True for name in found for _ in model.get_submodule(name).parameters()):
+            raise ValueError(f"modules_to_save has {end!r}, and the model has no module of that name with parameters.")
+        result |= found
+    for name in result:
+        if list(model.get_submodule(name).buffers()):
+            raise ValueError(f"modules_to_save means {name}, which has buffers: only parameters are kept by adapter here.")
+    return sorted(result)
+
+
+def parameters_in_full(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters that a config has trained as they are, by every name they have."""
+    parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if ".lora_" not in name}
+    modules = tuple(f"{name}." for name in modules_in_full(model, config))
+    wanted = {name for name in parameters if name.startswith(modules)}
+    if config.bias != "none":
+        adapted = {f"{name}{inner}.bias" for name in targets for inner in ("", ".base_layer")}
+        wanted |= {name for name in parameters if name.endswith(".bias") and (config.bias == "all" or name in adapted)}
+    if config.ensure_weight_tying:
+        same = {id(parameters[name]) for name in wanted}
+        wanted |= {name for name, parameter in parameters.items() if id(parameter) in same}
+    return {name: parameter for name, parameter in parameters.items() if name in wanted}
+
+
+def matches(name: str, wanted: str | list[str]) -> bool:
+    """Whether the name of a module is meant: by a regular expression, or by one of several last parts."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def _can_be_adapted(module: nn.Module) -> bool:
+    # nn.MultiheadAttention reads the weight of its output layer and never calls it.
+    return hasattr(module, "lora_A") or (isinstance(module, nn.Linear) and type(module) is not NonDynamicallyQuantizableLinear)
+
+
+def _in_layers(name: str, config: LoraConfig) -> bool:
+    if config.layers_to_transform is None or config.layers_to_transform == []:
+        return True
+    wanted = config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    found = [re.match(rf"(?:.*?\.)?{pattern or '[^.]*'}\.(\d+)\.", name) for pattern in lists or [""]]
+    numbers = [match[1] for match in found if match]
+    return bool(numbers) and int(numbers[0]) in wanted
+
+
+__all__ = ["LoraConfig", "matches", "modules_in_full", "parameters_in_full", "targets_of"]
