@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 from modeling_scratchgpt.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -275,6 +275,34 @@ def test_a_quantized_base_is_adapted_but_not_merged(tmp_path):
     assert (logits(merge_and_unload(other)) - logits(model)).abs().max() < 0.1
     with pytest.raises(ValueError, match="use_dora needs the numbers of .* it is quantized, sharded"):
         add_adapter(model, LoraConfig(use_dora=True), "dora")
+
+
+@pytest.mark.parametrize("bits_", [4, 8])
+def test_qlora(bits_, tmp_path):
+    """The base in 4 or 8 bits by bitsandbytes, as transformers loads it; PEFT computes the same."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    fields = {"hidden_size": 64, "hidden_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
+    model_of(**fields).save_pretrained(tmp_path / "base")
+
+    def quantized() -> ScratchGPTForCausalLM:
+        config = BitsAndBytesConfig(
+            load_in_4bit=bits_ == 4, load_in_8bit=bits_ == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        return ScratchGPTForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu").train()
+
+    model = quantized()  # never evaluated: on some CPUs bitsandbytes then packs the weights, and can train no more
+    before = logits(model)
+    assert 0 < (before - logits(model_of(**fields))).abs().max() < 0.5
+    add_adapter(model, LoraConfig(r=4))
+    assert torch.equal(logits(model), before)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(quantized(), tmp_path / "adapter").train()
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="q_proj cannot be merged, it is quantized"):
+        merge(model)
 
 
 # What strangers broke ----------------------------------------------------------------------------------------------------
