@@ -96,19 +96,19 @@ class LoraLinear(nn.Module):
         return (output + added).to(output.dtype)
 
     def delta(self, name: str) -> torch.Tensor:
-        """What an adapter adds to the weight: (out, in), float32."""
-        return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())
+        """What an adapter adds to the weight: (out, in), float32 or, where that is, float64."""
+        return self.scale[name] * (_precise(self.lora_B[name]) @ _precise(self.lora_A[name]))
 
     @torch.no_grad()
     def _row_lengths(self, name: str) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.base_layer.weight.float() + self.delta(name), dim=1)  # (out,)
+        return torch.linalg.vector_norm(_precise(self.base_layer.weight) + self.delta(name), dim=1)  # (out,)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Make what the active adapters add part of the weight."""
         weight: Any = self.base_layer.weight
         if self.unmerged_weight is None and self.active:
-            merged = weight.float() + sum(self.delta(name) for name in self.active)
+            merged = _precise(weight) + sum(self.delta(name) for name in self.active)
             for name in self.active:
                 if name in self.lora_magnitude_vector:
                     merged *= (self.lora_magnitude_vector[name] / self._row_lengths(name))[:, None]
@@ -121,6 +121,10 @@ class LoraLinear(nn.Module):
         if self.unmerged_weight is not None:
             _replace(self.base_layer, "weight", self.unmerged_weight)
             self.unmerged_weight = None
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 # The adapters of a model --------------------------------------------------------------------------------------------------

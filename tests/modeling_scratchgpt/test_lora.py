@@ -69,6 +69,8 @@ def test_the_layer_computes_what_its_formula_says(rank, inputs, outputs, alpha, 
     a, b = model[0].lora_A["default"], model[0].lora_B["default"]
     expected = layer(x) + alpha / (rank**0.5 if use_rslora else rank) * (x @ a.T @ b.T)
     torch.testing.assert_close(model(x), expected)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_dora_by_hand():
