@@ -563,7 +563,8 @@ def test_transformers_reads_our_gguf(fields, kind, most, tmp_path, monkeypatch, 
     other = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     text = "to be, naïve 🙂 or  not\n" + "<|eos|>" * IS_CURRENT  # older readers take it for eight characters
     assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
+    if IS_CURRENT:
+        assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "qwen3"])
