@@ -99,8 +99,10 @@ def load_adapter(
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            trained_on = json.loads((opened.metadata() or {}).get("base", "{}"))
-    except (SafetensorError, ValueError) as error:
+            trained_on = {
+                name: float(number) for name, (number, _) in json.loads((opened.metadata() or {}).get("base", "{}")).items()
+            }
+    except (AttributeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or is no file of weights ({error}).") from error
     # PEFT names heads that a model may have; those that this one lacks mean nothing.
     names = [name for name, _ in model.named_modules()]
@@ -201,10 +203,9 @@ def _fingerprint(layers: dict[str, LoraLinear]) -> dict[str, list[float]]:
     return result
 
 
-def _check_base(layers: dict[str, LoraLinear], trained_on: dict[str, list[float]], file: str) -> None:
+def _check_base(layers: dict[str, LoraLinear], trained_on: dict[str, float], file: str) -> None:
     for name, (number, length) in _fingerprint(layers).items():
-        other = trained_on.get(name, [number])[0]
-        if not abs(number - other) <= 0.03 * length + 1e-5:  # half precision moves it by a thousandth
+        if not abs(number - trained_on.get(name, number)) <= 0.03 * length + 1e-5:  # half precision moves it by a thousandth
             raise ValueError(f"{file} was trained on other weights than this model's: load the base that it belongs to.")
 
 

@@ -182,10 +182,12 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | N
     """nanoGPT's checkpoint, or the bare weights of any model that names them as GPT-2, minGPT and nanoGPT do."""
     content = _read_tensors(file)
     kind = "bare weights"
+    is_bare = True
     if isinstance(content.get("model"), dict):
-        kind, hidden_act = "nanoGPT's checkpoint", "gelu"
+        kind, hidden_act = "nanoGPT's checkpoint", hidden_act or "gelu"
         sizes = content.get("model_args")
-        num_attention_heads = sizes.get("n_head", num_attention_heads) if isinstance(sizes, dict) else num_attention_heads
+        if isinstance(sizes, dict) and "n_head" in sizes:
+            is_bare, num_attention_heads = False, sizes["n_head"]
         content = content["model"]
     state: State = {}
     for original, tensor in content.items():
@@ -238,7 +240,7 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | N
         eos_token_id=None,
     )
     ours, stock = _models(config, state, str(file))
-    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")), is_bare=kind == "bare weights")
+    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")), is_bare=is_bare)
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:

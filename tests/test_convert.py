@@ -444,6 +444,14 @@ def test_a_checkpoint_that_cannot_be(changed, expected, tmp_path, monkeypatch, c
     assert expected in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
 
 
+def test_a_checkpoint_that_does_not_tell_its_heads_is_told_them(tmp_path, monkeypatch, capsys):
+    checkpoint, theirs = nanogpt(bias=True)
+    torch.save({"model": checkpoint["model"]}, tmp_path / "ckpt.pt")
+    assert "pass --num_attention_heads" in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours", "--num_attention_heads", theirs.config.n_head)
+    assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
+
+
 def test_weights_of_several_precisions_come_in_the_highest(tmp_path, monkeypatch, capsys):
     checkpoint, theirs = nanogpt(bias=True)
     checkpoint["model"] = {

@@ -578,6 +578,9 @@ def test_damaged_adapters(saved):
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, saved / WEIGHTS)
     refused(saved, f"lacks {name.removeprefix('base_model.model.')}")
+    for told in ("[1]", '{"a": 1}', '{"a": ["x", 1]}'):
+        save_file(tensors, saved / WEIGHTS, {"base": told})
+        refused(saved, "adapter_model.safetensors is damaged")
     save_file({**tensors, "more": torch.ones(1)}, saved / WEIGHTS)
     refused(saved, "has no place for more")
     for content in (b"[1]", b"{", b"\xff", b'{"peft_type": "LORA", "r": "x"}', b'{"peft_type": "LORA", "target_modules": 3}'):
