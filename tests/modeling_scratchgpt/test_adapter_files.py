@@ -1,0 +1,98 @@
+"""Adapters on disk: those of another base, and damaged ones. That PEFT reads them is shown in tests/reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_scratchgpt.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
+from modeling_scratchgpt.lora import (
+    LoraConfig,
+    add_adapter,
+)
+from tests.modeling_scratchgpt.test_lora import logits, model_of, shake
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    model = model_of()
+    add_adapter(model, LoraConfig(r=2))
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    return tmp_path / "adapter"
+
+
+def refused(saved: Path, expected: str, **fields: Any) -> None:
+    """Loading fails, and leaves a model as it was: with one adapter, which is being trained."""
+    model = model_of(**fields)
+    add_adapter(model, LoraConfig(r=3), "mine")
+    before, trained = logits(model), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=expected):
+        load_adapter(model, saved)
+    assert torch.equal(logits(model), before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+def test_an_adapter_of_another_base(saved):
+    refused(
+        saved,
+        r"q_proj.lora_A.weight is \(2, 32\), and should be \(2, 64\): it is damaged, or belongs to another",
+        hidden_size=64,
+    )
+    refused(saved, "has no place for model.layers.1", num_hidden_layers=1)
+    refused(saved, "lacks model.layers.2", num_hidden_layers=3)
+    other = model_of()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="was trained on other weights than this model's: load the base that it belongs to"):
+        load_adapter(other, saved)
+    load_adapter(model_of().bfloat16(), saved)  # the same base, rounded
+
+
+def test_an_adapter_of_another_revision(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "someone/base", "revision": "aaa"}))
+    model = model_of()
+    model.config._name_or_path, model.config._commit_hash = "someone/base", "bbb"
+    with pytest.raises(ValueError, match="was trained on revision aaa of its base, and this is bbb: load that one"):
+        load_adapter(model, saved)
+
+
+def test_damaged_adapters(saved):
+    whole = (saved / WEIGHTS).read_bytes()
+    for content in (b"", whole[:100], whole[:-10]):
+        (saved / WEIGHTS).write_bytes(content)
+        refused(saved, "adapter_model.safetensors is damaged, or is no file of weights")
+    (saved / WEIGHTS).write_bytes(whole)
+    tensors = load_file(saved / WEIGHTS)
+    name = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, saved / WEIGHTS)
+    refused(saved, f"lacks {name.removeprefix('base_model.model.')}")
+    for told in ("[1]", '{"a": 1}', '{"a": ["x", 1]}'):
+        save_file(tensors, saved / WEIGHTS, {"base": told})
+        refused(saved, "adapter_model.safetensors is damaged")
+    save_file({**tensors, "more": torch.ones(1)}, saved / WEIGHTS)
+    refused(saved, "has no place for more")
+    for content in (b"[1]", b"{", b"\xff", b'{"peft_type": "LORA", "r": "x"}', b'{"peft_type": "LORA", "target_modules": 3}'):
+        (saved / CONFIG).write_bytes(content)
+        refused(saved, "adapter_config.json: ")
+    (saved / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json: it is no adapter"):
+        load_adapter(model_of(), saved)
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder, and no id of a repository"):
+        load_adapter(model_of(), "nowhere")
+
+
+def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match="the model has no adapter 'default': it has none"):
+        save_adapter(model_of(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_same_base_in_any_precision_is_known(saved):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        load_adapter(model_of().to(dtype), saved)
