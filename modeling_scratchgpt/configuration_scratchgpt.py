@@ -36,6 +36,7 @@ CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
     "norm_type": ("layernorm", "rmsnorm"),
     "mlp_type": ("plain", "gated"),
+    "classifier_pooling": ("last", "mean"),
 }
 
 
@@ -69,6 +70,8 @@ class ScratchGPTConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`): whether the head shares the weights of the token embedding.
         rope_parameters (`dict`, *optional*): transformers' description of rotary embeddings, scaling included. Only
             read with `position_embedding_type="rotary"`.
+        classifier_pooling (`str`): what a classifier of texts reads: the hidden state of the `"last"` real token, or the
+            `"mean"` over all real tokens.
         use_cache (`bool`): whether a forward pass returns keys and values for the next one.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
 
@@ -122,6 +125,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
+    classifier_pooling: str = "last"
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -460,8 +460,21 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCausalLM.forward)  # type: ignore[attr-defined]
 
 
+def pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
+    """One vector a text (B, C), from the hidden states (B, T, C) of its real tokens: `"last"` or `"mean"`."""
+    if attention_mask is None:
+        return hidden_states[:, -1] if how == "last" else hidden_states.mean(1)
+    is_real = (attention_mask != 0).to(hidden_states.device)  # (B, T)
+    if how == "mean":
+        return (hidden_states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
+    places = torch.arange(is_real.shape[1], device=hidden_states.device)
+    last = (places * is_real).argmax(-1)  # (B,)
+    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+
+
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
-    """One set of scores a text, read off its last real token: any number of classes, several at once, or numbers."""
+    """One set of scores a text, read off its last real token or the mean of all: any number of classes, several at once, or
+    numbers."""
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
@@ -475,23 +488,19 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,  # (B,) classes or numbers, or (B, num_labels) of 0 and 1 or numbers
+        labels: torch.Tensor | None = None,  # (B,) classes or numbers, or (B, num_labels) of 0 and 1, shares or numbers
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """Scores (B, num_labels), and the loss that `config.problem_type` asks for when there are labels.
 
-        The attention mask alone says which token is the last real one, on whichever side the padding is; without a mask
-        it is the last of the row. A `problem_type` that is not set is told from the labels, as in transformers.
+        The attention mask alone says which tokens are real, on whichever side the padding is; without a mask all are. A
+        `problem_type` that is not set is told from the labels, as in transformers. For one class a text, labels (B, num_labels)
+        are the share of each class: so they carry label smoothing, and the weight of the text as their sum.
         """
         outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
-        hidden_states = outputs.last_hidden_state  # (B, T, C)
-        last = torch.full(hidden_states.shape[:1], hidden_states.shape[1] - 1, device=hidden_states.device)
-        if attention_mask is not None:
-            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            last = (places * (attention_mask != 0)).argmax(-1).to(hidden_states.device)  # (B,)
-        rows = torch.arange(len(last), device=hidden_states.device)
-        logits = self.score(hidden_states[rows, last])  # (B, num_labels)
+        text = pooled(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        logits = self.score(text)  # (B, num_labels)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
@@ -505,9 +514,12 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
                 self.config.problem_type = "single_label_classification"
             else:
                 self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "single_label_classification":
+        if self.config.problem_type == "single_label_classification" and not labels.is_floating_point():
             return cross_entropy(logits, labels, num_items_in_batch)
         logits, labels = logits.float(), labels.float().view_as(logits)
+        if self.config.problem_type == "single_label_classification":
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            return reduce_losses(losses[:, None].expand_as(labels), num_items_in_batch)  # Trainer counts every share
         regression = self.config.problem_type == "regression"
         per_element = nn.functional.mse_loss if regression else nn.functional.binary_cross_entropy_with_logits
         return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)

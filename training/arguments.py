@@ -171,6 +171,9 @@ def run(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (
             errno.EEXIST,

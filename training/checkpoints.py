@@ -143,9 +143,11 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The latest good checkpoint in the folder and its state, if there is one; `say` hears of damaged ones."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+def find_checkpoint(folder: Path, say: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The latest good checkpoint in the folder, or the one with the lowest `validation_loss`, and its state, if there is one;
+    `say` hears of damaged ones."""
+    paths = sorted(folder.glob("step-*"), reverse=not best)
+    for path in sorted(paths, key=_validation_loss) if best else paths:
         try:
             digests = json.loads((path / MANIFEST).read_text())
             damaged = [name for name in (WEIGHTS, OPTIMIZER, STATE) if _digest(path / name) != digests[name]]
@@ -154,7 +156,7 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dic
             reason = f"{', '.join(damaged)} is not what was written"
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-        say(f"{path} is damaged ({reason}): looking for an earlier one.")
+        say(f"{path} is damaged ({reason}): looking for another one.")
     return None
 
 
@@ -205,17 +207,17 @@ def _to_disk(path: Path) -> None:
 
 def _rotate(folder: Path, keep: int) -> None:
     paths = sorted(folder.glob("step-*"))
-
-    def validation_loss(path: Path) -> float:
-        try:
-            return json.loads((path / STATE).read_text())["validation_loss"]
-        except (OSError, ValueError, KeyError):
-            return float("inf")  # damaged
-
-    best = min(paths, key=validation_loss)
+    best = min(paths, key=_validation_loss)  # of those that were written since an evaluation the first, which it was made of
     for path in paths[:-keep]:
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _validation_loss(path: Path) -> float:
+    try:
+        return json.loads((path / STATE).read_text())["validation_loss"]
+    except (OSError, ValueError, KeyError):
+        return float("inf")  # damaged
 
 
 class StopSignals:

@@ -11,13 +11,11 @@ Notable:
 """
 
 import array
-import glob
 import hashlib
 import itertools
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from tqdm.auto import tqdm
 
 from training.arguments import UserError, option
 from training.cache import appearing_whole, cached
 from training.docstrings import TEXT, read_docs, read_docstrings
-from training.files import FILE_ENDINGS, check_columns, check_file, digest_of, find_files, read_file, text_of
+from training.files import check_columns, check_file, digest_of, find_files, read_file, text_of
+from training.hub import hub_errors, is_hub_id
 
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
 NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
@@ -133,7 +130,7 @@ def read_corpora(
         if len(corpus.documents) == 0:
             dropped = corpus.copies + corpus.near_copies
             what = "every text in it stands in a source before it: leave it out" if dropped else "there is no text in it"
-            raise UserError(f"--dataset {source}: {what}.")
+            raise UserError(f"{source}: {what}.")
     return corpora
 
 
@@ -183,7 +180,7 @@ def check_sources(sources: list[str], text_column: str = "text", errors: str = "
     for source in sources:
         if not source.strip():
             raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
-        if source != "docs" and not _is_hub_id(source):
+        if source != "docs" and not is_hub_id(source):
             for path in find_files(source):
                 check_file(path, text_column, errors)
 
@@ -271,7 +268,7 @@ def _between_words(text: memoryview, start: int, place: int) -> int:
 def _read_source(source: str, text_column: str, errors: str, streaming: bool, max_documents: int) -> Dataset:
     if source == "docs":
         return _first(read_docs(), max_documents)
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return _read_hub(source, text_column, streaming, max_documents)
     files = find_files(source)
     digests = [(path.suffix.lower(), digest_of(path)) for path in files]
@@ -284,59 +281,37 @@ def _first(documents: Dataset, max_documents: int) -> Dataset:
     return documents.take(max_documents) if max_documents else documents
 
 
-def _is_hub_id(source: str) -> bool:
-    """Whether it is shaped like an id, with nothing of that name here."""
-    return (
-        not os.path.exists(source)
-        and not source.lower().endswith(FILE_ENDINGS)
-        and not glob.has_magic(source)
-        and source.count("/") <= 1
-        and not source.startswith((".", "/", "~"))
-    )
-
-
 def _read_hub(source: str, text_column: str, streaming: bool, max_documents: int) -> Dataset:
     name, _, configuration = source.partition(":")
     if not streaming:
-        with _hub_errors(source):
+        with hub_errors(source):
             dataset = load_dataset(name, configuration or None, split="train")
-        check_columns(f"--dataset {source}", {"text_column": text_column}, dataset.column_names)
+        check_columns(source, {text_column: "text_column"}, dataset.column_names)
         documents = dataset.select_columns(text_column)
         if text_column != "text":
             documents = documents.rename_column(text_column, "text")
         kind = getattr(documents.features["text"], "dtype", documents.features["text"])
         if kind not in ("string", "large_string"):
-            raise UserError(f"--dataset {source}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
+            raise UserError(f"{source}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
         documents = _first(documents, max_documents)
         return documents if documents.features == TEXT else documents.cast(TEXT)
-    with _hub_errors(source):
+    with hub_errors(source):
         builder = load_dataset_builder(name, configuration or None)
         rows = builder.as_streaming_dataset(split="train")
     if rows.column_names:
-        check_columns(f"--dataset {source}", {"text_column": text_column}, rows.column_names)
+        check_columns(source, {text_column: "text_column"}, rows.column_names)
         rows = rows.select_columns([text_column])
 
     def texts() -> Iterator[str]:
-        with _hub_errors(source):
+        with hub_errors(source):
             for number, row in enumerate(rows.take(max_documents) if max_documents else rows, start=1):
-                place = f"--dataset {source}: row {number}"
-                check_columns(place, {"text_column": text_column}, row)
+                place = f"{source}: row {number}"
+                check_columns(place, {text_column: "text_column"}, row)
                 yield text_of(row, text_column, place)
 
     # The builder's hash is that of the commit on the Hub.
     key = f"stream {source} {builder.hash} {text_column} {max_documents}"
     return _stored(key, texts(), f"Downloading {source}")
-
-
-@contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
-        raise UserError(
-            f"--dataset {source}: no such file or folder here, and the Hub did not give it "
-            f"({' '.join(str(error).split())[:200]})."
-        ) from error
 
 
 # Copies -------------------------------------------------------------------------------------------------------------

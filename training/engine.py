@@ -51,6 +51,9 @@ class EngineArguments:
     eval_every: int = option(300, "Steps between looks at the held-out data.")
     save_every: int = option(300, "Steps between checkpoints.")
     keep_checkpoints: int = option(2, "Checkpoints to keep, besides the best.")
+    patience: int = option(
+        0, "Stop after so many evaluations in a row without a new lowest loss, and take the model that had it; 0: never."
+    )
     resume: bool = option(False, "Go on with the run in --output_dir from its latest good checkpoint.")
     report_to: str = option(
         "auto", "A tracker of Accelerate, such as trackio or wandb; none; or auto: tensorboard if installed."
@@ -73,8 +76,9 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
     for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise UserError(f"--{name} must be a positive number, got {getattr(arguments, name)}.")
-    if not 0 <= arguments.weight_decay < float("inf"):
-        raise UserError(f"--weight_decay must be zero or more, got {arguments.weight_decay}.")
+    for name in ("weight_decay", "patience"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name} must be zero or more, got {getattr(arguments, name)}.")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed must be at least 0 and below 2^32, got {arguments.seed}.")
     if arguments.batch_size % num_processes:
@@ -149,6 +153,7 @@ def train(
 
     found = find_checkpoint(checkpoints, accelerator.print) if arguments.resume else None
     done = 0
+    losses: list[float] = []  # on the held-out data, at each evaluation
     if found:
         path, state = found
         _check_settings(arguments, state["settings"], path)
@@ -157,7 +162,7 @@ def train(
         load_checkpoint(path, state, model, prepared_optimizers)
         for schedule, saved in zip(schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
-        done = state["step"]
+        done, losses = state["step"], state["validation_losses"]
         accelerator.print(f"Going on after step {done:,}, from {path}")
     elif arguments.resume:
         accelerator.print(f"There is no checkpoint in {checkpoints}: beginning with the first step")
@@ -170,36 +175,43 @@ def train(
     if not found:
         metrics.write(0, before)
 
-    after = None
+    after, is_enough = None, patience_lost(losses, arguments.patience)
     peak = measured_peak(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
     with (
         ProgressBar(arguments.max_steps, accelerator, flops_per_token, peak * accelerator.num_processes, done) as bar,
         StopSignals(accelerator) as stop,
     ):
-        for step in training_steps(
-            accelerator,
-            prepared_model,
-            prepared_optimizers,
-            schedules,
-            batches,
-            arguments.gradient_accumulation_steps,
-            arguments.max_grad_norm,
-            arguments.seed,
-            done + 1,
+        for step in (
+            ()
+            if is_enough
+            else training_steps(
+                accelerator,
+                prepared_model,
+                prepared_optimizers,
+                schedules,
+                batches,
+                arguments.gradient_accumulation_steps,
+                arguments.max_grad_norm,
+                arguments.seed,
+                done + 1,
+            )
         ):
             bar.update(step)
             metrics.write(step.number, step)
-            is_last, is_asked = step.number == arguments.max_steps, stop.asked()
+            is_last, is_asked, is_best = step.number == arguments.max_steps, stop.asked(), False
             if is_last or step.number % arguments.eval_every == 0:
                 after = evaluate(prepared_model)
+                is_best = arguments.patience > 0 and after.loss < min(losses, default=math.inf)
+                losses.append(after.loss)
                 metrics.write(step.number, after)
                 bar.say(f"Step {step.number:,}: {after}\n\n{show()}")
-            if is_last or is_asked or step.number % arguments.save_every == 0:
-                # The main process writes the checkpoint; the others know nothing of what was measured before a resumption.
-                losses = [row["loss"] for row in metrics.rows if "learning_rate" not in row] or [math.nan]
+                is_enough = patience_lost(losses, arguments.patience)
+                is_last |= is_enough
+            if is_last or is_asked or is_best or step.number % arguments.save_every == 0:
                 state = {
                     "step": step.number,
-                    "validation_loss": losses[-1],
+                    "validation_loss": losses[-1] if losses else math.inf,
+                    "validation_losses": losses,
                     "settings": _settings(arguments),
                     "frozen": frozen,
                     "schedules": [schedule.state_dict() for schedule in schedules],
@@ -209,10 +221,22 @@ def train(
                 bar.say(f"Stopped after step {step.number:,}. The same command with --resume goes on from there.")
                 accelerator.end_training()
                 sys.exit(130)
-    if after is None:  # it was stopped between its last step and its end
+    if arguments.patience and losses and min(losses) < losses[-1]:
+        best = find_checkpoint(checkpoints, accelerator.print, best=True)
+        if best:
+            path, state = best
+            load_checkpoint(path, state, model, prepared_optimizers)
+            accelerator.print(f"Taking the model of step {state['step']:,}, which had the lowest loss on the held-out data")
+            after = None
+    if after is None:  # other weights than those of the last evaluation, or it was stopped between its last step and its end
         after = evaluate(prepared_model)
         show()
     return Outcome(before, after, metrics.rows)
+
+
+def patience_lost(losses: list[float], patience: int) -> bool:
+    """Whether the lowest loss lies as many evaluations back as there is patience for; there is no end to that of 0."""
+    return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _settings(arguments: EngineArguments) -> dict[str, Any]:

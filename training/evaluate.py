@@ -17,18 +17,17 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import modeling_scratchgpt  # noqa: F401  (teaches the Auto classes our model)
 from training.arguments import UserError, option, parse_arguments, run
 from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
 from training.loop import start_accelerator
 from training.metrics import evaluate
-from training.pretrained import load_model, load_tokenizer, one_line
+from training.pretrained import check_model, load_model, load_tokenizer
 from training.tokens import tokenize
 from training.windows import Windows, evaluation_loader
 
@@ -46,30 +45,6 @@ class EvaluateArguments(CorpusArguments):
     batch_size: int = option(4, "Windows that a process scores at once.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     json: bool = option(False, "Print one JSON object instead of a line.")
-
-
-def check_model(name: str, trust_remote_code: bool) -> bool:
-    """Whether the code that comes with the model may run: never where this package has the model itself.
-
-    Raises:
-        UserError: there is no such model, or its code was not trusted.
-    """
-    folder = Path(name)
-    if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
-        missing = f"{name} is no folder" if name else "no model"
-        raise UserError(f"{missing}: give the folder or the Hub id of a model as the first argument.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} holds no config.json: it is no model folder.")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        where = "its config.json cannot be read" if folder.is_dir() else "no such folder here, and the Hub did not give it"
-        raise UserError(f"{name}: {where} ({one_line(error)}).") from error
-    if config.get("model_type") == "scratchgpt":
-        return False
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-        raise UserError(f"{name} brings code of its own: read it, and pass --trust_remote_code if you trust it.")
-    return trust_remote_code
 
 
 def read_documents(arguments: EvaluateArguments) -> Dataset:

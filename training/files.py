@@ -13,8 +13,9 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ import pyarrow.parquet as pq
 
 from training.arguments import UserError
 
-FILE_ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".csv", ".tsv")
+TABLE_ENDINGS = (".jsonl", ".parquet", ".csv", ".tsv")
+FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
 Row = dict[str, Any]
 HEAD = 2**20  # bytes of a text file that are looked at before long work
 LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow counts them with 32 bits
 
 
-def find_files(source: str) -> list[Path]:
-    """The file itself, what the glob matches, or all files below the folder whose ending is known; sorted."""
+def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
+    """The file itself, what the glob matches, or all files below the folder with one of these endings; sorted."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -40,22 +42,22 @@ def find_files(source: str) -> list[Path]:
         str(path).encode()
         if path.is_dir():
             names = (Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files)
-            found = sorted(name for name in names if name.suffix.lower() in FILE_ENDINGS and name.is_file())
+            found = sorted(name for name in names if name.suffix.lower() in endings and name.is_file())
             if not found:
-                raise UserError(f"--dataset {source}: there is no {', '.join(FILE_ENDINGS)} file in this folder.")
+                raise UserError(f"{source}: there is no {', '.join(endings)} file in this folder.")
             return found
         if not path.exists() and glob.has_magic(str(path)):
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
             if not found:
-                raise UserError(f"--dataset {source}: no file here matches this pattern.")
+                raise UserError(f"{source}: no file here matches this pattern.")
             return found
         if not path.is_file():
-            raise UserError(f"--dataset {source}: no such file or folder.")
+            raise UserError(f"{source}: no such file or folder.")
         return [path]
     except OSError as error:
-        raise UserError(f"--dataset {source}: {error.strerror}: {error.filename}.") from error
+        raise UserError(f"{source}: {error.strerror}: {error.filename}.") from error
     except ValueError as error:
-        raise UserError(f"--dataset {source!r}: this is no name of a file ({error}).") from error
+        raise UserError(f"{source!r}: this is no name of a file ({error}).") from error
 
 
 def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
@@ -68,26 +70,45 @@ def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
     Raises:
         UserError: the file cannot be read, is not what its ending says, or has a row without text.
     """
-    if path.suffix.lower() in READERS:
-        for place, row in read_rows(path, {"text_column": text_column}, errors):
+    if path.suffix.lower() in TABLE_ENDINGS:
+        for place, row in read_rows(path, {text_column: "text_column"}, errors):
             yield text_of(row, text_column, place, errors)
     else:
         with _system_errors(path):
             yield _text_file(path, errors)
 
 
-def read_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, columns: dict[str, str], errors: str, header: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
     """The rows of a table, each with its place, which an error about it says first.
 
     Args:
-        columns: the names of those to read, by the option that sets them.
+        path: a file whose ending is that of no table is taken for tab-separated.
+        columns: those to read, and of each the option that names it.
         errors: as in `read_file`.
+        header: names of the columns of a CSV or TSV file that begins without them.
 
     Raises:
         UserError: the file cannot be read, is not what its ending says, or lacks a column.
     """
     with _system_errors(path):
-        yield from READERS[path.suffix.lower()](path, columns, errors)
+        match path.suffix.lower():
+            case ".jsonl":
+                yield from _jsonl_rows(path, columns, errors)
+            case ".parquet":
+                yield from _parquet_rows(path, columns, errors)
+            case _:
+                yield from _separated_rows(path, columns, errors, header)
+
+
+def read_lines(path: Path | str, errors: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a file, or of standard input where the path is "-".
+
+    Raises:
+        UserError: they are not UTF-8.
+    """
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, errors)
 
 
 def check_file(path: Path, text_column: str, errors: str) -> None:
@@ -97,7 +118,7 @@ def check_file(path: Path, text_column: str, errors: str) -> None:
         UserError: as `read_file`.
     """
     with _system_errors(path):
-        if path.suffix.lower() in READERS:
+        if path.suffix.lower() in TABLE_ENDINGS:
             next(read_file(path, text_column, errors), None)
         else:
             _check_text_file(path, errors)
@@ -126,10 +147,11 @@ def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> s
 
 
 def check_columns(place: str, columns: dict[str, str], there: Iterable[str]) -> None:
-    """Refuse what lacks one of the columns, which are given by the option that sets them."""
-    for option, column in columns.items():
+    """Refuse what lacks one of the columns, which are given with the option that names each."""
+    for column, option in columns.items():
         if column not in there:
-            raise UserError(f"{place} has no {column!r}; it has {', '.join(map(str, there)) or 'nothing'}. Set --{option}.")
+            names = ", ".join(map(str, there)) or "nothing"
+            raise UserError(f"{place} has no {column!r}; it has {names:.200}. Set --{option}.")
 
 
 @contextmanager
@@ -137,7 +159,7 @@ def _system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--dataset {path}: {error.strerror or error}.") from error
+        raise UserError(f"{path}: {error.strerror or error}.") from error
 
 
 def _text_file(path: Path, errors: str) -> str:
@@ -148,7 +170,7 @@ def _text_file(path: Path, errors: str) -> str:
 def _check_text_file(path: Path, errors: str) -> None:
     """What can be said after a look at its beginning."""
     if path.stat().st_size > LONGEST_DOCUMENT:
-        raise UserError(f"--dataset {path}: a document can have 2 GB at most: cut the file into several.")
+        raise UserError(f"{path}: a document can have 2 GB at most: cut the file into several.")
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if len(head) == HEAD:
@@ -157,11 +179,11 @@ def _check_text_file(path: Path, errors: str) -> None:
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
-    like = ", ".join(f'"{column}": "..."' for column in columns.values())
-    for number, line in _lines(path, errors):
+    like = ", ".join(f'"{column}": "..."' for column in columns)
+    for number, line in read_lines(path, errors):
         if line.isspace():
             continue
-        place = f"--dataset {path}: line {number}"
+        place = f"{path}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -172,41 +194,41 @@ def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tu
         yield place, row
 
 
-def _separated_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str]) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
     is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes are characters as any other
-    lines = (line for _, line in _lines(path, errors))
+    lines = (line for _, line in read_lines(path, errors))
     form: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(lines, **form)
     try:
-        header = next(reader, [])
-        check_columns(f"--dataset {path}", columns, header)
+        header = names or next(reader, [])
+        check_columns(f"{path}", columns, header)
         for row in reader:
             if row and len(row) != len(header):
                 what = "commas" if is_csv else "tabs"
                 raise UserError(
-                    f"--dataset {path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts "
-                    f"that hold {what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
+                    f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts that hold "
+                    f"{what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
                 )
             if row:
-                yield f"--dataset {path}: line {reader.line_num}", dict(zip(header, row, strict=True))
+                yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"--dataset {path}: line {reader.line_num} is not CSV ({error}).") from error
+        raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}).") from error
 
 
 def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            check_columns(f"--dataset {path}", columns, file.schema_arrow.names)
-            names = list(dict.fromkeys(columns.values()))
+            check_columns(f"{path}", columns, file.schema_arrow.names)
+            names = list(columns)
             for batch in file.iter_batches(batch_size=100, columns=names):
                 for values in zip(*(batch.column(name) for name in names), strict=True):
                     number += 1
                     cells = (_cell(value, path, number, errors) for value in values)
-                    yield f"--dataset {path}: row {number}", dict(zip(names, cells, strict=True))
+                    yield f"{path}: row {number}", dict(zip(names, cells, strict=True))
     except pa.ArrowException as error:
-        raise UserError(f"--dataset {path}: this is not a Parquet file, or a damaged one ({error}).") from error
+        raise UserError(f"{path}: this is not a Parquet file, or a damaged one ({error}).") from error
 
 
 def _cell(value: Any, path: Path, number: int, errors: str) -> Any:
@@ -215,30 +237,16 @@ def _cell(value: Any, path: Path, number: int, errors: str) -> Any:
     return _decoded(value.as_buffer(), path, number, errors, "row")
 
 
-def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield number, _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, errors)
-
-
-def _decoded(data: Any, path: Path, first: int, errors: str, unit: str = "line") -> str:
+def _decoded(data: Any, path: Path | str, first: int, errors: str, unit: str = "line") -> str:
     """The text of these bytes, which start with the `first` line (or are that row) of the file."""
     if unit == "line" and b"\0" in data:
-        raise UserError(f"--dataset {path}: this is a binary file; ScratchGPT reads UTF-8 text.")
+        raise UserError(f"{path}: this is a binary file; ScratchGPT reads UTF-8 text.")
     try:
         return str(data, "utf-8", errors)
     except UnicodeDecodeError as error:
         number = first + (error.object.count(b"\n", 0, error.start) if unit == "line" else 0)
         start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1 if unit == "line" else 0)
         raise UserError(
-            f"--dataset {path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): save it as "
+            f"{path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): save it as "
             "UTF-8, or set --errors replace."
         ) from error
-
-
-READERS: dict[str, Callable[[Path, dict[str, str], str], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _jsonl_rows,
-    ".csv": _separated_rows,
-    ".tsv": _separated_rows,
-    ".parquet": _parquet_rows,
-}

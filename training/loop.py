@@ -1,7 +1,7 @@
 """The training loop: one generator that every recipe iterates over.
 
 Notable:
-- The loss of a step is the sum over all its tokens divided by their number, whatever the split into micro-batches and
+- The loss of a step is the sum over all that is scored divided by its number, whatever the split into micro-batches and
   processes: `num_items_in_batch` is counted before the first forward pass.
 - Nothing is called back. A recipe writes `for step in training_steps(...)` and does between steps what it likes.
 - The random numbers of a step (dropout) follow from the seed, the step and the process, so a run that is resumed at any step
@@ -34,10 +34,10 @@ class Step:
     """What one optimizer step did."""
 
     number: int  # from 1
-    loss: float  # nats a token, over all processes
+    loss: float  # nats a token or a text, over all processes
     gradient_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # scored in this step, over all processes
+    tokens: int  # scored in this step, or read where texts are scored, over all processes
     seconds: float
 
 
@@ -109,14 +109,13 @@ def training_steps(
             return
         model.train()
         torch.manual_seed(int(np.random.SeedSequence((seed, number, accelerator.process_index)).generate_state(1)[0]))
-        scored = sum((batch["shift_labels"] != IGNORED).sum() for batch in micro_batches)
-        tokens = accelerator.reduce(scored, reduction="sum")
+        items, tokens = accelerator.reduce(torch.stack([_sizes(batch) for batch in micro_batches]).sum(0), reduction="sum")
         step_loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
                 # Gradients are averaged over processes: the factor turns that mean back into a sum.
-                loss = model(**batch, num_items_in_batch=tokens, use_cache=False).loss * accelerator.num_processes
+                loss = model(**batch, num_items_in_batch=items, use_cache=False).loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
         gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
@@ -128,3 +127,10 @@ def training_steps(
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         check_finite(mean_loss, f"the loss of step {number}")
         yield Step(number, mean_loss, gradient_norm, learning_rate, int(tokens), time.perf_counter() - start)
+
+
+def _sizes(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the loss of a batch is the mean over, and its tokens: the labels that count; or the labels, and the tokens read."""
+    if "shift_labels" in batch:
+        return (batch["shift_labels"] != IGNORED).sum().repeat(2)
+    return torch.stack((torch.tensor(batch["labels"].numel(), device=batch["labels"].device), batch["attention_mask"].sum()))

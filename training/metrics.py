@@ -115,7 +115,7 @@ class MetricsFile:
         """Append a dataclass's values under the number of the step."""
         named = {name: value for name, value in asdict(values).items() if name != "number"}
         self.rows.append({"step": step, **named})
-        part = "validation" if isinstance(values, Evaluation) else "training"
+        part = "training" if "learning_rate" in named else "validation"
         self.accelerator.log({f"{part}/{name}": value for name, value in named.items()}, step=step)
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ installed beside it, in five and a half minutes of training on two CPU cores. Wh
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -30,11 +30,31 @@ from training.loop import start_accelerator
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
 from training.pretrained import LoraArguments, load_base, load_config, load_tokenizer, lora_config, save_merged
-from training.report import CURVE, beginnings, draw_loss, duration, format_samples, hardware, sample, write_card
+from training.report import (
+    CURVE,
+    beginnings,
+    card_data,
+    draw_loss,
+    duration,
+    format_samples,
+    hardware,
+    origin,
+    sample,
+    write_card,
+)
 from training.tokens import Tokens, tokenize, train_tokenizer
 from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
+
+USAGE = """from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
+print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])"""
+
+EXAMPLES = """## What it writes
+
+Prompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50."""
 
 
 @dataclass
@@ -124,6 +144,13 @@ def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> Scrat
     return model
 
 
+def table_of(evaluations: dict[str, Evaluation]) -> str:
+    """Evaluations on held-out text, each under what it is called, for the card."""
+    lines = [f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()]
+    head = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
+    return "\n".join(["On held-out text, of which nothing was seen in training:", "", *head, *lines])
+
+
 def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
     output_dir = Path(os.path.expanduser(arguments.output_dir))
@@ -211,7 +238,7 @@ def main() -> None:
     flops = flops_per_token(config, arguments.context_length, frozen=bool(arguments.lora_r))
     outcome = train(accelerator, arguments, model, batches_from, score, show, flops)
     accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{format_samples(samples[-1])}")
-    test = None
+    evaluations, result = {"before training": outcome.before, "after training": outcome.after}, outcome.after
     if arguments.test_fraction:
         test_batches = accelerator.prepare(
             evaluation_loader(
@@ -220,8 +247,9 @@ def main() -> None:
                 accelerator.num_processes,
             )
         )
-        test = evaluate(accelerator, model, test_batches, test_tokens.num_bytes)
-        accelerator.print(f"On the test text, looked at only now: {test}\n")
+        result = evaluate(accelerator, model, test_batches, test_tokens.num_bytes)
+        evaluations["after training, on the test text"] = result
+        accelerator.print(f"On the test text, looked at only now: {result}\n")
 
     took = f"{arguments.max_steps:,} steps, {outcome.tokens:,} tokens, {duration(outcome.seconds)}"
     weights = whole_weights(model)
@@ -234,15 +262,17 @@ def main() -> None:
             else:
                 model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            draw_loss(outcome.rows, folder / CURVE)
+            draw_loss(outcome.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,
-                name=output_dir.name,
-                dataset=dataset,
-                evaluations={"before training": outcome.before, "after training": outcome.after}
-                | ({"after training, on the test text": test} if test else {}),
-                samples_before=samples[0],
-                samples_after=samples[-1],
+                title=output_dir.name,
+                introduction=f"A small GPT, {origin(arguments.base_model)}. It continues text in the manner of its corpus; it "
+                "knows nothing else, and what it says is not to be relied on.",
+                usage=USAGE.format(prompt=repr(samples[0][0][0])),
+                results=table_of(evaluations),
+                examples=f"{EXAMPLES}\n\nBefore training:\n\n```text\n{format_samples(samples[0])}```\n\nAfter training:\n\n"
+                f"```text\n{format_samples(samples[-1])}```",
+                data=card_data(output_dir.name, dataset, "text-generation", asdict(result), arguments.base_model),
                 facts={
                     "Corpus": f"{dataset}: {len(training_texts):,} documents, {num_tokens:,} tokens",
                     "Parameters": f"{model.num_parameters():,}",
@@ -250,7 +280,6 @@ def main() -> None:
                     "Hardware": hardware(accelerator.num_processes),
                 },
                 settings={**vars(arguments), "model": own_fields(config)},
-                base_model=arguments.base_model,
             )
     accelerator.print(
         f"Trained for {took}. The model, its card and its curve are in {output_dir}/:\n"

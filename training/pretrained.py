@@ -1,17 +1,29 @@
 """Models that are there already: loaded, adapted with LoRA, and put together again at the end of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.adapter_files import save_adapter
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
 from training.arguments import UserError, option
 
+KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 ADAPTER = "adapter"  # folder inside that of the merged model
 
 
@@ -55,21 +67,43 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
         raise UserError(f"--lora_r and the like: {error}") from error
 
 
-def load_base(model_class: Any, name: str, config: LoraConfig | None, **options: Any) -> Any:
+def load_base(
+    model_class: Any, name: str, config: LoraConfig | None, fresh: frozenset[str] = frozenset(), **fields: Any
+) -> Any:
     """A model of ours to train on, from a folder or the Hub, be it ours, GPT-2's or Qwen3's; with an adapter if so asked.
+
+    Args:
+        fresh: parameters that may be missing, or of another shape: those of a new head.
+        fields: of the model's config, to be set anew.
 
     Raises:
         UserError: it cannot be loaded, lacks weights, or cannot have that adapter.
     """
     try:
-        model, report = model_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **options)
-        if missing := sorted(report["missing_keys"]):
+        with quiet():  # what it would report is looked at here
+            model, report = model_class.from_pretrained(
+                name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=bool(fresh), **fields
+            )
+        if missing := sorted(set(report["missing_keys"]) - fresh):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
+        if other := sorted({key for key, *_ in report["mismatched_keys"]} - fresh):
+            raise ValueError(f"it has other sizes than its config says: {', '.join(other[:3])}")
         if config:
             add_adapter(model, config)
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
         raise UserError(f"{name} cannot be trained on ({one_line(error)}).") from error
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Of what transformers has to say, only errors."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def load_config(name: str, context_length: int) -> ScratchGPTConfig:
@@ -102,6 +136,30 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def check_model(name: str, trust_remote_code: bool) -> bool:
+    """Whether the code that comes with the model may run: never where this package has the model itself.
+
+    Raises:
+        UserError: there is no such model, or its code was not trusted.
+    """
+    folder = Path(name)
+    if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
+        missing = f"{name} is no folder" if name else "no model"
+        raise UserError(f"{missing}: give the folder or the Hub id of a model as the first argument.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json: it is no model folder.")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        where = "its config.json cannot be read" if folder.is_dir() else "no such folder here, and the Hub did not give it"
+        raise UserError(f"{name}: {where} ({one_line(error)}).") from error
+    if config.get("model_type") == "scratchgpt":
+        return False
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+        raise UserError(f"{name} brings code of its own: read it, and pass --trust_remote_code if you trust it.")
+    return trust_remote_code
+
+
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.
 
@@ -118,20 +176,23 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_model(name: str, trust_remote_code: bool, device: torch.device) -> PreTrainedModel:
+def load_model(
+    name: str, trust_remote_code: bool, device: torch.device, auto_class: Any = AutoModelForCausalLM, **fields: Any
+) -> PreTrainedModel:
     """The model on the device, in float32 on a CPU and in the precision it was saved in elsewhere.
 
     Raises:
-        UserError: it is not there, is no causal language model, brings code that is not trusted, or lacks weights.
+        UserError: it is not there, is of another kind, brings code that is not trusted, or lacks weights.
     """
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    kind = KINDS[auto_class]
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        loaded: Any = auto_class.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
         )
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
-        raise UserError(f"{name} cannot be loaded as a causal language model ({one_line(error)}).") from error
+        raise UserError(f"{name} cannot be loaded as a {kind} ({one_line(error)}).") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name} is no causal language model, or not a whole one: it lacks {', '.join(missing[:3])}.")
+        raise UserError(f"{name} is no {kind}, or not a whole one: it lacks {', '.join(missing[:3])}.")
     return model.to(device).eval()

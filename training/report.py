@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.loop import Step
-from training.metrics import Evaluation
 
 CURVE = "loss.png"
 PROMPT_CHARACTERS = 60
@@ -106,7 +105,7 @@ def format_samples(samples: list[tuple[str, str]]) -> str:
     return "\n".join(f"[{prompt.lstrip()}]{continuation.rstrip()}\n" for prompt, continuation in samples)
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     """Training and validation loss over steps, tokens and time, as a PNG."""
     steps = [row for row in rows if "learning_rate" in row]
     places: dict[str, list[float]] = {"step": [0], "tokens": [0], "minutes of training": [0]}
@@ -114,7 +113,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         places["step"].append(row["step"])
         places["tokens"].append(places["tokens"][-1] + row["tokens"])
         places["minutes of training"].append(places["minutes of training"][-1] + row["seconds"] / 60)
-    validation = [(places["step"].index(row["step"]), row["loss"]) for row in rows if "perplexity" in row]
+    validation = [(places["step"].index(row["step"]), row["loss"]) for row in rows if "learning_rate" not in row]
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (label, where) in zip(figure.subplots(1, 3, sharey=True), places.items(), strict=True):
@@ -130,7 +129,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label != "minutes of training"))
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="loss (nats per token)")
+    figure.axes[0].set(ylabel=f"loss ({unit})")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
 
@@ -165,100 +164,52 @@ def _without_folders(value: Any) -> Any:
 
 def write_card(
     folder: Path,
-    name: str,
-    dataset: str,
-    evaluations: dict[str, Evaluation],
-    samples_before: list[tuple[str, str]],
-    samples_after: list[tuple[str, str]],
+    title: str,
+    introduction: str,
+    usage: str,
+    results: str,
+    examples: str,
+    data: ModelCardData,
     facts: dict[str, str],
     settings: dict[str, Any],
-    base_model: str = "",
 ) -> None:
-    """The model card: what the model is, how good, how made, and how to use it.
+    """The model card: what the model is, how to use it, how good it is, and how it was made.
 
     Args:
         folder: where `README.md` goes, beside the curve.
-        name: the model's name, for people.
-        dataset: the corpus, in words.
-        evaluations: on held-out text, each under what it is called; the last is the result.
-        samples_before, samples_after: from the same prompts.
+        introduction: what the model is and what it is not, for people.
+        usage: Python that uses it.
+        results: how good it is, as Markdown.
+        examples: sections that show what it does, as Markdown.
+        data: what programs read.
         facts: the rows of the table "How it was trained".
         settings: every argument of the run, the model's fields among them.
-        base_model: folder or Hub id of the model that was trained further, if it was.
     """
-    result = list(evaluations.values())[-1]
-    metrics = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=f"{dataset} (held-out text)",
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in metrics.items()
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["scratchgpt"],
-        model_name=name,
-        eval_results=results,
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
-    )
-    origin = (
-        f"trained further from {Path(base_model).name} with ScratchGPT"
-        if base_model
-        else "trained from scratch with ScratchGPT"
-    )
     facts = {
         **facts,
         "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
         "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    scores = "\n".join(
-        f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()
-    )
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {name}
+# {title}
 
-A small GPT, {origin}. It continues text in the manner of its corpus; it knows nothing else, and
-what it says is not to be relied on.
+{introduction}
 
 ```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
-print(generate({samples_after[0][0]!r}, max_new_tokens=64)[0]["generated_text"])
+{usage}
 ```
 
 ## How good it is
 
-On held-out text, of which nothing was seen in training:
-
-| | loss (nats per token) | perplexity | bits per byte |
-|---|---|---|---|
-{scores}
+{results}
 
 ![Loss over steps]({CURVE})
 
-## What it writes
-
-Prompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.
-
-Before training:
-
-```text
-{format_samples(samples_before)}```
-
-After training:
-
-```text
-{format_samples(samples_after)}```
+{examples}
 
 ## How it was trained
 
@@ -270,3 +221,38 @@ After training:
 {yaml.safe_dump(_without_folders(settings), sort_keys=False, allow_unicode=True)}```
 """
     ModelCard(text).save(folder / "README.md")
+
+
+def card_data(name: str, dataset: str, task: str, metrics: dict[str, float], base_model: str = "") -> ModelCardData:
+    """What a card says to programs.
+
+    Args:
+        name: the model's, for people.
+        dataset: what was trained on and, held out, measured on, in words.
+        task: the pipeline that runs the model.
+        metrics: numbers by their names.
+        base_model: folder or Hub id of the model that was trained further, if it was.
+    """
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="text",
+            dataset_name=f"{dataset} (held-out text)",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["scratchgpt"],
+        model_name=name,
+        eval_results=results,
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+    )
+
+
+def origin(base_model: str) -> str:
+    """Where a model comes from, in words."""
+    return f"trained {f'further from {Path(base_model).name}' if base_model else 'from scratch'} with ScratchGPT"

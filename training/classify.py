@@ -1,0 +1,385 @@
+"""Fine-tune a pretrained GPT to classify texts: from a model folder and labelled examples to a classifier folder.
+
+    accelerate launch training/classify.py
+    accelerate launch training/classify.py --dataset sms.tsv --base_model outputs/pretrain --output_dir outputs/spam
+    accelerate launch training/classify.py --dataset sms.tsv --train_blocks 1 --output_dir outputs/last-block
+    accelerate launch training/classify.py --dataset sms.tsv --lora_r 16 --output_dir outputs/lora
+    python training/classify.py --predict outputs/spam --input texts.txt
+
+With nothing given it reads training/configs/classify.yaml and teaches the model of `training/pretrain.py` which library a
+docstring comes from. `--predict` labels the lines of a file, the rows of a table, or what comes by standard input: JSON lines
+out.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TextClassificationPipeline
+
+from modeling_scratchgpt import ScratchGPTForSequenceClassification
+from training.arguments import UserError, option, parse_arguments, run
+from training.checkpoints import check_output_folder, whole_weights, written_whole
+from training.classification_report import (
+    UNITS,
+    described,
+    draw_predictions,
+    mistakes_table,
+    results_table,
+    shown,
+)
+from training.engine import EngineArguments, check_engine, train
+from training.examples import (
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    SPLITS,
+    ExampleArguments,
+    as_numbers,
+    check_examples,
+    class_weights,
+    read_examples,
+)
+from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
+from training.flops import flops_per_token
+from training.loop import start_accelerator
+from training.padding import BatchesByLength, EncodedTexts, encode, in_order_of_length, padded_loader
+from training.pretrained import (
+    LoraArguments,
+    check_model,
+    load_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    save_merged,
+)
+from training.report import CURVE, card_data, draw_loss, duration, hardware, origin, write_card
+from training.scores import Predictions, predict
+
+PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
+CHUNK = 1024  # texts that are labelled before the first of them is written
+
+USAGE = """from transformers import pipeline
+
+classify = pipeline("text-classification", model="PATH_OR_HUB_ID", trust_remote_code=True, top_k=None)
+print(classify({text}, truncation=True))"""
+
+EXAMPLES = f"""![{{split}} split]({PICTURE})
+
+What it got wrong there stands in [{MISTAKES}]({MISTAKES}), all scores in [{METRICS}]({METRICS})."""
+
+PURPOSES = {"train": "learn from", "validation": "choose by", "test": "look at in the end"}
+
+
+@dataclass
+class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
+    config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments.")
+    base_model: str = option("outputs/pretrain", "Folder or Hub id of the model to start from: ours, GPT-2's or Qwen3's.")
+    train_blocks: int = option(
+        -1, "Train only the last so many blocks, the final norm and the head; 0: the head alone; -1: everything."
+    )
+    classifier_pooling: str = option(
+        "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
+    )
+    dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
+    label_smoothing: float = option(0.0, "Share of the certainty of a label that is spread over all labels.")
+    context_length: int = option(0, "Most tokens of a text, a longer one loses its end; 0: as many as the model takes.")
+    epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
+    max_steps: int = option(0, "Optimizer steps; 0: as many as --epochs takes.")
+    eval_every: int = option(0, "Steps between looks at the held-out data; 0: an epoch.")
+    save_every: int = option(0, "Steps between checkpoints; 0: an epoch.")
+    output_dir: str = option("outputs/classify", "New folder for the model.")
+    predict: str = option("", "Folder or Hub id of a classifier: only label what --input holds.")
+    input: str = option("-", "For --predict: a file of lines, a table with --text_column, or - for standard input.")
+
+
+def check(arguments: ClassifyArguments, num_processes: int) -> None:
+    """Refuse nonsense before any long work."""
+    check_engine(with_steps(arguments, 1), num_processes)
+    if not 0 < arguments.epochs < float("inf"):
+        raise UserError(f"--epochs must be a positive number, got {arguments.epochs}.")
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}.")
+    if not 0 <= arguments.label_smoothing < 1:
+        raise UserError(f"--label_smoothing must be at least 0 and below 1, got {arguments.label_smoothing}.")
+    if arguments.label_smoothing and arguments.problem_type != SINGLE:
+        raise UserError(f"--label_smoothing is for one label a text: leave it out with {arguments.problem_type}.")
+    if arguments.train_blocks < -1:
+        raise UserError(f"--train_blocks must be -1 (everything), 0 (the head) or more, got {arguments.train_blocks}.")
+    if lora_config(arguments) and arguments.train_blocks >= 0:
+        raise UserError("--train_blocks and --lora_r are two ways to train less than everything: give one of them.")
+    if arguments.context_length and arguments.context_length < 4:
+        raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
+    check_examples(arguments)
+
+
+def with_steps(arguments: ClassifyArguments, num_examples: int) -> ClassifyArguments:
+    """The arguments with what an epoch decides filled in."""
+    an_epoch = num_examples / (arguments.batch_size * arguments.gradient_accumulation_steps) if arguments.batch_size > 0 else 1
+    return replace(
+        arguments,
+        max_steps=arguments.max_steps or max(1, round(arguments.epochs * an_epoch)),
+        eval_every=arguments.eval_every or max(1, round(an_epoch)),
+        save_every=arguments.save_every or max(1, round(an_epoch)),
+    )
+
+
+def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: int) -> ScratchGPTForSequenceClassification:
+    """The model as it is before the first step, with a new head; the same whenever it is asked for."""
+    set_seed(arguments.seed)
+    model: ScratchGPTForSequenceClassification = load_base(
+        ScratchGPTForSequenceClassification,
+        arguments.base_model,
+        lora_config(arguments, ["score"]),
+        frozenset({"score.weight"}),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        problem_type=arguments.problem_type,
+        classifier_pooling=arguments.classifier_pooling,
+        pad_token_id=pad_token_id,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), arguments.dropout),
+    )
+    if arguments.train_blocks >= 0:
+        blocks = model.model.layers
+        if arguments.train_blocks > len(blocks):
+            raise UserError(f"--train_blocks {arguments.train_blocks} is more than the {len(blocks)} blocks of the model.")
+        model.requires_grad_(False)
+        model.score.requires_grad_(True)
+        if arguments.train_blocks:
+            model.model.norm.requires_grad_(True)
+            blocks[len(blocks) - arguments.train_blocks :].requires_grad_(True)
+    return model
+
+
+def classifier_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which from now on marks the beginning and the end of every text: there the head reads."""
+    tokenizer: Any = load_tokenizer(name, trust_remote_code=False)
+    tokenizer.add_bos_token = tokenizer.bos_token is not None
+    tokenizer.add_eos_token = tokenizer.eos_token is not None
+    if tokenizer.pad_token is None:  # GPT-2 has none; the attention mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = max_length
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def training_labels(arguments: ClassifyArguments, numbers: np.ndarray) -> np.ndarray:
+    """What the loss is told (N, C): with smoothing a share goes to all labels, and rare ones weigh more if so asked."""
+    if arguments.problem_type != SINGLE:
+        return numbers
+    smooth = (1 - arguments.label_smoothing) * numbers + arguments.label_smoothing / numbers.shape[1]
+    if arguments.balance == "weights":
+        smooth *= (numbers @ class_weights(numbers))[:, None]
+    return smooth.astype(np.float32)
+
+
+def tokens_report(texts: dict[str, EncodedTexts], limit: int) -> str:
+    """How long the texts are, and how many were cut.
+
+    Raises:
+        UserError: all of them were.
+    """
+    train = texts["train"]
+    if train.num_truncated == len(train):
+        raise UserError(
+            f"every text of the training split is longer than the {limit:,} tokens that are read of it: give shorter texts, or "
+            "a longer --context_length if the model has the positions for it."
+        )
+    cut = ", ".join(f"{part.num_truncated:,} of {name}" for name, part in texts.items())
+    return f"Tokens a text: {train.lengths.mean():,.0f} on average, {train.lengths.max():,} at most; cut to {limit:,}: {cut}"
+
+
+def introduction(arguments: ClassifyArguments, names: list[str], dataset: str) -> str:
+    """What the card says first."""
+    most = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    what = {
+        SINGLE: "the probability of each category of a text",
+        MULTI: "the probability of each of several labels of a text",
+        REGRESSION: "numbers about a text",
+    }[arguments.problem_type]
+    return (
+        f"A small GPT, {origin(arguments.base_model)} on {dataset}. It gives {what}: {most}. It was measured on texts like "
+        "those it learned from; of others it says little."
+    )
+
+
+def label_texts(arguments: ClassifyArguments) -> None:
+    """Write a JSON line for each text of the input: the text, its label, and the probability of every label."""
+    device = start_accelerator().device
+    trusted = check_model(arguments.predict, trust_remote_code=False)
+    tokenizer = load_tokenizer(arguments.predict, trusted)
+    model = load_model(arguments.predict, trusted, device, AutoModelForSequenceClassification)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    classify = TextClassificationPipeline(
+        model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
+    )
+    source, num_empty = texts_of(arguments), 0
+    with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
+        while chunk := list(islice(source, CHUNK)):
+            texts = [text for text in chunk if text.strip()]
+            num_empty += len(chunk) - len(texts)
+            order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # texts of a batch about as long
+            found: Any = classify([texts[index] for index in order], truncation=True, max_length=limit)
+            for _, text, scores in sorted(zip(order, map(texts.__getitem__, order), found, strict=True), key=itemgetter(0)):
+                print(json.dumps({"text": text, **answer(scores, model.config.problem_type)}, ensure_ascii=False))
+            sys.stdout.flush()
+            bar.update(len(chunk))
+    if num_empty:
+        print(f"Left out because they are empty: {num_empty:,}", file=sys.stderr)
+
+
+def answer(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
+    """What a pipeline says of one text, the likeliest first, as it is written."""
+    values = {it["label"]: round(it["score"], 6) for it in scores}
+    match problem_type:
+        case "regression":
+            return {"numbers": values}
+        case "multi_label_classification":
+            return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
+        case _:
+            return {"label": scores[0]["label"], "scores": values}
+
+
+def texts_of(arguments: ClassifyArguments) -> Iterator[str]:
+    """The texts to label, one by one."""
+    if arguments.input == "-":
+        yield from (line.rstrip("\r\n") for _, line in read_lines("-", arguments.errors))
+        return
+    for path in find_files(arguments.input):
+        if path.suffix.lower() in TABLE_ENDINGS or arguments.columns:
+            columns = {arguments.text_column: "text_column"}
+            for place, row in read_rows(path, columns, arguments.errors, arguments.columns):
+                yield text_of(row, arguments.text_column, place, arguments.errors)
+        else:
+            yield from (line.rstrip("\r\n") for _, line in read_lines(path, arguments.errors))
+
+
+def main() -> None:
+    arguments = parse_arguments(ClassifyArguments, __doc__)
+    if arguments.predict:
+        label_texts(arguments)
+        return
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
+    accelerator = start_accelerator(arguments.report_to, output_dir)
+    check(arguments, accelerator.num_processes)
+    if accelerator.is_main_process:
+        check_output_folder(output_dir, arguments.resume)
+    config = load_config(arguments.base_model, max(arguments.context_length, 4))
+    tokenizer = classifier_tokenizer(arguments.base_model, arguments.context_length or config.max_position_embeddings)
+    accelerator.wait_for_everyone()
+
+    # Examples -> ids -> batches. The first process of a machine fills the caches, the others read them.
+    dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
+    accelerator.print(f"Reading {dataset}")
+    with accelerator.local_main_process_first():
+        examples = read_examples(arguments, arguments.seed)
+    names, kind = examples.names, arguments.problem_type
+    labels = {name: as_numbers(split, names, kind) for name, split in examples.splits.items()}
+    for name in SPLITS:
+        accelerator.print(f"To {PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
+    copies = ", ".join(f"{count:,} of {name}" for name, count in examples.copies.items())
+    accelerator.print(f"Left out to balance: {examples.left_out:,}; copies of texts in a later split dropped: {copies}")
+    texts = {
+        name: encode([example.text for example in split], tokenizer, tokenizer.model_max_length, labels[name])
+        for name, split in examples.splits.items()
+        if split
+    }
+    texts["train"] = replace(texts["train"], labels=training_labels(arguments, labels["train"]))
+    accelerator.print(tokens_report(texts, tokenizer.model_max_length))
+    arguments = with_steps(arguments, len(texts["train"]))
+
+    model = first_model(arguments, names, tokenizer.pad_token_id)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    accelerator.print(
+        f"A GPT of {model.num_parameters():,} parameters, {trained:,} of them trained, on {hardware(accelerator.num_processes)}"
+    )
+    loaders, orders = {}, {}
+    for name in ("validation", "test"):
+        if name in texts:
+            orders[name] = in_order_of_length(texts[name])
+            batch_size = 4 * arguments.batch_size
+            loaders[name] = accelerator.prepare(
+                padded_loader(texts[name], tokenizer, batch_size=batch_size, sampler=orders[name])
+            )
+    seen: dict[str, Predictions] = {}  # at the last look at each split
+
+    def look(prepared_model: nn.Module, split: str = "validation") -> Any:
+        logits = predict(accelerator, prepared_model, loaders[split], orders[split])
+        seen[split] = Predictions(logits, names, kind)
+        return seen[split].score(labels[split])
+
+    def show() -> str:
+        return shown(examples.splits["validation"], seen["validation"])
+
+    def batches_from(start: int) -> DataLoader:
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
+        return padded_loader(texts["train"], tokenizer, batch_sampler=batches)
+
+    flops = flops_per_token(config, int(texts["train"].lengths.mean()), frozen=bool(arguments.lora_r))
+    outcome = train(accelerator, arguments, model, batches_from, look, show, flops)
+    if "test" in loaders:
+        accelerator.print(f"\nOn the test split, looked at only now: {look(model, 'test')}\n")
+    results = {split: predictions.all_scores(labels[split]) for split, predictions in seen.items()}
+    last = list(seen)[-1]
+
+    took = f"{outcome.rows[-1]['step']:,} steps, {outcome.tokens:,} tokens, {duration(outcome.seconds)}"
+    weights = whole_weights(model)
+    if accelerator.is_main_process:
+        with written_whole(output_dir) as folder:
+            if arguments.lora_r:
+                whole = first_model(arguments, names, tokenizer.pad_token_id)  # this one may be in parts
+                whole.load_state_dict(weights)
+                save_merged(whole, folder)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            before = {"before": vars(outcome.before)}
+            (folder / METRICS).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
+            draw_loss(outcome.rows, folder / CURVE, UNITS[kind])
+            draw_predictions(labels[last], seen[last], folder / PICTURE)
+            mistakes = mistakes_table(examples.splits[last], labels[last], seen[last])
+            (folder / MISTAKES).write_text(mistakes, encoding="utf-8")
+            write_card(
+                folder,
+                title=output_dir.name,
+                introduction=introduction(arguments, names, dataset),
+                usage=USAGE.format(text=repr(examples.splits[last][0].text[:80])),
+                results=results_table(outcome.before, results, kind),
+                examples=EXAMPLES.format(split=last),
+                data=card_data(
+                    output_dir.name,
+                    dataset,
+                    "text-classification",
+                    {key: value for key, value in results[last].items() if isinstance(value, float)},
+                    arguments.base_model,
+                ),
+                facts={
+                    "Examples": f"{dataset}: " + ", ".join(f"{name} {len(texts[name]):,}" for name in texts),
+                    "Parameters": f"{model.num_parameters():,}, of which {trained:,} were trained",
+                    "Training": took,
+                    "Hardware": hardware(accelerator.num_processes),
+                },
+                settings=vars(arguments),
+            )
+    accelerator.print(
+        f"Trained for {took}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"
+        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True)"
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

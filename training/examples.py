@@ -1,0 +1,372 @@
+"""Texts with their labels, for classification: read, balanced, split, and free of copies between the splits.
+
+Notable:
+- A label is what its column says, as text: names go into the model's `id2label`. Several columns, or lists, are several labels
+  a text; with `regression` columns hold numbers.
+- Which split an example falls into depends on the seed and on its group alone: its text, so that copies stay together, or, for
+  the embedded docstrings, its module. Within each label the splits have the shares that were asked for.
+- Splits that are given are taken as they are, but for copies: what stands in the test split is dropped from the others.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, DatasetDict, Sequence, load_dataset
+
+from training.arguments import UserError, option
+from training.docstrings import read_docstrings
+from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, text_of
+from training.hub import hub_errors, is_hub_id
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
+DOCSTRINGS = 1000  # of each library
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class ExampleArguments:
+    """What can be asked of the examples of a run."""
+
+    dataset: list[str] = option(
+        ["docs"],
+        "`docs` (which library does this docstring come from); .csv, .tsv, .jsonl and .parquet files, folders and globs of "
+        "them; ids of datasets on the Hub.",
+    )
+    validation_dataset: list[str] = option([], "The same, to choose by; if not given, a share of --dataset is held out.")
+    test_dataset: list[str] = option([], "The same, for one last look at the end.")
+    text_column: str = option("text", "Column of the text.")
+    label_column: list[str] = option(["label"], "Column of the label or the number; several for several labels of 0 and 1.")
+    columns: list[str] = option([], "Names of the columns, left to right, of .csv and .tsv files that begin without them.")
+    errors: str = option(
+        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
+    )
+    problem_type: str = option(SINGLE, "What is to be told of a text.", choices=[SINGLE, MULTI, REGRESSION])
+    balance: str = option(
+        "none",
+        "undersample: as many examples of each label as the rarest has; weights: the rarer a label, the more each of its "
+        "examples counts; or none.",
+        choices=["none", "undersample", "weights"],
+    )
+    validation_fraction: float = option(0.1, "Share of each label that is held out to choose by, if none is given.")
+    test_fraction: float = option(0.2, "Share of each label that is held out for the end, if none is given; 0 for none.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and what is to be told of it: a name, several names, or numbers."""
+
+    text: str
+    label: Any  # str, tuple[str, ...] or tuple[float, ...], by the problem type
+    group: str  # what stays in one split
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The splits of a run.
+
+    Attributes:
+        splits: train, validation and test; the last may be empty.
+        names: of the labels, or of the columns that hold numbers, in the order of their ids.
+        copies: how many examples were dropped from a split because their text stands in a later one.
+        left_out: how many were dropped by undersampling.
+    """
+
+    splits: dict[str, list[Example]]
+    names: list[str]
+    copies: dict[str, int]
+    left_out: int
+
+
+def check_examples(arguments: ExampleArguments) -> None:
+    """Refuse nonsense, and sources that cannot be read, before any long work; looks at no network."""
+    made = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
+    fractions = {name: getattr(arguments, f"{name}_fraction") for name in made}
+    if not 0 <= sum(fractions.values()) < 1 or min(fractions.values(), default=0) < 0:
+        given = " and ".join(f"--{name}_fraction {fraction}" for name, fraction in fractions.items())
+        raise UserError(f"{given} must be zero or more, and leave something to train on.")
+    if fractions.get("validation") == 0:
+        raise UserError("--validation_fraction 0 leaves nothing to choose by: give a share, or a --validation_dataset.")
+    if not arguments.label_column:
+        raise UserError("--label_column is empty: name the column of the labels.")
+    if len(set(arguments.label_column)) < len(arguments.label_column) or arguments.text_column in arguments.label_column:
+        raise UserError(f"--label_column {' '.join(arguments.label_column)} and --text_column must be different columns.")
+    if len(arguments.label_column) > 1 and arguments.problem_type == SINGLE:
+        names = " ".join(arguments.label_column)
+        raise UserError(f"--label_column {names}: several columns are for --problem_type {MULTI} or {REGRESSION}.")
+    if arguments.balance != "none" and arguments.problem_type != SINGLE:
+        raise UserError(f"--balance {arguments.balance} is for one label a text: leave it out with {arguments.problem_type}.")
+    if not arguments.dataset:
+        raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
+    if "docs" in arguments.dataset and len(arguments.dataset) > 1:
+        raise UserError("--dataset docs has labels of its own: give it alone.")
+    for source in [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]:
+        if not source.strip():
+            raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
+        if source != "docs" and not is_hub_id(source):
+            for path in find_files(source, TABLE_ENDINGS):
+                next(read_rows(path, _columns(arguments), arguments.errors, arguments.columns), None)
+
+
+def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
+    """The examples of a run, as it was told.
+
+    Raises:
+        UserError: a source cannot be read; a text is empty; a label is none of its kind; there is one label only, or one that
+            is not in the training split; a split would be empty.
+    """
+    given: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
+        for source in sources:
+            for split, examples in _read_source(source, arguments).items():
+                # The Hub's own splits count where no others are given.
+                if name != "train" or split == "train":
+                    given[name] += examples
+                elif not getattr(arguments, f"{split}_dataset"):
+                    given[split] += examples
+    train = given["train"]
+    if not train:
+        raise UserError(f"--dataset {' '.join(arguments.dataset)}: there is no example in it.")
+    if arguments.problem_type == SINGLE:
+        _check_names(train)
+    balanced = train
+    if arguments.balance == "undersample":
+        balanced = _most(train, min(Counter(example.label for example in train).values()), seed)
+    fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
+    made = _split(balanced, fractions, seed)
+    splits = {name: given[name] if name != "train" and given[name] else made[name] for name in SPLITS}
+    splits, copies = _without_copies(splits)
+    return Examples(splits, _names(splits, arguments), copies, len(train) - len(balanced))
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """What an example of each class counts so that all classes count alike, and an example 1 on average (King and Zeng, 2001).
+
+    Args:
+        labels: (N, C), 1 at the class of each example.
+    """
+    counts = labels.sum(0)
+    return len(labels) / (len(counts) * np.maximum(counts, 1))
+
+
+def as_numbers(examples: list[Example], names: list[str], problem_type: str) -> np.ndarray:
+    """Labels as float32 (N, C): a 1 for each label that an example has, or the numbers themselves."""
+    if problem_type == REGRESSION:
+        return np.array([example.label for example in examples], dtype=np.float32).reshape(-1, len(names))
+    ids = {name: index for index, name in enumerate(names)}
+    numbers = np.zeros((len(examples), len(names)), dtype=np.float32)
+    for row, example in enumerate(examples):
+        for name in [example.label] if problem_type == SINGLE else example.label:
+            numbers[row, ids[name]] = 1
+    return numbers
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+def _columns(arguments: ExampleArguments) -> dict[str, str]:
+    return {arguments.text_column: "text_column", **dict.fromkeys(arguments.label_column, "label_column")}
+
+
+def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
+    """The examples of a source by their split; all of them are `train` where it has none."""
+    if source == "docs":
+        return {"train": _docstrings()}
+    if is_hub_id(source):
+        splits = _hub_rows(source, arguments)
+    else:
+        paths = find_files(source, TABLE_ENDINGS)
+        splits = {
+            "train": (
+                row for path in paths for row in read_rows(path, _columns(arguments), arguments.errors, arguments.columns)
+            )
+        }
+    return {name: [_example(*row, arguments) for row in rows] for name, rows in splits.items()}
+
+
+def _docstrings() -> list[Example]:
+    """Which library a docstring comes from, a thousand of each; what several have word for word tells nothing, and is left
+    out."""
+    libraries = defaultdict(set)
+    entries = read_docstrings()
+    for entry in entries:
+        libraries[entry["docstring"]].add(entry["library"])
+    examples = [
+        Example(entry["docstring"], entry["library"], entry["module"])
+        for entry in entries
+        if len(libraries.pop(entry["docstring"], ())) == 1
+    ]
+    return _most(examples, DOCSTRINGS, 0)
+
+
+def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    name, _, configuration = source.partition(":")
+    with hub_errors(source):
+        loaded = load_dataset(name, configuration or None)
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if "train" not in splits:
+        raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
+    return {split: _named(splits[split], f"{source}: {split} row", arguments) for split in SPLITS if split in splits}
+
+
+def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with the names of their labels, where the dataset has numbers and says what they mean."""
+    check_columns(place.rpartition(":")[0], _columns(arguments), rows.column_names)
+    names: dict[str, Callable[[Any], Any]] = {}
+    for column in arguments.label_column:
+        feature = rows.features[column]
+        of = feature.feature if isinstance(feature, Sequence) else feature
+        if isinstance(of, ClassLabel):
+            names[column] = of.int2str
+    for number, row in enumerate(rows.select_columns([arguments.text_column, *arguments.label_column]), start=1):
+        for column, name in names.items():
+            if row[column] == -1:  # by custom: not told
+                raise UserError(f"{place} {number} has the label -1, which is none: give splits that are labelled.")
+            row[column] = name(row[column])
+        yield f"{place} {number}", row
+
+
+def _example(place: str, row: dict[str, Any], arguments: ExampleArguments) -> Example:
+    text = text_of(row, arguments.text_column, place, arguments.errors)
+    if not text.strip():
+        raise UserError(f"{place} has an empty text under {arguments.text_column!r}: leave this row out.")
+    values = {column: row[column] for column in arguments.label_column}
+    read = {SINGLE: _one_name, MULTI: _several_names, REGRESSION: _numbers}[arguments.problem_type]
+    return Example(text, read(values, place), text.strip())
+
+
+def _one_name(values: dict[str, Any], place: str) -> str:
+    ((column, value),) = values.items()
+    if isinstance(value, list):
+        raise UserError(f"{place} has a list under {column!r}: several labels a text are for --problem_type {MULTI}.")
+    if isinstance(value, float):
+        raise UserError(f"{place} has the number {value} under {column!r}: give names, or --problem_type {REGRESSION}.")
+    return _name(value, column, place)
+
+
+def _name(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise UserError(f"{place} has no label under {column!r} but {value!r}: give it one, or leave this row out.")
+    return str(value).strip()
+
+
+def _several_names(values: dict[str, Any], place: str) -> tuple[str, ...]:
+    if len(values) > 1:
+        for column, value in values.items():
+            if str(value) not in ("0", "1", "True", "False"):
+                raise UserError(f"{place} has {value!r} under {column!r}: of several columns each must hold 0 or 1.")
+        return tuple(column for column, value in values.items() if str(value) in ("1", "True"))
+    ((column, value),) = values.items()
+    if not isinstance(value, list):
+        raise UserError(
+            f"{place} has no list under {column!r} but {value!r}: give lists (in .jsonl or .parquet), or several columns of 0 "
+            "and 1 by --label_column."
+        )
+    return tuple(dict.fromkeys(_name(item, column, place) for item in value))
+
+
+def _numbers(values: dict[str, Any], place: str) -> tuple[float, ...]:
+    numbers = []
+    for column, value in values.items():
+        number = _as_number(value)
+        if number is None or not math.isfinite(number):
+            raise UserError(f"{place} has no number under {column!r} but {value!r}: give one, or leave this row out.")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_names(examples: list[Example]) -> None:
+    """Refuse a column of numbers, which a file of text holds as text."""
+    labels = dict.fromkeys(example.label for example in examples)
+    fractions = [label for label in labels if (_as_number(label) or 0) % 1]
+    if fractions and all(_as_number(label) is not None for label in labels):
+        raise UserError(f"--label_column holds numbers such as {fractions[0]}: give names, or --problem_type {REGRESSION}.")
+
+
+# Splits -------------------------------------------------------------------------------------------------------------
+
+
+def _order(things: list[str], seed: int, purpose: str) -> list[int]:
+    """Their indices as they are drawn: an order that the seed and each thing by itself decide."""
+    key = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    draws = [hashlib.blake2b(thing.encode(), digest_size=8, key=key).digest() for thing in things]
+    return sorted(range(len(things)), key=draws.__getitem__)
+
+
+def _most(examples: list[Example], count: int, seed: int) -> list[Example]:
+    """At most so many examples of each label, drawn at random, in the order they had."""
+    taken, kept = Counter[str](), []
+    for index in _order([example.text for example in examples], seed, "balance"):
+        taken[examples[index].label] += 1
+        if taken[examples[index].label] <= count:
+            kept.append(index)
+    return [examples[index] for index in sorted(kept)]
+
+
+def _split(examples: list[Example], fractions: dict[str, float], seed: int) -> dict[str, list[Example]]:
+    """Test, validation and the rest, drawn label by label and group by group."""
+    sides: dict[str, list[int]] = {name: [] for name in SPLITS}
+    strata = defaultdict(list)
+    for index in _order([example.group for example in examples], seed, "split"):
+        label = examples[index].label
+        strata[label if isinstance(label, str) else None].append(index)
+    for indices in strata.values():
+        ends = {"test": round(len(indices) * fractions["test"])}
+        ends["validation"] = ends["test"] + round(len(indices) * fractions["validation"])
+        side = ""
+        for place, index in enumerate(indices):
+            if not place or examples[index].group != examples[indices[place - 1]].group:
+                side = next((name for name, end in ends.items() if place < end), "train")
+            sides[side].append(index)
+    return {name: [examples[index] for index in sorted(indices)] for name, indices in sides.items()}
+
+
+def _without_copies(splits: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], dict[str, int]]:
+    """Each split without the texts of those after it, and how many it lost by that."""
+    kept, copies, later = {}, {}, set[str]()
+    for name in reversed(SPLITS):
+        kept[name] = [example for example in splits[name] if example.text.strip() not in later]
+        copies[name] = len(splits[name]) - len(kept[name])
+        later.update(example.text.strip() for example in kept[name])
+    return {name: kept[name] for name in SPLITS}, copies
+
+
+def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
+    """What the model is to tell apart, from the training split; the others may not know more."""
+    for name, examples in splits.items():
+        asked = name != "test" or arguments.test_fraction or arguments.test_dataset
+        if not examples and asked:
+            raise UserError(f"there is nothing left for the {name} split: give more examples, or larger shares of them.")
+    if arguments.problem_type == REGRESSION:
+        return arguments.label_column
+    if arguments.problem_type == MULTI and len(arguments.label_column) > 1:
+        return arguments.label_column
+    found = {name: dict.fromkeys(_labels(examples)) for name, examples in splits.items()}
+    names = list(found["train"])
+    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    names.sort(key=lambda name: (int(name), name) if numbers else name)
+    if len(names) < 2 and arguments.problem_type == SINGLE:
+        raise UserError(f"every example of the training split has the label {names[0]!r}: there is nothing to tell apart.")
+    if not names:
+        raise UserError("no example of the training split has a label: there is nothing to learn.")
+    for name in ("validation", "test"):
+        if unseen := [label for label in found[name] if label not in found["train"]]:
+            few = ", ".join(map(repr, unseen[:5]))
+            raise UserError(f"the {name} split has labels that the training split has not: {few}. Add examples of them to it.")
+    return names
+
+
+def _labels(examples: Iterable[Example]) -> Iterator[str]:
+    for example in examples:
+        yield from [example.label] if isinstance(example.label, str) else example.label

@@ -1,0 +1,33 @@
+"""Sources that are datasets on the Hub."""
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from training.arguments import UserError
+from training.files import FILE_ENDINGS
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether it is shaped like an id, with nothing of that name here."""
+    return (
+        not os.path.exists(source)
+        and not source.lower().endswith(FILE_ENDINGS)
+        and not glob.has_magic(source)
+        and source.count("/") <= 1
+        and not source.startswith((".", "/", "~"))
+    )
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
+        raise UserError(
+            f"{source}: no such file or folder here, and the Hub did not give it ({' '.join(str(error).split())[:200]})."
+        ) from error

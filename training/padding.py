@@ -1,0 +1,111 @@
+"""Rows of different lengths: batches of texts that are about as long as each other, padded to the longest among them.
+
+Notable:
+- A batch costs what its longest text costs. Texts are drawn at random, a pool of batches at a time, and sorted by length
+  within the pool: what is left of padding is a few percent, and of the randomness nearly all.
+- Which texts make up batch n depends on the seed and on n alone, not on the number of processes or on what ran before.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+POOL = 16  # batches
+
+
+@dataclass(frozen=True)
+class EncodedTexts(Dataset[dict[str, Any]]):
+    """
+    The ids of texts, one after another, and their labels if they have any.
+
+    Attributes:
+        ids: of all texts.
+        starts: where each begins among them, and where the last ends.
+        num_truncated: how many texts were longer than they may be.
+        labels: float32 (N, C).
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    num_truncated: int
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text."""
+        return np.diff(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"input_ids": self.ids[self.starts[index] : self.starts[index + 1]].tolist()}
+        return row if self.labels is None else {**row, "labels": self.labels[index].tolist()}
+
+
+def encode(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: np.ndarray | None = None
+) -> EncodedTexts:
+    """Texts as whoever uses the model gives them to it: with the tokens that the tokenizer puts around each.
+
+    Args:
+        tokenizer: a fast one.
+        max_length: tokens; a longer text loses its end.
+    """
+    parts, lengths, num_truncated = [], [], 0
+    for first in range(0, len(texts), 1000):
+        encodings = tokenizer(
+            list(texts[first : first + 1000]), truncation=True, max_length=max_length, padding=False
+        ).encodings
+        for encoding in encodings or []:
+            parts.append(np.array(encoding.ids, dtype=np.int32))
+            lengths.append(len(encoding.ids))
+            num_truncated += bool(encoding.overflowing)
+    return EncodedTexts(np.concatenate(parts), np.cumsum([0, *lengths]), num_truncated, labels)
+
+
+class BatchesByLength(Sampler[list[int]]):
+    """
+    The batches of a whole run, as indices; each text comes once an epoch, and all batches are full.
+
+    Args:
+        lengths: of the texts, in tokens.
+        batch_size: texts in a batch, over all processes.
+        num_batches: batches in the run.
+        seed: decides everything.
+        start: batches to leave out, because they were trained on before.
+    """
+
+    drop_last = True  # asked by Accelerate
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, num_batches: int, seed: int, start: int = 0):
+        self.lengths, self.batch_size, self.num_batches, self.seed, self.start = lengths, batch_size, num_batches, seed, start
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._batches(), self.start, self.num_batches)
+
+    def _batches(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng(self.seed)
+        texts = itertools.chain.from_iterable(generator.permutation(len(self.lengths)).tolist() for _ in itertools.count())
+        while True:
+            pool = sorted(itertools.islice(texts, POOL * self.batch_size), key=self.lengths.__getitem__)
+            for place in generator.permutation(POOL).tolist():
+                yield pool[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def padded_loader(texts: EncodedTexts, tokenizer: PreTrainedTokenizerBase, **how: Any) -> DataLoader:
+    """A loader of batches that are padded to their longest text; `how` says which, in the DataLoader's terms."""
+    return DataLoader(texts, collate_fn=DataCollatorWithPadding(tokenizer), **how)
+
+
+def in_order_of_length(texts: EncodedTexts) -> list[int]:
+    """All texts, the longest first: so a batch that is too large for the memory shows at once."""
+    return np.argsort(-texts.lengths, kind="stable").tolist()
