@@ -17,9 +17,11 @@ SMALL = [
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 
 
-def launch(launcher: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    launcher: list[str], *arguments: str, script: str = "pretrain.py", **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*launcher, "training/pretrain.py", *arguments],
+        [*launcher, f"training/{script}", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_scratchgpt import ScratchGPTTokenizer
+from training.padding import BatchesByLength, EncodedTexts, encode, in_order_of_length, padded_loader
+
+WORDS = ["to be or not to be", "that is the question", "whether 'tis nobler", "in the mind to suffer"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = ScratchGPTTokenizer.train(WORDS * 9, 290)
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    return tokenizer
+
+
+def test_texts_are_encoded_as_users_do_it(tokenizer):
+    """What `pipeline` feeds the model is what it was trained on."""
+    encoded = encode(WORDS, tokenizer, max_length=8, labels=np.eye(4, dtype=np.float32))
+    for index, text in enumerate(WORDS):
+        row = encoded[index]
+        assert row["input_ids"] == tokenizer(text, truncation=True, max_length=8)["input_ids"]
+        assert row["input_ids"][0] == tokenizer.bos_token_id
+        assert row["input_ids"][-1] == tokenizer.eos_token_id, "a text that is cut still ends"
+        assert row["labels"] == np.eye(4)[index].tolist()
+    lengths = [len(tokenizer(text)["input_ids"]) for text in WORDS]
+    assert encoded.num_truncated == sum(length > 8 for length in lengths) > 0
+    assert encoded.lengths.tolist() == [min(length, 8) for length in lengths]
+    assert encode(WORDS, tokenizer, max_length=max(lengths)).num_truncated == 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    batch_size=st.integers(1, 9),
+    num_batches=st.integers(1, 40),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_each_text_comes_once_an_epoch_in_full_batches(lengths, batch_size, num_batches, seed, data):
+    start = data.draw(st.integers(0, num_batches))
+    batches = list(BatchesByLength(np.array(lengths), batch_size, num_batches, seed))
+    assert [len(batch) for batch in batches] == [batch_size] * num_batches
+    assert list(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == batches[start:]
+    assert len(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == num_batches - start
+    # Pools are of 16 batches: up to the end of one, every text came as often as any other, or once more.
+    drawn = list(itertools.chain.from_iterable(batches[: num_batches // 16 * 16]))
+    counts = np.bincount(drawn, minlength=len(lengths))
+    assert counts.max() - counts.min() <= 1
+
+
+def test_batches_hold_little_padding():
+    lengths = np.random.default_rng(0).lognormal(3, 0.8, size=4992).astype(int) + 1
+    waste = {}
+    for name, batches in (
+        ("by length", BatchesByLength(lengths, 16, 312, seed=0)),
+        ("at random", np.random.default_rng(0).permutation(4992).reshape(-1, 16)),
+    ):
+        padded, real = (sum(of(lengths[batch]) for batch in batches) for of in (lambda part: part.max() * 16, np.sum))
+        waste[name] = 1 - real / padded
+    assert waste["by length"] < 0.15 < 0.5 < waste["at random"]
+
+
+def test_batches_differ_between_epochs_and_seeds():
+    lengths = np.arange(1, 65)
+    one = list(BatchesByLength(lengths, 4, 32, seed=0))
+    other = list(BatchesByLength(lengths, 4, 32, seed=1))
+    assert one != other
+    assert one[:16] != one[16:]
+
+
+def test_rows_are_padded_to_the_longest_of_the_batch(tokenizer):
+    encoded = encode(WORDS, tokenizer, max_length=64, labels=np.eye(4, dtype=np.float32))
+    order = in_order_of_length(encoded)
+    assert encoded.lengths[order].tolist() == sorted(encoded.lengths, reverse=True)
+    first, second = padded_loader(encoded, tokenizer, batch_size=2, sampler=order)
+    assert first["input_ids"].shape == (2, encoded.lengths.max())
+    torch.testing.assert_close(first["attention_mask"].sum(1), torch.tensor(encoded.lengths[order[:2]]))
+    assert (first["input_ids"] == tokenizer.pad_token_id).sum() == (first["attention_mask"] == 0).sum()
+    torch.testing.assert_close(second["labels"], torch.eye(4)[order[2:]])
+
+
+def test_texts_without_labels():
+    assert EncodedTexts(np.arange(5), np.array([0, 2, 5]), 0)[1] == {"input_ids": [2, 3, 4]}
