@@ -221,6 +221,8 @@ def train(
                 bar.say(f"Stopped after step {step.number:,}. The same command with --resume goes on from there.")
                 accelerator.end_training()
                 sys.exit(130)
+            if is_last:
+                break
     if arguments.patience and losses and min(losses) < losses[-1]:
         best = find_checkpoint(checkpoints, accelerator.print, best=True)
         if best:
