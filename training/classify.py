@@ -54,7 +54,7 @@ from training.examples import (
 from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
 from training.flops import flops_per_token
 from training.loop import start_accelerator
-from training.padding import BatchesByLength, EncodedTexts, encode, in_order_of_length, padded_loader
+from training.padding import BatchesByLength, CutTexts, EncodedTexts, encode, in_order_of_length, padded_loader
 from training.pretrained import (
     LoraArguments,
     check_model,
@@ -94,6 +94,9 @@ class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
         "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
     )
     dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
+    subword_dropout: float = option(
+        0.0, "Chance, between any two characters of a training text, that a token has to end there: other tokens each epoch."
+    )
     label_smoothing: float = option(0.0, "Share of the certainty of a label that is spread over all labels.")
     context_length: int = option(0, "Most tokens of a text, a longer one loses its end; 0: as many as the model takes.")
     epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
@@ -110,10 +113,9 @@ def check(arguments: ClassifyArguments, num_processes: int) -> None:
     check_engine(with_steps(arguments, 1), num_processes)
     if not 0 < arguments.epochs < float("inf"):
         raise UserError(f"--epochs must be a positive number, got {arguments.epochs}.")
-    if not 0 <= arguments.dropout < 1:
-        raise UserError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}.")
-    if not 0 <= arguments.label_smoothing < 1:
-        raise UserError(f"--label_smoothing must be at least 0 and below 1, got {arguments.label_smoothing}.")
+    for name in ("dropout", "subword_dropout", "label_smoothing"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(arguments, name)}.")
     if arguments.label_smoothing and arguments.problem_type != SINGLE:
         raise UserError(f"--label_smoothing is for one label a text: leave it out with {arguments.problem_type}.")
     if arguments.train_blocks < -1:
@@ -298,6 +300,10 @@ def main() -> None:
     }
     texts["train"] = replace(texts["train"], labels=training_labels(arguments, labels["train"]))
     accelerator.print(tokens_report(texts, tokenizer.model_max_length))
+    training_texts: Any = texts["train"]
+    if arguments.subword_dropout:
+        written, limit = [example.text for example in examples.splits["train"]], tokenizer.model_max_length
+        training_texts = CutTexts(written, texts["train"], tokenizer, limit, arguments.subword_dropout, arguments.seed)
     arguments = with_steps(arguments, len(texts["train"]))
 
     model = first_model(arguments, names, tokenizer.pad_token_id)
@@ -326,7 +332,7 @@ def main() -> None:
     def batches_from(start: int) -> DataLoader:
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
         batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
-        return padded_loader(texts["train"], tokenizer, batch_sampler=batches)
+        return padded_loader(training_texts, tokenizer, batch_sampler=batches)
 
     flops = flops_per_token(config, int(texts["train"].lengths.mean()), frozen=bool(arguments.lora_r))
     outcome = train(accelerator, arguments, model, batches_from, look, show, flops)
@@ -372,7 +378,7 @@ def main() -> None:
                     "Training": took,
                     "Hardware": hardware(accelerator.num_processes),
                 },
-                settings=vars(arguments),
+                settings={name: value for name, value in vars(arguments).items() if name not in ("predict", "input")},
             )
     accelerator.print(
         f"Trained for {took}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"

@@ -181,20 +181,16 @@ def train(
         ProgressBar(arguments.max_steps, accelerator, flops_per_token, peak * accelerator.num_processes, done) as bar,
         StopSignals(accelerator) as stop,
     ):
-        for step in (
-            ()
-            if is_enough
-            else training_steps(
-                accelerator,
-                prepared_model,
-                prepared_optimizers,
-                schedules,
-                batches,
-                arguments.gradient_accumulation_steps,
-                arguments.max_grad_norm,
-                arguments.seed,
-                done + 1,
-            )
+        for step in training_steps(
+            accelerator,
+            prepared_model,
+            prepared_optimizers,
+            schedules,
+            [] if is_enough else batches,
+            arguments.gradient_accumulation_steps,
+            arguments.max_grad_norm,
+            arguments.seed,
+            done + 1,
         ):
             bar.update(step)
             metrics.write(step.number, step)

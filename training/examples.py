@@ -122,12 +122,11 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
     given: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
         for source in sources:
-            for split, examples in _read_source(source, arguments).items():
-                # The Hub's own splits count where no others are given.
-                if name != "train" or split == "train":
-                    given[name] += examples
-                elif not getattr(arguments, f"{split}_dataset"):
-                    given[split] += examples
+            found = _read_source(source, arguments)
+            given[name] += found.get(name, found["train"])
+            for split in SPLITS[1:]:  # the Hub's own count where no others are given
+                if name == "train" and not getattr(arguments, f"{split}_dataset"):
+                    given[split] += found.get(split, [])
     train = given["train"]
     if not train:
         raise UserError(f"--dataset {' '.join(arguments.dataset)}: there is no example in it.")
@@ -210,12 +209,16 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tu
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "train" not in splits:
         raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
-    return {split: _named(splits[split], f"{source}: {split} row", arguments) for split in SPLITS if split in splits}
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    for rows in splits.values():
+        check_columns(source, _columns(arguments), rows.column_names)
+    # By custom -1 stands for labels that are kept secret: such a test split is none.
+    known = {name: rows for name, rows in splits.items() if name == "train" or -1 not in rows[:1][arguments.label_column[0]]}
+    return {name: _named(rows, f"{source}: {name} row", arguments) for name, rows in known.items()}
 
 
 def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with the names of their labels, where the dataset has numbers and says what they mean."""
-    check_columns(place.rpartition(":")[0], _columns(arguments), rows.column_names)
     names: dict[str, Callable[[Any], Any]] = {}
     for column in arguments.label_column:
         feature = rows.features[column]
@@ -224,9 +227,7 @@ def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple
             names[column] = of.int2str
     for number, row in enumerate(rows.select_columns([arguments.text_column, *arguments.label_column]), start=1):
         for column, name in names.items():
-            if row[column] == -1:  # by custom: not told
-                raise UserError(f"{place} {number} has the label -1, which is none: give splits that are labelled.")
-            row[column] = name(row[column])
+            row[column] = name(row[column]) if row[column] != -1 else None
         yield f"{place} {number}", row
 
 

@@ -2,8 +2,9 @@
 
 Notable:
 - A batch costs what its longest text costs. Texts are drawn at random, a pool of batches at a time, and sorted by length
-  within the pool: what is left of padding is a few percent, and of the randomness nearly all.
-- Which texts make up batch n depends on the seed and on n alone, not on the number of processes or on what ran before.
+  within the pool: what is left is a quarter of the padding, and nearly all of the randomness.
+- Which texts make up batch n depends on the seed and on n alone, not on the number of processes or on what ran before. So does
+  where their tokens are cut: an index says which text, and goes on counting from epoch to epoch.
 """
 
 import itertools
@@ -43,7 +44,8 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         """Tokens of each text."""
         return np.diff(self.starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        index = draw % len(self)
         row: dict[str, Any] = {"input_ids": self.ids[self.starts[index] : self.starts[index + 1]].tolist()}
         return row if self.labels is None else {**row, "labels": self.labels[index].tolist()}
 
@@ -69,9 +71,62 @@ def encode(
     return EncodedTexts(np.concatenate(parts), np.cumsum([0, *lengths]), num_truncated, labels)
 
 
+class CutTexts(Dataset[dict[str, Any]]):
+    """
+    Texts whose tokens are other ones each time: between any two characters a token may have to end.
+
+    A word is then known by its parts too, also one that was never seen; and few texts are not learned by heart so soon. A
+    subword regularisation (Kudo, 2018) like BPE-dropout (Provilkov et al., 2020), for any kind of tokenizer and with random
+    numbers that follow from the seed.
+
+    Args:
+        texts: as they were encoded.
+        encoded: the same without cuts, for what is around them and for their labels.
+        tokenizer: a fast one.
+        max_length: tokens; a longer text loses its end.
+        probability: of a cut between two characters.
+        seed: decides where the cuts are.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        encoded: EncodedTexts,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        probability: float,
+        seed: int,
+    ):
+        self.texts, self.encoded, self.backend = texts, encoded, tokenizer.backend_tokenizer
+        self.probability, self.seed = probability, seed
+        self.before, self.after = _around(tokenizer)
+        self.room = max_length - len(self.before) - len(self.after)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        text = self.texts[draw % len(self)]
+        cuts = np.flatnonzero(np.random.default_rng((self.seed, draw)).random(len(text) - 1) < self.probability) + 1
+        edges = [0, *cuts.tolist(), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
+        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = [token for encoding in encodings for token in encoding.ids]
+        return {**self.encoded[draw], "input_ids": [*self.before, *ids[: self.room], *self.after]}
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text and after it."""
+    alone = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
+    ids = tokenizer("a")["input_ids"]
+    place = next(place for place in range(len(ids)) if ids[place : place + len(alone)] == alone)
+    return ids[:place], ids[place + len(alone) :]
+
+
 class BatchesByLength(Sampler[list[int]]):
     """
-    The batches of a whole run, as indices; each text comes once an epoch, and all batches are full.
+    The batches of a whole run, as indices that go on counting from epoch to epoch; each text comes once an epoch, and all
+    batches are full.
 
     Args:
         lengths: of the texts, in tokens.
@@ -93,15 +148,16 @@ class BatchesByLength(Sampler[list[int]]):
         return itertools.islice(self._batches(), self.start, self.num_batches)
 
     def _batches(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng(self.seed)
-        texts = itertools.chain.from_iterable(generator.permutation(len(self.lengths)).tolist() for _ in itertools.count())
+        generator, count = np.random.default_rng(self.seed), len(self.lengths)
+        epochs = (generator.permutation(count) + first for first in itertools.count(step=count))
+        draws = itertools.chain.from_iterable(epoch.tolist() for epoch in epochs)
         while True:
-            pool = sorted(itertools.islice(texts, POOL * self.batch_size), key=self.lengths.__getitem__)
+            pool = sorted(itertools.islice(draws, POOL * self.batch_size), key=lambda draw: self.lengths[draw % count])
             for place in generator.permutation(POOL).tolist():
                 yield pool[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def padded_loader(texts: EncodedTexts, tokenizer: PreTrainedTokenizerBase, **how: Any) -> DataLoader:
+def padded_loader(texts: Dataset[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **how: Any) -> DataLoader:
     """A loader of batches that are padded to their longest text; `how` says which, in the DataLoader's terms."""
     return DataLoader(texts, collate_fn=DataCollatorWithPadding(tokenizer), **how)
 

@@ -168,6 +168,8 @@ def test_a_dataset_of_the_hub_brings_its_splits_and_the_names_of_its_labels(monk
         name: Dataset.from_dict({"sentence": [f"{name} {n}" for n in range(10)], "feeling": [0, 1] * 5}, features=features)
         for name in ("train", "validation", "unsupervised")
     }
+    # Labels that are kept secret are -1: such a split is none.
+    parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
     monkeypatch.setattr(training.examples, "load_dataset", lambda *_: DatasetDict(parts))
     arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
     read = read_examples(arguments, seed=0)

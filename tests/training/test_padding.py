@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
-from training.padding import BatchesByLength, EncodedTexts, encode, in_order_of_length, padded_loader
+from training.padding import BatchesByLength, CutTexts, EncodedTexts, encode, in_order_of_length, padded_loader
 
 WORDS = ["to be or not to be", "that is the question", "whether 'tis nobler", "in the mind to suffer"]
 
@@ -49,9 +49,10 @@ def test_each_text_comes_once_an_epoch_in_full_batches(lengths, batch_size, num_
     assert list(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == batches[start:]
     assert len(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == num_batches - start
     # Pools are of 16 batches: up to the end of one, every text came as often as any other, or once more.
-    drawn = list(itertools.chain.from_iterable(batches[: num_batches // 16 * 16]))
-    counts = np.bincount(drawn, minlength=len(lengths))
+    drawn = np.array(list(itertools.chain.from_iterable(batches[: num_batches // 16 * 16])), dtype=int)
+    counts = np.bincount(drawn % len(lengths), minlength=len(lengths))
     assert counts.max() - counts.min() <= 1
+    assert len(set(drawn.tolist())) == len(drawn), "an index says which epoch it belongs to, too"
 
 
 def test_batches_hold_little_padding():
@@ -61,9 +62,33 @@ def test_batches_hold_little_padding():
         ("by length", BatchesByLength(lengths, 16, 312, seed=0)),
         ("at random", np.random.default_rng(0).permutation(4992).reshape(-1, 16)),
     ):
-        padded, real = (sum(of(lengths[batch]) for batch in batches) for of in (lambda part: part.max() * 16, np.sum))
+        parts = [lengths[np.array(batch) % len(lengths)] for batch in batches]
+        padded, real = (sum(map(of, parts)) for of in (lambda part: part.max() * 16, np.sum))
         waste[name] = 1 - real / padded
-    assert waste["by length"] < 0.15 < 0.5 < waste["at random"]
+    assert waste["by length"] < 0.2 < 0.6 < waste["at random"]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), draw=st.integers(0, 9), seed=st.integers(0, 3))
+@settings(deadline=None)
+def test_cut_texts_are_the_same_texts(tokenizer, text, draw, seed):
+    encoded = encode([text], tokenizer, 1000, np.ones((1, 2), dtype=np.float32))
+    row = CutTexts([text], encoded, tokenizer, 1000, 0.3, seed)[draw]
+    assert tokenizer.decode(row["input_ids"][1:-1]) == text
+    assert row["input_ids"][0] == tokenizer.bos_token_id
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    assert row["labels"] == [1.0, 1.0]
+    assert CutTexts([text], encoded, tokenizer, 1000, 0.3, seed)[draw] == row
+    assert CutTexts([text], encoded, tokenizer, 1000, 0.0, seed)[draw] == encoded[draw]
+
+
+def test_cuts_differ_from_epoch_to_epoch_and_keep_to_the_limit(tokenizer):
+    encoded = encode(WORDS, tokenizer, 12)
+    texts = CutTexts(WORDS, encoded, tokenizer, 12, 0.5, seed=0)
+    rows = [texts[1 + epoch * len(WORDS)]["input_ids"] for epoch in range(5)]
+    assert len({tuple(row) for row in rows}) > 1
+    assert all(len(row) <= 12 and row[-1] == tokenizer.eos_token_id for row in rows)
+    whole = CutTexts(WORDS, encode(WORDS, tokenizer, 100), tokenizer, 100, 0.99, seed=0)
+    assert len(whole[0]["input_ids"]) >= len(WORDS[0]), "nearly one token a character"
 
 
 def test_batches_differ_between_epochs_and_seeds():
