@@ -3,7 +3,7 @@
     python benchmarks/spam.py --data ../shared/data              # the SMS Spam Collection in its folder sms-spam
     python benchmarks/spam.py --data ../shared/data --seeds 0    # one split
 
-Chapter 6 of "Build a Large Language Model From Scratch" asks the same: as many ham as spam, 70/10/20. Each seed balances, splits
+Chapter 6 of "Build a Large Language Model From Scratch" asks the same: as many ham as spam, 70/10/20. Each seed balances,
 and trains anew. The model is pretrained once, by training/pretrain.py, on the docstrings of Python and on ham that balancing
 leaves over for every seed: no text that any seed trains, chooses or tests with is among it. Then training/classify.py trains all
 of it, its last block, or LoRA. The table tells the mean accuracy on the test splits, and the minutes of a run as a user waits.

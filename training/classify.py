@@ -334,7 +334,13 @@ def main() -> None:
         batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
         return padded_loader(training_texts, tokenizer, batch_sampler=batches)
 
-    flops = flops_per_token(config, int(texts["train"].lengths.mean()), frozen=bool(arguments.lora_r))
+    flops = flops_per_token(
+        config,
+        int(texts["train"].lengths.mean()),
+        frozen=bool(arguments.lora_r),
+        has_head=False,
+        trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 else None,
+    )
     outcome = train(accelerator, arguments, model, batches_from, look, show, flops)
     if "test" in loaders:
         accelerator.print(f"\nOn the test split, looked at only now: {look(model, 'test')}\n")

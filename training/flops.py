@@ -37,7 +37,13 @@ def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: ScratchGPTConfig, context_length: int, frozen: bool = False) -> float:
+def flops_per_token(
+    config: ScratchGPTConfig,
+    context_length: int,
+    frozen: bool = False,
+    has_head: bool = True,
+    trained_blocks: int | None = None,
+) -> float:
     """Floating-point operations of training on one token, forward and backward, as PaLM's paper and nanoGPT count them.
 
     6 for each weight of a matrix that multiplies: those of the blocks, and the head's, which is a product also when its weights
@@ -50,11 +56,17 @@ def flops_per_token(config: ScratchGPTConfig, context_length: int, frozen: bool 
     Args:
         context_length: tokens in a window.
         frozen: the weights themselves are not trained, but adapters too small to count: then it is 4 for each weight.
+        has_head: whether every token is scored. A classifier scores a text, which is too little to count.
+        trained_blocks: how many of the last blocks the gradient goes through; all of them if not given.
     """
     query, key_value, inner = widths(config)
     block = 2 * config.hidden_size * (query + key_value) + _mlp_matrices(config) * config.hidden_size * inner
-    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
-    return (4.0 if frozen else 6.0) * weights + 12.0 * config.num_hidden_layers * query * context_length
+    head = config.vocab_size * config.hidden_size if has_head else 0
+    blocks = config.num_hidden_layers
+    trained = blocks if trained_blocks is None else trained_blocks
+    forward = 2.0 * (blocks * block + head) + 4.0 * blocks * query * context_length
+    backward = (2.0 if frozen else 4.0) * (trained * block + head) + 8.0 * trained * query * context_length
+    return forward + backward
 
 
 @torch.no_grad()

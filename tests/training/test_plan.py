@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
 from tests.conftest import MODERN, TINY
 from tests.training.conftest import SMALL
 from training import plan
@@ -87,6 +87,16 @@ def test_flops_are_those_torch_counts(config):
         logits = model.lm_head(model.model(ids, use_cache=False).last_hidden_state)
         logits.sum().backward()
     assert flops_per_token(config, 64) * ids.numel() == counter.get_total_flops()
+
+
+def test_flops_of_a_classifier_whose_last_block_is_trained(config):
+    config._attn_implementation = "eager"
+    model, ids = ScratchGPTModel(config).train(), torch.randint(0, 300, (2, 64))
+    model.requires_grad_(False)
+    model.layers[-1].requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).last_hidden_state.sum().backward()
+    assert flops_per_token(config, 64, has_head=False, trained_blocks=1) * ids.numel() == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
