@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -169,6 +170,8 @@ def _yaml_value(word: str, text: str) -> Any:
 
 def run(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to end
     try:
         main()
     except BrokenPipeError:  # whoever read our output has seen enough

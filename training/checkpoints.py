@@ -42,12 +42,14 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
     """
     try:
         str(folder).encode()
-        in_use = folder.is_dir() and any(folder.iterdir())
+        is_there = folder.is_dir()
+        in_use = is_there and any(folder.iterdir())
         if not in_use:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-            folder.rmdir()  # it comes back with the first result
+            if not is_there:
+                folder.rmdir()  # it comes back with the first result
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--output_dir {folder!s:.200} cannot be written ({reason}): give the name of a new folder.") from error
@@ -71,11 +73,20 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when all of them are written, and vanish when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(folder)
     with _temporary_folder(folder) as temporary:
         yield temporary
         # config.json is what makes a folder a model: it comes last.
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.is_dir():  # a run that was killed here has moved it already
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Drop what a run that was killed had begun to write."""
+    for abandoned in folder.glob(".writing-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 @contextmanager
@@ -109,8 +120,7 @@ def save_checkpoint(
     weights, moments = whole
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.glob(".writing-*"):  # by a run that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
+        _clear_abandoned(folder)
         with _temporary_folder(folder) as temporary:
             save_file(_without_ties(weights), temporary / WEIGHTS)
             save_file(_flat(moments["state"]), temporary / OPTIMIZER)

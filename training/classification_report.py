@@ -1,6 +1,7 @@
 """What a classifier says, for people: examples, mistakes, tables and a picture."""
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from training.scores import Predictions
 
 MOST_MISTAKES = 500
 MOST_IN_PICTURE = 40  # labels whose names and counts can be read
-MARKDOWN = re.compile(r"[\\`*_|<\[\]]")  # what would not be shown as it is
-SHOWN, SHOWN_CHARACTERS = 4, 100
+SHOWN = 4
+NAME, LINE, TEXT = 40, 100, 500  # characters of a label in a picture, of a text on the terminal, of a text in a file
 UNITS = {SINGLE: "nats per text", MULTI: "nats per label", REGRESSION: "squared error"}
 
 
@@ -24,7 +25,7 @@ def described(examples: list[Example], labels: np.ndarray, names: list[str], pro
     if problem_type == REGRESSION:
         return f"{len(examples):,}"
     counts = Counter(dict(zip(names, labels.sum(0).astype(int).tolist(), strict=True)))
-    most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
+    most = ", ".join(f"{plain(name, NAME)} {count:,}" for name, count in counts.most_common(8))
     return f"{len(examples):,} ({most}{', ...' if len(names) > 8 else ''})"
 
 
@@ -33,9 +34,8 @@ def shown(examples: list[Example], predictions: Predictions) -> str:
     firsts = {str(example.label): index for index, example in reversed(list(enumerate(examples)))}
     lines = []
     for index in list(dict.fromkeys([*firsts.values(), *range(len(examples))]))[:SHOWN]:
-        text = " ".join(examples[index].text.split())
-        text = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-        lines.append(f"[{told(predictions, index)}; true: {truth(examples[index])}] {text}\n")
+        answers = f"{told(predictions, index)}; true: {truth(examples[index])}"
+        lines.append(f"[{plain(answers, LINE)}] {plain(examples[index].text, LINE)}\n")
     return "\n".join(lines)
 
 
@@ -62,30 +62,38 @@ def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Pre
     what = f"{len(wrong):,} of {len(examples):,} texts, the worst first" if len(wrong) else "none"
     lines = [f"Mistakes: {what}.", "", "| predicted | true | text |", "|---|---|---|"]
     for index in wrong[np.argsort(-badness[wrong], kind="stable")][:MOST_MISTAKES]:
-        cells = told(predictions, index), truth(examples[index]), " ".join(examples[index].text.split())
-        lines.append(f"| {' | '.join(escaped(cell) for cell in cells)} |")
+        cells = told(predictions, index), truth(examples[index]), examples[index].text
+        lines.append(f"| {' | '.join(code(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return MARKDOWN.sub(lambda character: "&lt;" if character[0] == "<" else f"\\{character[0]}", text)
+def plain(text: str, most: int) -> str:
+    """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
+    line = "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def code(text: str) -> str:
+    """A text that Markdown shows as it is, also in a table."""
+    text = plain(text, TEXT).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -> None:
     """As a PNG: which labels are taken for which, what is found of each label, or predicted beside true numbers."""
-    names, side = predictions.names, 3 + 0.45 * min(len(predictions.names), MOST_IN_PICTURE)
+    names = [plain(name, NAME).replace("$", r"\$") for name in predictions.names]  # which would begin a formula
+    side = 3 + 0.45 * min(len(names), MOST_IN_PICTURE)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     match predictions.problem_type:
         case "regression":
-            for column, name in enumerate(names):
-                axes.scatter(labels[:, column], predictions.logits[:, column], s=8, alpha=0.6, label=name)
+            dots = [axes.scatter(*pair, s=8, alpha=0.6) for pair in zip(labels.T, predictions.logits.T, strict=True)]
             ends = [float(labels.min()), float(labels.max())]
             axes.plot(ends, ends, color="grey", linewidth=0.8)
             axes.set(xlabel="true", ylabel="predicted")
-            axes.legend()
+            axes.legend(dots, names)
         case "single_label_classification":
             _draw_counts(axes, predictions.confusion_matrix(labels), names, names)
             axes.set(xlabel="predicted", ylabel="true")
@@ -93,7 +101,8 @@ def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -
             found = [(a * b).sum(0) for a, b in ((labels, predictions.decisions), (labels, 1 - predictions.decisions))]
             wrong = ((1 - labels) * predictions.decisions).sum(0)
             _draw_counts(axes, np.stack((*found, wrong), 1).astype(int), names, ["found", "missed", "wrongly told"])
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font has not
+        figure.savefig(path, dpi=120)
 
 
 def _draw_counts(axes: Any, counts: np.ndarray, rows: list[str], columns: list[str]) -> None:
@@ -117,11 +126,10 @@ def results_table(before: Any, results: dict[str, dict[str, Any]], problem_type:
     for row in rows:
         cells = (f"{column[row]:.4f}" if row in column else "" for column in columns.values())
         lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
-    lines += ["", f"The loss is in {UNITS[problem_type]}. The validation split was chosen by, the test split looked at once."]
+    looked = "The validation split was chosen by" + (", the test split looked at once." if "test" in results else ".")
+    lines += ["", f"The loss is in {UNITS[problem_type]}. {looked}"]
     if labels := list(results.values())[-1].get("labels"):
         lines += ["", f"| {list(results)[-1]} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
         for name, it in labels.items():
-            lines.append(
-                f"| {escaped(name)} | {it['precision']:.4f} | {it['recall']:.4f} | {it['f1']:.4f} | {it['examples']:,} |"
-            )
+            lines.append(f"| {code(name)} | {it['precision']:.4f} | {it['recall']:.4f} | {it['f1']:.4f} | {it['examples']:,} |")
     return "\n".join(lines)

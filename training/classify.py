@@ -12,6 +12,7 @@ out.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from training.arguments import UserError, option, parse_arguments, run
 from training.checkpoints import check_output_folder, whole_weights, written_whole
 from training.classification_report import (
     UNITS,
+    code,
     described,
     draw_predictions,
     mistakes_table,
@@ -53,6 +55,7 @@ from training.examples import (
 )
 from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
 from training.flops import flops_per_token
+from training.hub import short_name
 from training.loop import start_accelerator
 from training.padding import BatchesByLength, CutTexts, EncodedTexts, encode, in_order_of_length, padded_loader
 from training.pretrained import (
@@ -69,6 +72,7 @@ from training.report import CURVE, card_data, draw_loss, duration, hardware, ori
 from training.scores import Predictions, predict
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
+MOST_EPOCHS = 1_000_000
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
 USAGE = """from transformers import pipeline
@@ -110,9 +114,11 @@ class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
 
 def check(arguments: ClassifyArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
+    if not 0 < arguments.epochs <= MOST_EPOCHS:
+        raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,}, got {arguments.epochs}.")
     check_engine(with_steps(arguments, 1), num_processes)
-    if not 0 < arguments.epochs < float("inf"):
-        raise UserError(f"--epochs must be a positive number, got {arguments.epochs}.")
+    if arguments.input != "-":
+        raise UserError(f"--input {arguments.input} is for --predict: say which model is to label it.")
     for name in ("dropout", "subword_dropout", "label_smoothing"):
         if not 0 <= getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(arguments, name)}.")
@@ -129,17 +135,18 @@ def check(arguments: ClassifyArguments, num_processes: int) -> None:
 
 def with_steps(arguments: ClassifyArguments, num_examples: int) -> ClassifyArguments:
     """The arguments with what an epoch decides filled in."""
-    an_epoch = num_examples / (arguments.batch_size * arguments.gradient_accumulation_steps) if arguments.batch_size > 0 else 1
+    an_epoch = num_examples / max(1, arguments.batch_size * arguments.gradient_accumulation_steps)
     return replace(
         arguments,
-        max_steps=arguments.max_steps or max(1, round(arguments.epochs * an_epoch)),
+        max_steps=arguments.max_steps or math.ceil(arguments.epochs * an_epoch),
         eval_every=arguments.eval_every or max(1, round(an_epoch)),
         save_every=arguments.save_every or max(1, round(an_epoch)),
     )
 
 
 def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: int) -> ScratchGPTForSequenceClassification:
-    """The model as it is before the first step, with a new head; the same whenever it is asked for."""
+    """The model as it is before the first step, the same whenever it is asked for. Its head is new, unless the model is a
+    classifier of as many labels already."""
     set_seed(arguments.seed)
     model: ScratchGPTForSequenceClassification = load_base(
         ScratchGPTForSequenceClassification,
@@ -155,8 +162,6 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
     )
     if arguments.train_blocks >= 0:
         blocks = model.model.layers
-        if arguments.train_blocks > len(blocks):
-            raise UserError(f"--train_blocks {arguments.train_blocks} is more than the {len(blocks)} blocks of the model.")
         model.requires_grad_(False)
         model.score.requires_grad_(True)
         if arguments.train_blocks:
@@ -170,11 +175,18 @@ def classifier_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerBase:
     tokenizer: Any = load_tokenizer(name, trust_remote_code=False)
     tokenizer.add_bos_token = tokenizer.bos_token is not None
     tokenizer.add_eos_token = tokenizer.eos_token is not None
-    if tokenizer.pad_token is None:  # GPT-2 has none; the attention mask says what is padding
-        tokenizer.pad_token = tokenizer.eos_token
+    with_padding(tokenizer, name)
     tokenizer.model_max_length = max_length
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def with_padding(tokenizer: Any, name: str) -> None:
+    """See to it that the tokenizer can pad: GPT-2's cannot. Which token it takes is all one, the attention mask says where."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{name}: its tokenizer has no special token to pad with: give it one, and save it again.")
 
 
 def training_labels(arguments: ClassifyArguments, numbers: np.ndarray) -> np.ndarray:
@@ -205,7 +217,7 @@ def tokens_report(texts: dict[str, EncodedTexts], limit: int) -> str:
 
 def introduction(arguments: ClassifyArguments, names: list[str], dataset: str) -> str:
     """What the card says first."""
-    most = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    most = ", ".join(map(code, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     what = {
         SINGLE: "the probability of each category of a text",
         MULTI: "the probability of each of several labels of a text",
@@ -219,10 +231,18 @@ def introduction(arguments: ClassifyArguments, names: list[str], dataset: str) -
 
 def label_texts(arguments: ClassifyArguments) -> None:
     """Write a JSON line for each text of the input: the text, its label, and the probability of every label."""
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, got {arguments.batch_size}.")
+    if arguments.input == "-" and arguments.columns:
+        raise UserError("--columns is for files: standard input is read line by line.")
+    if not arguments.input:
+        raise UserError("--input is empty: give a file, or - for standard input.")
     device = start_accelerator().device
     trusted = check_model(arguments.predict, trust_remote_code=False)
     tokenizer = load_tokenizer(arguments.predict, trusted)
     model = load_model(arguments.predict, trusted, device, AutoModelForSequenceClassification)
+    with_padding(tokenizer, arguments.predict)
+    model.config.pad_token_id = tokenizer.pad_token_id  # others' classifiers ask for it
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
     classify = TextClassificationPipeline(
         model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
@@ -233,9 +253,10 @@ def label_texts(arguments: ClassifyArguments) -> None:
             texts = [text for text in chunk if text.strip()]
             num_empty += len(chunk) - len(texts)
             order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # texts of a batch about as long
-            found: Any = classify([texts[index] for index in order], truncation=True, max_length=limit)
+            found: Any = classify([texts[index] for index in order], truncation=True, max_length=limit) if texts else []
             for _, text, scores in sorted(zip(order, map(texts.__getitem__, order), found, strict=True), key=itemgetter(0)):
-                print(json.dumps({"text": text, **answer(scores, model.config.problem_type)}, ensure_ascii=False))
+                row = {"text": text, **answer(scores, model.config.problem_type)}
+                print(json.dumps(row, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
             sys.stdout.flush()
             bar.update(len(chunk))
     if num_empty:
@@ -279,11 +300,15 @@ def main() -> None:
     if accelerator.is_main_process:
         check_output_folder(output_dir, arguments.resume)
     config = load_config(arguments.base_model, max(arguments.context_length, 4))
+    if arguments.train_blocks > (blocks := config.num_hidden_layers):
+        raise UserError(f"--train_blocks {arguments.train_blocks} is more than the {blocks} blocks of the model.")
     tokenizer = classifier_tokenizer(arguments.base_model, arguments.context_length or config.max_position_embeddings)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
     accelerator.wait_for_everyone()
 
     # Examples -> ids -> batches. The first process of a machine fills the caches, the others read them.
-    dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
+    dataset = " ".join(map(short_name, arguments.dataset))
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         examples = read_examples(arguments, arguments.seed)
@@ -298,6 +323,8 @@ def main() -> None:
         for name, split in examples.splits.items()
         if split
     }
+    if arguments.batch_size > len(texts["train"]):
+        raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(texts['train'])} examples: lower it.")
     texts["train"] = replace(texts["train"], labels=training_labels(arguments, labels["train"]))
     accelerator.print(tokens_report(texts, tokenizer.model_max_length))
     training_texts: Any = texts["train"]
@@ -341,7 +368,7 @@ def main() -> None:
         has_head=False,
         trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 else None,
     )
-    outcome = train(accelerator, arguments, model, batches_from, look, show, flops)
+    outcome = train(accelerator, arguments, model, batches_from, examples.digest(), look, show, flops)
     if "test" in loaders:
         accelerator.print(f"\nOn the test split, looked at only now: {look(model, 'test')}\n")
     results = {split: predictions.all_scores(labels[split]) for split, predictions in seen.items()}

@@ -128,6 +128,7 @@ def train(
     arguments: EngineArguments,
     model: PreTrainedModel,
     training_loader: Callable[[int], DataLoader],
+    data: str,
     evaluate: Callable[[nn.Module], Evaluation],
     show: Callable[[], str],
     flops_per_token: float,
@@ -137,6 +138,7 @@ def train(
     Args:
         model: with the weights that a new run starts from.
         training_loader: gives the run's batches without the first so many.
+        data: a digest of what they are made from; a run goes on with the same alone.
         evaluate: scores the prepared model on held-out data.
         show: something the model does, as text for people: looked at before the first step and after each evaluation.
 
@@ -159,6 +161,8 @@ def train(
         _check_settings(arguments, state["settings"], path)
         if frozen != state.get("frozen", frozen):
             raise UserError(f"the model that the run in {output_dir} started from has changed since: go on from that one.")
+        if data != state["data"]:
+            raise UserError(f"the data of the run in {output_dir} has changed since: go on with that, or start a new run.")
         load_checkpoint(path, state, model, prepared_optimizers)
         for schedule, saved in zip(schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
@@ -210,6 +214,7 @@ def train(
                     "validation_losses": losses,
                     "settings": _settings(arguments),
                     "frozen": frozen,
+                    "data": data,
                     "schedules": [schedule.state_dict() for schedule in schedules],
                 }
                 save_checkpoint(checkpoints, accelerator, model, prepared_optimizers, state, arguments.keep_checkpoints)

@@ -9,7 +9,7 @@ Notable:
 """
 
 import hashlib
-import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, 
 from training.hub import hub_errors, is_hub_id
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
+LARGEST = 1e6  # a number to predict; the square of its error has to fit
 DOCSTRINGS = 1000  # of each library
 SPLITS = ("train", "validation", "test")
 
@@ -81,6 +82,13 @@ class Examples:
     copies: dict[str, int]
     left_out: int
 
+    def digest(self) -> str:
+        """Tells apart what is trained on, and what is held out."""
+        content = hashlib.sha256(repr(self.names).encode())
+        for name, split in self.splits.items():
+            content.update(repr([name, *((example.text, example.label) for example in split)]).encode())
+        return content.hexdigest()
+
 
 def check_examples(arguments: ExampleArguments) -> None:
     """Refuse nonsense, and sources that cannot be read, before any long work; looks at no network."""
@@ -102,9 +110,10 @@ def check_examples(arguments: ExampleArguments) -> None:
         raise UserError(f"--balance {arguments.balance} is for one label a text: leave it out with {arguments.problem_type}.")
     if not arguments.dataset:
         raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
-    if "docs" in arguments.dataset and len(arguments.dataset) > 1:
-        raise UserError("--dataset docs has labels of its own: give it alone.")
-    for source in [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]:
+    sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
+    if "docs" in sources and (len(sources) > 1 or arguments.problem_type != SINGLE):
+        raise UserError("--dataset docs brings one label a text, and is split by modules: give it alone.")
+    for source in sources:
         if not source.strip():
             raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
         if source != "docs" and not is_hub_id(source):
@@ -209,12 +218,14 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tu
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "train" not in splits:
         raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
-    splits = {split: splits[split] for split in SPLITS if split in splits}
+    splits = DatasetDict({split: splits[split] for split in SPLITS if split in splits})
     for rows in splits.values():
         check_columns(source, _columns(arguments), rows.column_names)
     # By custom -1 stands for labels that are kept secret: such a test split is none.
-    known = {name: rows for name, rows in splits.items() if name == "train" or -1 not in rows[:1][arguments.label_column[0]]}
-    return {name: _named(rows, f"{source}: {name} row", arguments) for name, rows in known.items()}
+    column = arguments.label_column[0]
+    if "test" in splits and isinstance(splits["test"].features[column], ClassLabel) and -1 in splits["test"][:1][column]:
+        del splits["test"]
+    return {name: _named(rows, f"{source}: {name} row", arguments) for name, rows in splits.items()}
 
 
 def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -227,7 +238,7 @@ def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple
             names[column] = of.int2str
     for number, row in enumerate(rows.select_columns([arguments.text_column, *arguments.label_column]), start=1):
         for column, name in names.items():
-            row[column] = name(row[column]) if row[column] != -1 else None
+            row[column] = None if row[column] in (-1, None) else name(row[column])
         yield f"{place} {number}", row
 
 
@@ -251,7 +262,9 @@ def _one_name(values: dict[str, Any], place: str) -> str:
 
 def _name(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str | int) or not str(value).strip():
-        raise UserError(f"{place} has no label under {column!r} but {value!r}: give it one, or leave this row out.")
+        raise UserError(f"{place} has no label under {column!r} but {value!r:.80}: give it one, or leave this row out.")
+    if isinstance(value, str):
+        text_of({column: value}, column, place)  # refuses half a character
     return str(value).strip()
 
 
@@ -274,8 +287,10 @@ def _numbers(values: dict[str, Any], place: str) -> tuple[float, ...]:
     numbers = []
     for column, value in values.items():
         number = _as_number(value)
-        if number is None or not math.isfinite(number):
-            raise UserError(f"{place} has no number under {column!r} but {value!r}: give one, or leave this row out.")
+        if number is None:
+            raise UserError(f"{place} has no number under {column!r} but {value!r:.80}: give one, or leave this row out.")
+        if not abs(number) < LARGEST:
+            raise UserError(f"{place} has {value!r:.80} under {column!r}, too large to be told: scale the numbers to about 1.")
         numbers.append(number)
     return tuple(numbers)
 
@@ -283,7 +298,7 @@ def _numbers(values: dict[str, Any], place: str) -> tuple[float, ...]:
 def _as_number(value: Any) -> float | None:
     try:
         return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -322,9 +337,12 @@ def _split(examples: list[Example], fractions: dict[str, float], seed: int) -> d
     for index in _order([example.group for example in examples], seed, "split"):
         label = examples[index].label
         strata[label if isinstance(label, str) else None].append(index)
+    done = 0  # what one label's share is rounded by is made up for by the next
     for indices in strata.values():
-        ends = {"test": round(len(indices) * fractions["test"])}
-        ends["validation"] = ends["test"] + round(len(indices) * fractions["validation"])
+        shares = {name: round((done + len(indices)) * share) - round(done * share) for name, share in fractions.items()}
+        done += len(indices)
+        ends = {"test": min(shares["test"], len(indices) - 1)}  # one example at least is learned from
+        ends["validation"] = min(ends["test"] + shares["validation"], len(indices) - 1)
         side = ""
         for place, index in enumerate(indices):
             if not place or examples[index].group != examples[indices[place - 1]].group:
@@ -349,22 +367,24 @@ def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> lis
         asked = name != "test" or arguments.test_fraction or arguments.test_dataset
         if not examples and asked:
             raise UserError(f"there is nothing left for the {name} split: give more examples, or larger shares of them.")
+        if len(examples) == 1 and name != "train" and arguments.problem_type == REGRESSION:
+            raise UserError(f"the {name} split has a single example, of which nothing can be said: give more.")
     if arguments.problem_type == REGRESSION:
-        return arguments.label_column
-    if arguments.problem_type == MULTI and len(arguments.label_column) > 1:
         return arguments.label_column
     found = {name: dict.fromkeys(_labels(examples)) for name, examples in splits.items()}
     names = list(found["train"])
-    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
     names.sort(key=lambda name: (int(name), name) if numbers else name)
     if len(names) < 2 and arguments.problem_type == SINGLE:
-        raise UserError(f"every example of the training split has the label {names[0]!r}: there is nothing to tell apart.")
+        raise UserError(f"every example of the training split has the label {names[0]!r:.80}: there is nothing to tell apart.")
     if not names:
         raise UserError("no example of the training split has a label: there is nothing to learn.")
+    if len(arguments.label_column) > 1:
+        return arguments.label_column
     for name in ("validation", "test"):
         if unseen := [label for label in found[name] if label not in found["train"]]:
             few = ", ".join(map(repr, unseen[:5]))
-            raise UserError(f"the {name} split has labels that the training split has not: {few}. Add examples of them to it.")
+            raise UserError(f"the {name} split has labels that the training split has not: {few:.200}. Add examples of them.")
     return names
 
 

@@ -90,6 +90,8 @@ def read_rows(path: Path, columns: dict[str, str], errors: str, header: Sequence
     Raises:
         UserError: the file cannot be read, is not what its ending says, or lacks a column.
     """
+    if header and path.suffix.lower() in (".jsonl", ".parquet"):
+        raise UserError(f"{path} names its own columns: leave out --columns.")
     with _system_errors(path):
         match path.suffix.lower():
             case ".jsonl":
@@ -203,6 +205,8 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
     try:
         header = names or next(reader, [])
         check_columns(f"{path}", columns, header)
+        if twice := [column for column in columns if list(header).count(column) > 1]:
+            raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own.")
         for row in reader:
             if row and len(row) != len(header):
                 what = "commas" if is_csv else "tabs"
@@ -210,6 +214,8 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts that hold "
                     f"{what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
                 )
+            if row == list(names):
+                raise UserError(f"{path}: line {reader.line_num} holds the names of the columns: leave out --columns.")
             if row:
                 yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:

@@ -4,6 +4,7 @@ import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -21,6 +22,11 @@ def is_hub_id(source: str) -> bool:
         and source.count("/") <= 1
         and not source.startswith((".", "/", "~"))
     )
+
+
+def short_name(source: str) -> str:
+    """What a source is called where others read it: without the folders above it."""
+    return source if is_hub_id(source) else Path(source).name
 
 
 @contextmanager

@@ -131,14 +131,12 @@ def make_optimizers(
     rest: list[nn.Parameter] = []
     for path, parameter in named:
         (hidden if "layers." in path and parameter.ndim == 2 else rest).append(parameter)
-    muon = Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay)
-    if not rest:  # adapters may be all there is to train
-        return [muon]
-    return [
-        muon,
-        # AdamW keeps pace with Muon at high rates; there it has to forget fast (Jordan's betas in modded-nanogpt).
-        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.8, 0.95), weight_decay=0.0, fused=True),
-    ]
+    optimizers: list[torch.optim.Optimizer] = []  # a head, or adapters, may be all there is to train
+    if hidden:
+        optimizers.append(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
+    if rest:  # AdamW keeps pace with Muon at high rates; there it has to forget fast (Jordan's betas in modded-nanogpt)
+        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.8, 0.95), weight_decay=0.0, fused=True))
+    return optimizers
 
 
 def muon_initialization(model: PreTrainedModel) -> None:

@@ -125,8 +125,8 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 class BatchesByLength(Sampler[list[int]]):
     """
-    The batches of a whole run, as indices that go on counting from epoch to epoch; each text comes once an epoch, and all
-    batches are full.
+    The batches of a whole run, as indices that go on counting from epoch to epoch. Each text comes once an epoch, and all
+    batches are full: those that are left over at the end of an epoch open the next.
 
     Args:
         lengths: of the texts, in tokens.
@@ -148,13 +148,20 @@ class BatchesByLength(Sampler[list[int]]):
         return itertools.islice(self._batches(), self.start, self.num_batches)
 
     def _batches(self) -> Iterator[list[int]]:
-        generator, count = np.random.default_rng(self.seed), len(self.lengths)
-        epochs = (generator.permutation(count) + first for first in itertools.count(step=count))
-        draws = itertools.chain.from_iterable(epoch.tolist() for epoch in epochs)
-        while True:
-            pool = sorted(itertools.islice(draws, POOL * self.batch_size), key=lambda draw: self.lengths[draw % count])
-            for place in generator.permutation(POOL).tolist():
-                yield pool[place * self.batch_size : (place + 1) * self.batch_size]
+        generator, count, size = np.random.default_rng(self.seed), len(self.lengths), self.batch_size
+        draws: list[int] = []
+        for first in itertools.count(step=count):
+            num_left = len(draws)
+            draws += (generator.permutation(count) + first).tolist()
+            if num_left and len(draws) >= size:
+                yield draws[:size]
+                draws = draws[size:]
+            while len(draws) >= size:
+                num_batches = min(POOL, len(draws) // size)
+                pool, draws = draws[: num_batches * size], draws[num_batches * size :]
+                pool.sort(key=lambda draw: self.lengths[draw % count])
+                for place in generator.permutation(num_batches).tolist():
+                    yield pool[place * size : (place + 1) * size]
 
 
 def padded_loader(texts: Dataset[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **how: Any) -> DataLoader:

@@ -26,6 +26,7 @@ from training.checkpoints import check_output_folder, whole_weights, written_who
 from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
 from training.engine import EngineArguments, check_engine, train
 from training.flops import flops_per_token
+from training.hub import short_name
 from training.loop import start_accelerator
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
@@ -162,7 +163,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
-    dataset = " ".join(Path(source).name if Path(source).exists() else source for source in arguments.dataset)
+    dataset = " ".join(map(short_name, arguments.dataset))
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         corpora = corpora_of(arguments)
@@ -236,7 +237,8 @@ def main() -> None:
 
     prepared_batches = accelerator.prepare(validation_batches)
     flops = flops_per_token(config, arguments.context_length, frozen=bool(arguments.lora_r))
-    outcome = train(accelerator, arguments, model, batches_from, score, show, flops)
+    data = " ".join(tokens.digest for tokens in (*training_tokens, validation_tokens))
+    outcome = train(accelerator, arguments, model, batches_from, data, score, show, flops)
     accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{format_samples(samples[-1])}")
     evaluations, result = {"before training": outcome.before, "after training": outcome.after}, outcome.after
     if arguments.test_fraction:

@@ -114,6 +114,7 @@ def load_config(name: str, context_length: int) -> ScratchGPTConfig:
     """
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} holds an adapter: merge it into its model, and give the folder of that.")
+    _check_place(name)
     try:
         config = ScratchGPTConfig.from_pretrained(name)
     except Exception as error:  # transformers and the Hub each have their own
@@ -143,11 +144,7 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
         UserError: there is no such model, or its code was not trusted.
     """
     folder = Path(name)
-    if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
-        missing = f"{name} is no folder" if name else "no model"
-        raise UserError(f"{missing}: give the folder or the Hub id of a model as the first argument.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} holds no config.json: it is no model folder.")
+    _check_place(name)
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
@@ -158,6 +155,15 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise UserError(f"{name} brings code of its own: read it, and pass --trust_remote_code if you trust it.")
     return trust_remote_code
+
+
+def _check_place(name: str) -> None:
+    """Refuse what is neither a model's folder nor shaped like a Hub id."""
+    folder = Path(name)
+    if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
+        raise UserError(f"{name or 'nothing'} is no folder: give the folder or the Hub id of a model.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json: it is no model folder.")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -187,9 +193,10 @@ def load_model(
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     kind = KINDS[auto_class]
     try:
-        loaded: Any = auto_class.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
-        )
+        with quiet():
+            loaded: Any = auto_class.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
+            )
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
         raise UserError(f"{name} cannot be loaded as a {kind} ({one_line(error)}).") from error
     model, report = loaded

@@ -156,6 +156,9 @@ def duration(seconds: float) -> str:
 def _without_folders(value: Any) -> Any:
     """A path says where things lie on the author's machine; a card is for others."""
     if isinstance(value, str):
+        option, equals, given = value.partition("=")
+        if equals and option.startswith("--"):
+            return f"{option}={_without_folders(given)}"
         return Path(value).name if value.startswith(("/", "~")) else value
     if isinstance(value, list):
         return [_without_folders(item) for item in value]

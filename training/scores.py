@@ -5,7 +5,6 @@ Notable:
 - A score that is not defined for the labels at hand (ROC-AUC where a class is missing) is left out, not guessed.
 """
 
-import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -42,7 +41,7 @@ class RegressionScores:
 
     loss: float  # mean squared error
     mean_absolute_error: float
-    r2: float  # share of the variance that is explained; nan for a single text
+    r2: float  # share of the variance that is explained
 
     def __str__(self) -> str:
         return f"squared error {self.loss:.4f}, absolute error {self.mean_absolute_error:.4f}, R² {self.r2:.3f}"
@@ -86,9 +85,9 @@ class Predictions:
         logits, truth = (torch.from_numpy(numbers).double() for numbers in (self.logits, labels))
         loss = functions[self.problem_type](logits, truth).item()  # without the weights and the smoothing of training
         if self.problem_type == REGRESSION:
-            with warnings.catch_warnings(action="ignore"):  # of a single text
-                r2 = float(metrics.r2_score(labels, self.logits))
-            return RegressionScores(loss, float(np.abs(self.logits - labels).mean()), r2)
+            return RegressionScores(
+                loss, float(np.abs(self.logits - labels).mean()), float(metrics.r2_score(labels, self.logits))
+            )
         return ClassificationScores(loss, float((self.decisions == labels).all(-1).mean()), float(self._f1(labels)[2].mean()))
 
     def all_scores(self, labels: np.ndarray) -> dict[str, Any]:

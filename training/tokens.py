@@ -35,11 +35,13 @@ BATCH = 2**20  # characters that are encoded at once, on all cores
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of one split, where its documents start among them, and the length of its text in UTF-8 bytes."""
+    """The token ids of one split, where its documents start among them, the length of its text in UTF-8 bytes, and a digest
+    of text and tokenizer."""
 
     ids: np.ndarray
     num_bytes: int
     starts: np.ndarray
+    digest: str = ""
 
 
 def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context_length: int) -> ScratchGPTTokenizer:
@@ -107,7 +109,7 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
     num_documents, num_ids = _counts(path)
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths_ = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize).astype(np.int64)
-    return Tokens(ids, num_bytes, np.cumsum(lengths_) - lengths_)
+    return Tokens(ids, num_bytes, np.cumsum(lengths_) - lengths_, path.stem)
 
 
 def _batches_of_pieces(texts: datasets.Dataset) -> Iterator[list[tuple[str, bool, bool]]]:

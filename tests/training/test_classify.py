@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TextClassificationPipeline
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TextClassificationPipeline,
+)
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
@@ -84,7 +91,7 @@ def test_it_learns_and_says_so(finished):
     for line in ("To learn from: 84 (bright 42, dark 42)", "To look at in the end: 24 (bright 12, dark 12)", "true: dark]"):
         assert line in process.stdout
     card = (folder / "README.md").read_text()
-    for part in ("pipeline_tag: text-classification", "value: 1.0", "| bright | 1.0000 | 1.0000 | 1.0000 | 12 |", "loss.png"):
+    for part in ("pipeline_tag: text-classification", "value: 1.0", "| `bright` | 1.0000 | 1.0000 | 1.0000 | 12 |", "loss.png"):
         assert part in card
     assert str(ROOT) not in card
     for picture in ("loss.png", "predictions.png"):
@@ -149,7 +156,7 @@ def test_labelling_a_file_a_table_and_standard_input(finished, nights, tmp_path,
         assert row["label"] == scores[0]["label"]
         assert row["scores"] == pytest.approx({it["label"]: it["score"] for it in scores}, abs=1e-4)
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n".join([*texts, "", "  "]))
+    lines.write_text("\n" * 2000 + "\n".join([*texts, "", "  "]))
     assert label(monkeypatch, capsys, "--predict", folder, "--input", str(lines), "--batch_size", "7") == by_table
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode())))
     assert label(monkeypatch, capsys, "--predict", folder, "--batch_size", "7") == by_table
@@ -187,8 +194,6 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
     GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(base)
     tokenizer = ScratchGPTTokenizer.train(["It was a dark and stormy night"] * 9, 290)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    from transformers import PreTrainedTokenizerFast
-
     end = "<|bos|>"
     PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
@@ -250,9 +255,12 @@ def test_early_stopping_takes_the_best(recipe, tmp_path):
     assert found["validation"]["loss"] == pytest.approx(measured[best], rel=1e-4)
 
 
-def test_a_run_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
-    """Weights and scores are those of a run that was not stopped."""
-    straight = recipe("--patience", "5", output="straight")
+def test_a_run_goes_on_where_it_was(recipe, nights, tmp_path, monkeypatch):
+    """Weights and scores are those of a run that was not stopped; with other data it does not go on."""
+    examples = tmp_path / "nights.jsonl"
+    examples.write_text(Path(nights).read_text())
+    words = ["--patience", "5", "--subword_dropout", "0.2", "--dataset", str(examples)]
+    straight = recipe(*words, output="straight")
     steps = classify.train.__globals__["training_steps"]
 
     def stopped(*arguments, **keywords):
@@ -264,9 +272,13 @@ def test_a_run_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("training.engine.training_steps", stopped)
         with pytest.raises(KeyboardInterrupt):
-            recipe("--patience", "5", output="stopped")
+            recipe(*words, output="stopped")
+    examples.write_text(Path(nights).read_text().replace("calm", "quiet"))
+    with pytest.raises(UserError, match="the data of the run in .* has changed since"):
+        recipe(*words, "--resume", "True", output="stopped")
+    examples.write_text(Path(nights).read_text())
     assert not (tmp_path / "stopped" / "config.json").exists()
-    resumed = recipe("--patience", "5", "--resume", "True", output="stopped")
+    resumed = recipe(*words, "--resume", "True", output="stopped")
     one, two = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert json.loads((straight / "metrics.json").read_text()) == json.loads((resumed / "metrics.json").read_text())
@@ -305,7 +317,12 @@ def test_smoothing_and_weights_reach_the_loss():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "--epochs must be a positive number, got 0.0"),
+        (["--epochs", "0"], "--epochs must be above 0 and at most 1,000,000, got 0.0"),
+        (["--epochs", "nan"], "--epochs must be above 0 and at most 1,000,000, got nan"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
+        (["--batch_size", "85"], "--batch_size 85 is more than the 84 examples: lower it"),
+        (["--input", "x.txt"], "--input x.txt is for --predict: say which model is to label it"),
+        (["--base_model", "/nowhere"], "/nowhere is no folder: give the folder or the Hub id of a model"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
         (["--label_smoothing", "-0.1"], "--label_smoothing must be at least 0 and below 1"),
         (["--train_blocks", "-2"], r"--train_blocks must be -1 \(everything\), 0 \(the head\) or more, got -2"),
@@ -327,6 +344,14 @@ def test_mistakes_are_refused_before_the_first_step(recipe, tmp_path, words, mes
 
 
 def test_labelling_refuses_what_is_no_classifier(run, tmp_path, monkeypatch):
+    for words, message in (
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--columns", "a", "b"], "--columns is for files: standard input is read line by line"),
+        (["--input", ""], "--input is empty: give a file, or - for standard input"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["classify.py", "--predict", str(run[0]), *words])
+        with pytest.raises(UserError, match=message):
+            classify.main()
     for folder, message in (
         (run[0], "is no text classifier, or not a whole one: it lacks score.weight"),
         (tmp_path, "config.json"),
@@ -334,6 +359,44 @@ def test_labelling_refuses_what_is_no_classifier(run, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["classify.py", "--predict", str(folder)])
         with pytest.raises(UserError, match=message):
             classify.main()
+
+
+def test_a_run_that_was_killed_while_it_moved_its_files_goes_on(recipe):
+    """config.json comes last: without it the adapter's folder is there already."""
+    folder = recipe("--lora_r", "2")
+    (folder / "config.json").unlink()
+    (folder / ".writing-abandoned").mkdir()
+    recipe("--lora_r", "2", "--resume", "True")
+    assert (folder / "config.json").exists()
+    assert not list(folder.glob(".writing-*"))
+
+
+def test_a_head_alone_needs_no_muon(recipe):
+    assert recipe("--train_blocks", "0", "--optimizer", "muon").is_dir()
+
+
+def test_a_classifier_that_cannot_pad_labels_too(finished, tmp_path, monkeypatch, capsys):
+    """As transformers' GPT-2 is saved."""
+    folder = tmp_path / "gpt2"
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+    GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=2)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(finished[0], trust_remote_code=False)
+    tokenizer.pad_token = None
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|eos|>").save_pretrained(folder)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("short\nand a longer one\n")
+    found = label(monkeypatch, capsys, "--predict", str(folder), "--input", str(lines))
+    assert [row["text"] for row in found] == ["short", "and a longer one"]
+
+
+def test_a_tokenizer_that_does_not_fit_its_model_is_refused(recipe, run, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(run[0], base, ignore=shutil.ignore_patterns("checkpoints"))
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(50)])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match="has 350 tokens, and rows for 300"):
+        recipe(base=base)
 
 
 def test_whoever_reads_the_labels_may_stop(finished, tmp_path):

@@ -208,10 +208,23 @@ def rows_with(**changes) -> list[dict]:
         (rows_with(label=None), {}, "line 6 has no label under 'label' but None"),
         (rows_with(label=" "), {}, "line 6 has no label under 'label' but ' '"),
         (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': give names, or --problem_type regression"),
+        (rows_with(label="\ud800"), {}, "line 6 holds half of a character"),
         (rows_with(label=["a"]), {}, "line 6 has a list under 'label'.*--problem_type multi_label_classification"),
         (ROWS, {"text_column": "body"}, "line 1 has no 'body'; it has text, label. Set --text_column"),
         (ROWS, {"label_column": ["kind"]}, "line 1 has no 'kind'; it has text, label. Set --label_column"),
         (ROWS, {"problem_type": REGRESSION}, "line 1 has no number under 'label' but 'even'"),
+        (
+            [{**row, "label": 1e30} for row in ROWS],
+            {"problem_type": REGRESSION},
+            r"line 1 has 1e\+30 under 'label', too large to be told: scale the numbers to about 1",
+        ),
+        (
+            [{**row, "label": 10**400} for row in ROWS],
+            {"problem_type": REGRESSION},
+            "line 1 has no number under 'label' but 1000",
+        ),
+        ([{**row, "label": []} for row in ROWS], {"problem_type": MULTI}, "no example of the training split has a label"),
+        (ROWS, {"columns": ["text", "label"]}, "rows.jsonl names its own columns: leave out --columns"),
         (ROWS, {"problem_type": MULTI}, "line 1 has no list under 'label' but 'even'"),
         (
             rows_with(label="new"),
@@ -230,6 +243,32 @@ def test_refusals(tmp_path, rows, changes, message):
     arguments = replace(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), **changes)
     with pytest.raises(UserError, match=message):
         read_examples(arguments, seed=0)
+
+
+def test_columns_are_named_once(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label,label\na,b,c\n")
+    with pytest.raises(UserError, match="rows.csv has two columns 'label': give each a name of its own"):
+        check_examples(ExampleArguments(dataset=[str(table)]))
+    table.write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match="line 1 holds the names of the columns: leave out --columns"):
+        check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
+
+
+@pytest.mark.parametrize(("labels", "each"), [(200, 5), (300, 3), (100, 7), (500, 2)])
+def test_many_rare_labels_are_split_in_the_shares_asked_for(labels, each):
+    """Rounding the share of each label by itself would leave nothing to look at, or too much."""
+    examples = [Example(f"{label} {n}", str(label), f"{label} {n}") for label in range(labels) for n in range(each)]
+    splits = _split(examples, {"validation": 0.1, "test": 0.2}, seed=0)
+    sizes = [len(splits[name]) / len(examples) for name in SPLITS]
+    assert {example.label for example in splits["train"]} == {example.label for example in examples}
+    if each > 2:  # of two, one at least is learned from
+        assert sizes == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
+
+
+def test_odd_numbers_as_labels(tmp_path):
+    rows = [{"text": f"text {n}", "label": ("--5", "3", "²")[n % 3]} for n in range(60)]
+    assert read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0).names == ["--5", "3", "²"]
 
 
 def test_a_csv_of_numbers_is_not_taken_for_names(tmp_path):
@@ -252,7 +291,8 @@ def test_a_csv_of_numbers_is_not_taken_for_names(tmp_path):
         ({"label_column": ["a", "b"]}, "several columns are for --problem_type multi_label_classification or regression"),
         ({"balance": "weights", "problem_type": MULTI}, "--balance weights is for one label a text"),
         ({"dataset": []}, "--dataset is empty"),
-        ({"dataset": ["docs", "x.csv"]}, "--dataset docs has labels of its own"),
+        ({"dataset": ["docs", "x.csv"]}, "--dataset docs brings one label a text"),
+        ({"problem_type": REGRESSION}, "--dataset docs brings one label a text"),
         ({"dataset": ["missing.csv"]}, "missing.csv: no such file or folder"),
     ],
 )

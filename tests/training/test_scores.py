@@ -1,5 +1,6 @@
 import json
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from tests.conftest import on_two_processes
+from training.classification_report import code, draw_predictions, mistakes_table, plain
 from training.examples import MULTI, REGRESSION, SINGLE, Example
 from training.scores import Predictions, calibration_error
 
@@ -105,9 +107,24 @@ torch.testing.assert_close(torch.from_numpy(together), alone, atol=1e-4, rtol=1e
 
 
 def test_mistakes_are_told_worst_first():
-    from training.classification_report import mistakes_table
-
     examples = [Example(text, label, text) for text, label in (("one", "a"), ("two", "b"), ("a|b <i>", "b"), ("four\n4", "c"))]
     lines = mistakes_table(examples, LABELS, Predictions(LOGITS, NAMES, SINGLE)).splitlines()
     assert lines[0] == "Mistakes: 2 of 4 texts, the worst first."
-    assert lines[4:] == [r"| a 60.0% | b | a\|b &lt;i> |", "| b 50.0% | c | four 4 |"]
+    assert lines[4:] == [r"| `a 60.0%` | `b` | `a\|b <i>` |", "| `b 50.0%` | `c` | `four 4` |"]
+
+
+def test_what_would_be_obeyed_is_shown():
+    assert plain("a\x1b[2J b\n\nc\u202ed", 100) == "a�[2J b c�d"
+    assert plain("long " * 9, 10) == "long long ..."
+    assert code("`x` and ``y``") == "``` `x` and ``y`` ```"
+    assert code("# $1$ ~~no~~ &lt; *a* | @you") == r"`# $1$ ~~no~~ &lt; *a* \| @you`"
+
+
+@pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
+def test_a_picture_of_labels_that_are_no_words(tmp_path, kind):
+    """Names that matplotlib would take for formulas, leave out of a legend, or make the picture of."""
+    names = ["$10_$20", r"$\bad$", "_" + "x" * 5000 + "\r🙂"]
+    draw_predictions(LABELS, Predictions(LOGITS, names, kind), tmp_path / "picture.png")
+    width, height = struct.unpack(">II", (tmp_path / "picture.png").read_bytes()[16:24])
+    assert 300 < width < 1500
+    assert 300 < height < 1500
