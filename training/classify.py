@@ -316,8 +316,8 @@ def main() -> None:
     labels = {name: as_numbers(split, names, kind) for name, split in examples.splits.items()}
     for name in SPLITS:
         accelerator.print(f"To {PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
-    copies = ", ".join(f"{count:,} of {name}" for name, count in examples.copies.items())
-    accelerator.print(f"Left out to balance: {examples.left_out:,}; copies of texts in a later split dropped: {copies}")
+    copies = " and ".join(f"{examples.copies[name]:,} of {name}" for name in SPLITS[:2])
+    accelerator.print(f"Left out to balance: {examples.left_out:,}; copies of texts in a later split: {copies}, dropped")
     texts = {
         name: encode([example.text for example in split], tokenizer, tokenizer.model_max_length, labels[name])
         for name, split in examples.splits.items()

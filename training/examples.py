@@ -358,7 +358,7 @@ def _without_copies(splits: dict[str, list[Example]]) -> tuple[dict[str, list[Ex
         kept[name] = [example for example in splits[name] if example.text.strip() not in later]
         copies[name] = len(splits[name]) - len(kept[name])
         later.update(example.text.strip() for example in kept[name])
-    return {name: kept[name] for name in SPLITS}, copies
+    return {name: kept[name] for name in SPLITS}, {name: copies[name] for name in SPLITS}
 
 
 def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
