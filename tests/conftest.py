@@ -39,6 +39,24 @@ TINY: dict[str, Any] = {
 }
 
 
+# The beginning of a program for a process of its own, in which neither of our packages can be imported.
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, json, sys
+
+class NotHere(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_scratchgpt", "training"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
+try:
+    import modeling_scratchgpt
+    sys.exit("the package is importable: this proves nothing")
+except ModuleNotFoundError:
+    pass
+"""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Caches of the test run are its own, so it finds nothing that an earlier run has left."""

@@ -9,22 +9,11 @@ import pytest
 import torch
 
 from modeling_scratchgpt import ScratchGPTTokenizer
+from tests.conftest import WITHOUT_THE_PACKAGE
 
-PROGRAM = """
-import importlib.abc, json, sys
-
-class NotHere(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_scratchgpt", "training"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotHere())
-try:
-    import modeling_scratchgpt
-    sys.exit("the package is importable: this proves nothing")
-except ModuleNotFoundError:
-    pass
-
+PROGRAM = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -48,6 +37,7 @@ model.save_pretrained(sys.argv[2])
 tokenizer.save_pretrained(sys.argv[2])
 print("RESULT" + json.dumps(result))
 """
+)
 
 
 @pytest.fixture

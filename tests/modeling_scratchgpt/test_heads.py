@@ -46,6 +46,37 @@ def test_the_last_real_token_classifies(tiny_config, side):
     torch.testing.assert_close(alone, hidden @ model.score.weight.T)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mean_of_the_real_tokens_classifies_where_it_is_asked_for(tiny_config, side):
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5, classifier_pooling="mean")
+    ids, padding = random_ids(3, 9), torch.full((3, 4), 2)
+    alone = model(ids).logits
+    torch.testing.assert_close(alone, model.model(ids).last_hidden_state.mean(1) @ model.score.weight.T)
+    padded, mask = torch.cat((padding, ids), dim=1), torch.cat((torch.zeros(3, 4), torch.ones(3, 9)), dim=1).long()
+    if side == "right":
+        padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_labels_may_be_shares_of_the_classes(tiny_config):
+    """As torch's own cross-entropy takes them: so they carry smoothing and weights. Trainer counts every share."""
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=4, problem_type="single_label_classification")
+    ids, classes = random_ids(4, 8), torch.tensor([3, 0, 1, 2])
+    hard = functional.one_hot(classes, 4).float()
+    torch.testing.assert_close(model(ids, labels=hard).loss, model(ids, labels=classes).loss)
+    smooth = 0.9 * hard + 0.1 / 4
+    output = model(ids, labels=smooth)
+    torch.testing.assert_close(output.loss, functional.cross_entropy(output.logits, classes, label_smoothing=0.1))
+    pieces = [
+        model(ids[row : row + 1], labels=smooth[row : row + 1], num_items_in_batch=smooth.numel()).loss for row in range(4)
+    ]
+    torch.testing.assert_close(sum(pieces), output.loss)
+    weights = torch.tensor([2.0, 1, 1, 0.5])
+    expected = (functional.cross_entropy(output.logits, classes, reduction="none") * weights[classes]).mean()
+    torch.testing.assert_close(model(ids, labels=hard * weights[classes][:, None]).loss, expected)
+
+
 CASES = {
     "classes": ({"num_labels": 4}, lambda: torch.tensor([3, 0, 1, 2])),
     "several at once": (

@@ -22,6 +22,7 @@ from transformers import (
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
+from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows
 from training import classify
 from training.arguments import UserError
@@ -117,19 +118,14 @@ def test_the_pipeline_says_what_was_measured(finished):
 
 
 def test_without_the_package(finished):
-    program = """
-import importlib.abc, json, sys
-
-class NotHere(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_scratchgpt", "training"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotHere())
+    program = (
+        WITHOUT_THE_PACKAGE
+        + """
 from transformers import pipeline
 classify = pipeline("text-classification", model=sys.argv[1], trust_remote_code=True, top_k=None)
 print("RESULT" + json.dumps(classify("It was a dark and stormy night", truncation=True)))
 """
+    )
     folder, _ = finished
     process = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
