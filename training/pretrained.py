@@ -161,7 +161,8 @@ def _check_place(name: str) -> None:
     """Refuse what is neither a model's folder nor shaped like a Hub id."""
     folder = Path(name)
     if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
-        raise UserError(f"{name or 'nothing'} is no folder: give the folder or the Hub id of a model.")
+        missing = f"{name} is no folder" if name else "no model is named"
+        raise UserError(f"{missing}: give the folder or the Hub id of a model.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name} holds no config.json: it is no model folder.")
 

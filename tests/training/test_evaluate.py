@@ -175,7 +175,7 @@ def test_mistakes_end_in_one_line(folder, text, tiny_model, tokenizer, tmp_path,
     tokenizer.save_pretrained(classifier)
     missing = tmp_path / "missing"
     for words, message in (
-        ([], "give the folder or the Hub id of a model as the first argument"),
+        ([], "no model is named: give the folder or the Hub id of a model"),
         ([missing], f"{missing} is no folder: give the folder or the Hub id"),
         (["nobody/nothing"], "nobody/nothing: no such folder here, and the Hub did not give it"),
         ([tmp_path], "holds no config.json"),

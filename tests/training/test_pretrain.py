@@ -135,7 +135,7 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "missing.txt"], "error: missing.txt: no such file or folder"),
+        (["--dataset", "missing.txt"], "missing.txt: no such file or folder"),
         (["--context_length", "1"], "--context_length must be at least 2, got 1"),
         (["--windows", "packed", "--stride", "8"], "--stride 8 is for --windows ordered: leave it out with packed"),
         (["--mixing_alpha", "nan"], "--mixing_alpha must be zero or more, got nan"),
