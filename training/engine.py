@@ -229,7 +229,7 @@ def train(
         if best:
             path, state = best
             load_checkpoint(path, state, model, prepared_optimizers)
-            accelerator.print(f"Taking the model of step {state['step']:,}, which had the lowest loss on the held-out data")
+            accelerator.print(f"Taking the model of step {state['step']:,}: no good checkpoint has a lower held-out loss")
             after = None
     if after is None:  # other weights than those of the last evaluation, or it was stopped between its last step and its end
         after = evaluate(prepared_model)
