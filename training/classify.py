@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
+from tokenizers import normalizers
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -57,7 +58,7 @@ from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, tex
 from training.flops import flops_per_token
 from training.hub import short_name
 from training.loop import start_accelerator
-from training.padding import BatchesByLength, CutTexts, EncodedTexts, encode, in_order_of_length, padded_loader
+from training.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
 from training.pretrained import (
     LoraArguments,
     check_model,
@@ -98,9 +99,11 @@ class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
         "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
     )
     dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
+    lowercase: bool = option(False, "Make the tokenizer turn all letters into small ones: few texts then go further.")
     subword_dropout: float = option(
         0.0, "Chance, between any two characters of a training text, that a token has to end there: other tokens each epoch."
     )
+    token_dropout: float = option(0.0, "Share of the tokens of a training text that is left out: others each epoch.")
     label_smoothing: float = option(0.0, "Share of the certainty of a label that is spread over all labels.")
     context_length: int = option(0, "Most tokens of a text, a longer one loses its end; 0: as many as the model takes.")
     epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
@@ -119,7 +122,7 @@ def check(arguments: ClassifyArguments, num_processes: int) -> None:
     check_engine(with_steps(arguments, 1), num_processes)
     if arguments.input != "-":
         raise UserError(f"--input {arguments.input} is for --predict: say which model is to label it.")
-    for name in ("dropout", "subword_dropout", "label_smoothing"):
+    for name in ("dropout", "subword_dropout", "token_dropout", "label_smoothing"):
         if not 0 <= getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(arguments, name)}.")
     if arguments.label_smoothing and arguments.problem_type != SINGLE:
@@ -170,9 +173,13 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
     return model
 
 
-def classifier_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerBase:
+def classifier_tokenizer(name: str, max_length: int, lowercase: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which from now on marks the beginning and the end of every text: there the head reads."""
     tokenizer: Any = load_tokenizer(name, trust_remote_code=False)
+    if lowercase:
+        backend = tokenizer.backend_tokenizer
+        steps = [normalizers.Lowercase(), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step])
     tokenizer.add_bos_token = tokenizer.bos_token is not None
     tokenizer.add_eos_token = tokenizer.eos_token is not None
     with_padding(tokenizer, name)
@@ -302,7 +309,8 @@ def main() -> None:
     config = load_config(arguments.base_model, max(arguments.context_length, 4))
     if arguments.train_blocks > (blocks := config.num_hidden_layers):
         raise UserError(f"--train_blocks {arguments.train_blocks} is more than the {blocks} blocks of the model.")
-    tokenizer = classifier_tokenizer(arguments.base_model, arguments.context_length or config.max_position_embeddings)
+    max_length = arguments.context_length or config.max_position_embeddings
+    tokenizer = classifier_tokenizer(arguments.base_model, max_length, arguments.lowercase)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
     accelerator.wait_for_everyone()
@@ -319,18 +327,19 @@ def main() -> None:
     copies = " and ".join(f"{examples.copies[name]:,} of {name}" for name in SPLITS[:2])
     accelerator.print(f"Left out to balance: {examples.left_out:,}; copies of texts in a later split: {copies}, dropped")
     texts = {
-        name: encode([example.text for example in split], tokenizer, tokenizer.model_max_length, labels[name])
+        name: encode([example.text for example in split], tokenizer, max_length, labels[name])
         for name, split in examples.splits.items()
         if split
     }
     if arguments.batch_size > len(texts["train"]):
         raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(texts['train'])} examples: lower it.")
     texts["train"] = replace(texts["train"], labels=training_labels(arguments, labels["train"]))
-    accelerator.print(tokens_report(texts, tokenizer.model_max_length))
+    accelerator.print(tokens_report(texts, max_length))
     training_texts: Any = texts["train"]
-    if arguments.subword_dropout:
-        written, limit = [example.text for example in examples.splits["train"]], tokenizer.model_max_length
-        training_texts = CutTexts(written, texts["train"], tokenizer, limit, arguments.subword_dropout, arguments.seed)
+    if arguments.subword_dropout or arguments.token_dropout:
+        written = [example.text for example in examples.splits["train"]]
+        dropouts = arguments.subword_dropout, arguments.token_dropout
+        training_texts = VariedTexts(written, texts["train"], tokenizer, max_length, *dropouts, arguments.seed)
     arguments = with_steps(arguments, len(texts["train"]))
 
     model = first_model(arguments, names, tokenizer.pad_token_id)

@@ -4,7 +4,7 @@ Notable:
 - A batch costs what its longest text costs. Texts are drawn at random, a pool of batches at a time, and sorted by length
   within the pool: what is left is a quarter of the padding, and nearly all of the randomness.
 - Which texts make up batch n depends on the seed and on n alone, not on the number of processes or on what ran before. So does
-  where their tokens are cut: an index says which text, and goes on counting from epoch to epoch.
+  how their tokens vary: an index says which text, and goes on counting from epoch to epoch.
 """
 
 import itertools
@@ -71,21 +71,22 @@ def encode(
     return EncodedTexts(np.concatenate(parts), np.cumsum([0, *lengths]), num_truncated, labels)
 
 
-class CutTexts(Dataset[dict[str, Any]]):
+class VariedTexts(Dataset[dict[str, Any]]):
     """
-    Texts whose tokens are other ones each time: between any two characters a token may have to end.
+    Texts that are told in other tokens each time: between any two characters a token may have to end, and some are left out.
 
-    A word is then known by its parts too, also one that was never seen; and few texts are not learned by heart so soon. A
-    subword regularisation (Kudo, 2018) like BPE-dropout (Provilkov et al., 2020), for any kind of tokenizer and with random
-    numbers that follow from the seed.
+    A word is then known by its parts too, also one that was never seen; no single word decides; and few texts are not learned
+    by heart so soon. Ends at random are a subword regularisation (Kudo, 2018) like BPE-dropout (Provilkov et al., 2020), for
+    any kind of tokenizer and with random numbers that follow from the seed; leaving out is word dropout (Iyyer et al., 2015).
 
     Args:
         texts: as they were encoded.
-        encoded: the same without cuts, for what is around them and for their labels.
+        encoded: the same as they are, for their labels.
         tokenizer: a fast one.
         max_length: tokens; a longer text loses its end.
-        probability: of a cut between two characters.
-        seed: decides where the cuts are.
+        subword_dropout: probability that a token has to end between two characters.
+        token_dropout: probability that a token is left out; where none would stay, all do.
+        seed: decides about both.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class CutTexts(Dataset[dict[str, Any]]):
         encoded: EncodedTexts,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
-        probability: float,
+        subword_dropout: float,
+        token_dropout: float,
         seed: int,
     ):
-        self.texts, self.encoded, self.backend = texts, encoded, tokenizer.backend_tokenizer
-        self.probability, self.seed = probability, seed
+        self.texts, self.encoded, self.backend, self.seed = texts, encoded, tokenizer.backend_tokenizer, seed
+        self.subword_dropout, self.token_dropout = subword_dropout, token_dropout
         self.before, self.after = _around(tokenizer)
         self.room = max_length - len(self.before) - len(self.after)
 
@@ -106,13 +108,15 @@ class CutTexts(Dataset[dict[str, Any]]):
         return len(self.texts)
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        text = self.texts[draw % len(self)]
-        cuts = np.flatnonzero(np.random.default_rng((self.seed, draw)).random(len(text) - 1) < self.probability) + 1
+        text, generator = self.texts[draw % len(self)], np.random.default_rng((self.seed, draw))
+        cuts = np.flatnonzero(generator.random(len(text) - 1) < self.subword_dropout) + 1
         edges = [0, *cuts.tolist(), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
         encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = [token for encoding in encodings for token in encoding.ids]
-        return {**self.encoded[draw], "input_ids": [*self.before, *ids[: self.room], *self.after]}
+        ids = np.array([token for encoding in encodings for token in encoding.ids], dtype=np.int64)
+        kept = generator.random(len(ids)) >= self.token_dropout
+        ids = ids[kept] if kept.any() else ids
+        return {**self.encoded[draw], "input_ids": [*self.before, *ids[: self.room].tolist(), *self.after]}
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

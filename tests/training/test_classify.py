@@ -251,11 +251,20 @@ def test_early_stopping_takes_the_best(recipe, tmp_path):
     assert found["validation"]["loss"] == pytest.approx(measured[best], rel=1e-4)
 
 
+def test_small_letters(recipe):
+    """The tokenizer of the classifier makes them, so whoever calls it does not have to."""
+    folder = recipe("--lowercase", "True")
+    capitals, small = pipeline_of(folder)(["IT WAS A DARK NIGHT", "it was a dark night"])
+    assert capitals == small
+    again = recipe("--lowercase", "True", "--max_steps", "1", base=folder, output="again")
+    assert AutoTokenizer.from_pretrained(again, trust_remote_code=False)("DARK") == pipeline_of(folder).tokenizer("dark")
+
+
 def test_a_run_goes_on_where_it_was(recipe, nights, tmp_path, monkeypatch):
     """Weights and scores are those of a run that was not stopped; with other data it does not go on."""
     examples = tmp_path / "nights.jsonl"
     examples.write_text(Path(nights).read_text())
-    words = ["--patience", "5", "--subword_dropout", "0.2", "--dataset", str(examples)]
+    words = ["--patience", "5", "--subword_dropout", "0.2", "--token_dropout", "0.1", "--dataset", str(examples)]
     straight = recipe(*words, output="straight")
     steps = classify.train.__globals__["training_steps"]
 

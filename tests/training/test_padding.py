@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
-from training.padding import BatchesByLength, CutTexts, EncodedTexts, encode, in_order_of_length, padded_loader
+from training.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
 
 WORDS = ["to be or not to be", "that is the question", "whether 'tis nobler", "in the mind to suffer"]
 
@@ -71,24 +71,46 @@ def test_batches_hold_little_padding():
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), draw=st.integers(0, 9), seed=st.integers(0, 3))
 @settings(deadline=None)
-def test_cut_texts_are_the_same_texts(tokenizer, text, draw, seed):
+def test_tokens_that_end_elsewhere_are_the_same_text(tokenizer, text, draw, seed):
     encoded = encode([text], tokenizer, 1000, np.ones((1, 2), dtype=np.float32))
-    row = CutTexts([text], encoded, tokenizer, 1000, 0.3, seed)[draw]
+    row = VariedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw]
     assert tokenizer.decode(row["input_ids"][1:-1]) == text
     assert row["input_ids"][0] == tokenizer.bos_token_id
     assert row["input_ids"][-1] == tokenizer.eos_token_id
     assert row["labels"] == [1.0, 1.0]
-    assert CutTexts([text], encoded, tokenizer, 1000, 0.3, seed)[draw] == row
-    assert CutTexts([text], encoded, tokenizer, 1000, 0.0, seed)[draw] == encoded[draw]
+    assert VariedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw] == row
+    assert VariedTexts([text], encoded, tokenizer, 1000, 0.0, 0.0, seed)[draw] == encoded[draw]
 
 
-def test_cuts_differ_from_epoch_to_epoch_and_keep_to_the_limit(tokenizer):
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1), draw=st.integers(0, 9), share=st.floats(0, 0.999))
+@settings(deadline=None)
+def test_what_is_left_of_a_text_is_in_its_order(tokenizer, words, draw, share):
+    text = " ".join(words)
+    encoded = encode([text], tokenizer, 10_000)
+    texts = VariedTexts([text], encoded, tokenizer, 10_000, 0, share, seed=0)
+    left, whole = texts[draw]["input_ids"], encoded[draw]["input_ids"]
+    assert left[0] == whole[0]
+    assert left[-1] == whole[-1]
+    assert len(left) > 2
+    following = iter(whole)
+    assert all(token in following for token in left)
+
+
+def test_the_share_of_tokens_that_is_left_out(tokenizer):
+    text = " ".join(WORDS * 50)
+    encoded = encode([text], tokenizer, 10_000)
+    texts = VariedTexts([text], encoded, tokenizer, 10_000, 0, 0.2, seed=0)
+    assert len(texts[0]["input_ids"]) / encoded.lengths[0] == pytest.approx(0.8, abs=0.03)
+    assert texts[0] != texts[1]
+
+
+def test_texts_vary_from_epoch_to_epoch_and_keep_to_the_limit(tokenizer):
     encoded = encode(WORDS, tokenizer, 12)
-    texts = CutTexts(WORDS, encoded, tokenizer, 12, 0.5, seed=0)
+    texts = VariedTexts(WORDS, encoded, tokenizer, 12, 0.5, 0.1, seed=0)
     rows = [texts[1 + epoch * len(WORDS)]["input_ids"] for epoch in range(5)]
     assert len({tuple(row) for row in rows}) > 1
     assert all(len(row) <= 12 and row[-1] == tokenizer.eos_token_id for row in rows)
-    whole = CutTexts(WORDS, encode(WORDS, tokenizer, 100), tokenizer, 100, 0.99, seed=0)
+    whole = VariedTexts(WORDS, encode(WORDS, tokenizer, 100), tokenizer, 100, 0.99, 0, seed=0)
     assert len(whole[0]["input_ids"]) >= len(WORDS[0]), "nearly one token a character"
 
 

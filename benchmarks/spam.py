@@ -1,0 +1,118 @@
+"""SMS spam or ham: a GPT pretrained and fine-tuned here, beside scikit-learn's classifiers on the same splits.
+
+    python benchmarks/spam.py --data ../shared/data              # the SMS Spam Collection, in its folder sms-spam
+    python benchmarks/spam.py --data ../shared/data --seeds 0    # one split
+
+The task of chapter 6 of "Build a Large Language Model From Scratch": as many ham as spam, 70/10/20. A seed decides which ham,
+which split, and all training. For each seed training/pretrain.py learns the ham that balancing leaves over, in small letters:
+no text that is in a split, and no copy of one. training/classify.py then trains all of that model, its last block, or LoRA.
+Minutes are those of a whole command, from its start to its end.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+
+from training.examples import SPLITS, ExampleArguments, Examples, read_examples
+from training.files import read_rows
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ["label", "text"]
+BASE = "the base, pretrained"
+PRETRAIN = "--vocab_size 4000 --model num_hidden_layers=1 hidden_size=256 --max_steps 120 --batch_size 8 --windows packed"
+CLASSIFY = (
+    "--columns label text --balance undersample --classifier_pooling mean --lowercase True --subword_dropout 0.1 "
+    "--token_dropout 0.1 --label_smoothing 0.05 --learning_rate 0.001 --epochs 14"
+)
+WAYS = {
+    "everything trained": "",
+    "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
+    "the last block trained": "--train_blocks 1 --learning_rate 0.002",
+}
+PEERS: dict[str, Callable[[], Any]] = {
+    "characters 2 to 5 within words, SVM": lambda: make_pipeline(
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True), LinearSVC()
+    ),
+    "characters 1 to 5, SVM": lambda: make_pipeline(
+        TfidfVectorizer(analyzer="char", ngram_range=(1, 5), lowercase=False, sublinear_tf=True), LinearSVC()
+    ),
+    "words, logistic regression": lambda: make_pipeline(TfidfVectorizer(), LogisticRegression(C=10)),
+}
+
+
+def read_splits(path: Path, seed: int) -> Examples:
+    """The texts of a seed, as training/classify.py reads them."""
+    return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample"), seed)
+
+
+def write_left_over(path: Path, splits: Examples, to: Path) -> None:
+    """The texts that are in no split, in small letters."""
+    held = {example.text.strip() for name in SPLITS for example in splits.splits[name]}
+    rows = read_rows(path, {"text": "text_column"}, "strict", COLUMNS)
+    left = (row["text"].lower() for _, row in rows if row["text"].strip() not in held)
+    to.write_text("".join(json.dumps({"text": text}) + "\n" for text in left), encoding="utf-8")
+
+
+def run(script: str, *words: str) -> float:
+    """Run a recipe; the minutes it took."""
+    start = time.perf_counter()
+    command = [sys.executable, f"training/{script}.py", *words, "--report_to", "none"]
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return (time.perf_counter() - start) / 60
+
+
+def peer_accuracy(make: Callable[[], Any], splits: Examples) -> float:
+    """On the test split, from the training split."""
+    (texts, labels), (test_texts, test_labels) = (
+        zip(*((example.text, example.label) for example in splits.splits[name]), strict=True) for name in ("train", "test")
+    )
+    return make().fit(texts, labels).score(test_texts, test_labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with sms-spam/SMSSpamCollection")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    arguments = parser.parse_args()
+    path = (arguments.data / "sms-spam" / "SMSSpamCollection").resolve()
+    accuracies, minutes = defaultdict(list), defaultdict(list)
+    for seed in arguments.seeds:
+        splits = read_splits(path, seed)
+        for title, make in PEERS.items():
+            accuracies[title].append(peer_accuracy(make, splits))
+        with tempfile.TemporaryDirectory() as name:
+            folder, shared = Path(name), ["--seed", str(seed)]
+            write_left_over(path, splits, folder / "ham.jsonl")
+            words = ["--dataset", f"{folder}/ham.jsonl", "--output_dir", f"{folder}/base", *shared]
+            minutes[BASE].append(run("pretrain", *words, *PRETRAIN.split()))
+            for title, change in WAYS.items():
+                to = folder / title.replace(" ", "-")
+                words = ["--dataset", str(path), "--base_model", f"{folder}/base", "--output_dir", str(to), *shared]
+                minutes[title].append(run("classify", *words, *CLASSIFY.split(), *change.split()))
+                accuracies[title].append(json.loads((to / "metrics.json").read_text(encoding="utf-8"))["test"]["accuracy"])
+        found = ", ".join(f"{title} {values[-1]:.2%}" for title, values in accuracies.items())
+        print(f"Seed {seed}: {found}", flush=True)
+    print("\n| | test accuracy | lowest to highest | minutes |\n|---|---|---|---|")
+    print(f"| {BASE} | | | {np.mean(minutes[BASE]):.1f} |")
+    for title in (*WAYS, *PEERS):
+        values, took = accuracies[title], f"{np.mean(minutes[title]):.1f}" if title in minutes else ""
+        print(f"| {title} | {np.mean(values):.2%} | {min(values):.2%} to {max(values):.2%} | {took} |")
+
+
+if __name__ == "__main__":
+    main()
