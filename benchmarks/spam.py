@@ -35,7 +35,7 @@ BASE = "the base, pretrained"
 PRETRAIN = "--vocab_size 4000 --model num_hidden_layers=1 hidden_size=256 --max_steps 120 --batch_size 8 --windows packed"
 CLASSIFY = (
     "--columns label text --balance undersample --classifier_pooling mean --lowercase True --subword_dropout 0.1 "
-    "--token_dropout 0.1 --label_smoothing 0.05 --learning_rate 0.001 --epochs 14"
+    "--token_dropout 0.2 --label_smoothing 0.05 --learning_rate 0.001 --epochs 14"
 )
 WAYS = {
     "everything trained": "",
