@@ -142,8 +142,8 @@ def with_steps(arguments: ClassifyArguments, num_examples: int) -> ClassifyArgum
     return replace(
         arguments,
         max_steps=arguments.max_steps or math.ceil(arguments.epochs * an_epoch),
-        eval_every=arguments.eval_every or max(1, round(an_epoch)),
-        save_every=arguments.save_every or max(1, round(an_epoch)),
+        eval_every=arguments.eval_every or math.ceil(an_epoch),
+        save_every=arguments.save_every or math.ceil(an_epoch),
     )
 
 

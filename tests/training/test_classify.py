@@ -299,6 +299,12 @@ def test_two_processes_learn_what_one_does(finished, run, nights, caches, tmp_pa
     assert json.loads((folder / "metrics.json").read_text())["test"]["accuracy"] == 1
 
 
+def test_what_an_epoch_decides():
+    """The last look is that of the last epoch, not one more after it."""
+    arguments = classify.with_steps(classify.ClassifyArguments(batch_size=16, epochs=3), 3490)
+    assert (arguments.max_steps, arguments.eval_every, arguments.save_every) == (655, 219, 219)
+
+
 def test_labels_carry_smoothing_and_weights():
     arguments = classify.ClassifyArguments(label_smoothing=0.2, balance="weights")
     labels = np.eye(2, dtype=np.float32)[[0, 0, 0, 1]]
