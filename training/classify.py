@@ -99,7 +99,7 @@ class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
         "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
     )
     dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
-    lowercase: bool = option(False, "Make the tokenizer turn all letters into small ones: few texts then go further.")
+    lowercase: bool = option(False, "Make the tokenizer turn all letters into small ones.")
     subword_dropout: float = option(
         0.0, "Chance, between any two characters of a training text, that a token has to end there: other tokens each epoch."
     )
