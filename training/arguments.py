@@ -14,6 +14,7 @@ import errno
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,11 @@ Arguments = TypeVar("Arguments")
 
 class UserError(Exception):
     """Something only the user can put right. The message says what was given, what is allowed and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for a line that says more."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def option(default: Any, help: str, **keywords: Any) -> Any:

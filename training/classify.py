@@ -17,8 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from operator import itemgetter
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ from training.pretrained import (
     lora_config,
     save_merged,
 )
-from training.report import CURVE, card_data, draw_loss, duration, hardware, origin, write_card
+from training.report import CURVE, card_data, draw_loss, hardware, origin, write_card
 from training.scores import Predictions, predict
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
@@ -237,13 +236,17 @@ def introduction(arguments: ClassifyArguments, names: list[str], dataset: str) -
 
 
 def label_texts(arguments: ClassifyArguments) -> None:
-    """Write a JSON line for each text of the input: the text, its label, and the probability of every label."""
+    """Write a JSON line for each text of the input: the text, its label, and the probability of every label. An empty text has
+    none."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, got {arguments.batch_size}.")
     if arguments.input == "-" and arguments.columns:
         raise UserError("--columns is for files: standard input is read line by line.")
     if not arguments.input:
         raise UserError("--input is empty: give a file, or - for standard input.")
+    sources = [None] if arguments.input == "-" else find_files(arguments.input)
+    for path in filter(None, sources):
+        next(texts_of(path, arguments), None)  # what is wrong with its beginning is said before any long work
     device = start_accelerator().device
     trusted = check_model(arguments.predict, trust_remote_code=False)
     tokenizer = load_tokenizer(arguments.predict, trusted)
@@ -254,24 +257,22 @@ def label_texts(arguments: ClassifyArguments) -> None:
     classify = TextClassificationPipeline(
         model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
     )
-    source, num_empty = texts_of(arguments), 0
+    source = chain.from_iterable(texts_of(path, arguments) for path in sources)
     with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
         while chunk := list(islice(source, CHUNK)):
-            texts = [text for text in chunk if text.strip()]
-            num_empty += len(chunk) - len(texts)
-            order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # texts of a batch about as long
-            found: Any = classify([texts[index] for index in order], truncation=True, max_length=limit) if texts else []
-            for _, text, scores in sorted(zip(order, map(texts.__getitem__, order), found, strict=True), key=itemgetter(0)):
-                row = {"text": text, **answer(scores, model.config.problem_type)}
+            order = [index for index, text in enumerate(chunk) if text.strip()]
+            order.sort(key=lambda index: len(chunk[index]))  # texts of a batch about as long
+            found: Any = classify([chunk[index] for index in order], truncation=True, max_length=limit) if order else []
+            scores = dict(zip(order, found, strict=True))
+            for index, text in enumerate(chunk):  # a line for an empty text too: the fifth line is about the fifth text
+                row = {"text": text, **answer(scores.get(index, []), model.config.problem_type)}
                 print(json.dumps(row, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
             sys.stdout.flush()
             bar.update(len(chunk))
-    if num_empty:
-        print(f"Left out because they are empty: {num_empty:,}", file=sys.stderr)
 
 
 def answer(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
-    """What a pipeline says of one text, the likeliest first, as it is written."""
+    """What a pipeline says of one text, the likeliest first, as it is written; of an empty text it says nothing."""
     values = {it["label"]: round(it["score"], 6) for it in scores}
     match problem_type:
         case "regression":
@@ -279,21 +280,17 @@ def answer(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, 
         case "multi_label_classification":
             return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
         case _:
-            return {"label": scores[0]["label"], "scores": values}
+            return {"label": next(iter(values), None), "scores": values}
 
 
-def texts_of(arguments: ClassifyArguments) -> Iterator[str]:
-    """The texts to label, one by one."""
-    if arguments.input == "-":
-        yield from (line.rstrip("\r\n") for _, line in read_lines("-", arguments.errors))
-        return
-    for path in find_files(arguments.input):
-        if path.suffix.lower() in TABLE_ENDINGS or arguments.columns:
-            columns = {arguments.text_column: "text_column"}
-            for place, row in read_rows(path, columns, arguments.errors, arguments.columns):
-                yield text_of(row, arguments.text_column, place, arguments.errors)
-        else:
-            yield from (line.rstrip("\r\n") for _, line in read_lines(path, arguments.errors))
+def texts_of(path: Path | None, arguments: ClassifyArguments) -> Iterator[str]:
+    """The texts to label, one by one, of a file or, without one, of standard input."""
+    if path and (path.suffix.lower() in TABLE_ENDINGS or arguments.columns):
+        columns = {arguments.text_column: "text_column"}
+        for place, row in read_rows(path, columns, arguments.errors, arguments.columns):
+            yield text_of(row, arguments.text_column, place, arguments.errors)
+    else:
+        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.errors))
 
 
 def main() -> None:
@@ -325,7 +322,9 @@ def main() -> None:
     for name in SPLITS:
         accelerator.print(f"To {PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
     copies = " and ".join(f"{examples.copies[name]:,} of {name}" for name in SPLITS[:2])
-    accelerator.print(f"Left out to balance: {examples.left_out:,}; copies of texts in a later split: {copies}, dropped")
+    accelerator.print(f"Dropped as copies of texts in a later split: {copies}")
+    if arguments.balance == "undersample":
+        accelerator.print(f"Left out to balance: {examples.left_out:,}")
     texts = {
         name: encode([example.text for example in split], tokenizer, max_length, labels[name])
         for name, split in examples.splits.items()
@@ -383,7 +382,6 @@ def main() -> None:
     results = {split: predictions.all_scores(labels[split]) for split, predictions in seen.items()}
     last = list(seen)[-1]
 
-    took = f"{outcome.rows[-1]['step']:,} steps, {outcome.tokens:,} tokens, {duration(outcome.seconds)}"
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
@@ -417,14 +415,14 @@ def main() -> None:
                 facts={
                     "Examples": f"{dataset}: " + ", ".join(f"{name} {len(texts[name]):,}" for name in texts),
                     "Parameters": f"{model.num_parameters():,}, of which {trained:,} were trained",
-                    "Training": took,
+                    "Training": str(outcome),
                     "Hardware": hardware(accelerator.num_processes),
                 },
                 settings={name: value for name, value in vars(arguments).items() if name not in ("predict", "input")},
             )
     accelerator.print(
-        f"Trained for {took}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"
-        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True)"
+        f"Trained for {outcome}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"
+        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True, top_k=None)"
     )
     accelerator.end_training()
 

@@ -24,7 +24,7 @@ from training.flops import measured_peak
 from training.loop import training_steps
 from training.metrics import MetricsFile
 from training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizers, make_schedules
-from training.report import ProgressBar
+from training.report import ProgressBar, duration
 
 Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
 
@@ -114,13 +114,9 @@ class Outcome(Generic[Evaluation]):
     after: Evaluation
     rows: list[dict[str, Any]]  # of metrics.jsonl
 
-    @property
-    def tokens(self) -> int:
-        return sum(row.get("tokens", 0) for row in self.rows)
-
-    @property
-    def seconds(self) -> float:
-        return sum(row.get("seconds", 0.0) for row in self.rows)
+    def __str__(self) -> str:
+        tokens, seconds = (sum(row.get(name, 0) for row in self.rows) for name in ("tokens", "seconds"))
+        return f"{self.rows[-1]['step']:,} steps, {tokens:,} tokens, {duration(seconds)} (evaluations apart)"
 
 
 def train(

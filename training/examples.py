@@ -193,7 +193,7 @@ def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Exa
                 row for path in paths for row in read_rows(path, _columns(arguments), arguments.errors, arguments.columns)
             )
         }
-    return {name: [_example(*row, arguments) for row in rows] for name, rows in splits.items()}
+    return {name: _examples(rows, arguments) for name, rows in splits.items()}
 
 
 def _docstrings() -> list[Example]:
@@ -242,13 +242,20 @@ def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple
         yield f"{place} {number}", row
 
 
-def _example(place: str, row: dict[str, Any], arguments: ExampleArguments) -> Example:
-    text = text_of(row, arguments.text_column, place, arguments.errors)
-    if not text.strip():
-        raise UserError(f"{place} has an empty text under {arguments.text_column!r}: leave this row out.")
-    values = {column: row[column] for column in arguments.label_column}
+def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArguments) -> list[Example]:
     read = {SINGLE: _one_name, MULTI: _several_names, REGRESSION: _numbers}[arguments.problem_type]
-    return Example(text, read(values, place), text.strip())
+    examples, empty = [], []
+    for place, row in rows:
+        text = text_of(row, arguments.text_column, place, arguments.errors)
+        if text.strip():
+            values = {column: row[column] for column in arguments.label_column}
+            examples.append(Example(text, read(values, place), text.strip()))
+        else:
+            empty.append(place)
+    if empty:
+        others = f", and so have {len(empty) - 1:,} more of its rows: leave them" if len(empty) > 1 else ": leave this row"
+        raise UserError(f"{empty[0]} has an empty text under {arguments.text_column!r}{others} out.")
+    return examples
 
 
 def _one_name(values: dict[str, Any], place: str) -> str:

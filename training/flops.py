@@ -12,7 +12,7 @@ import torch
 
 from modeling_scratchgpt import ScratchGPTConfig
 
-PEAK_SECONDS = 0.2  # long enough for a steady clock, short enough not to be noticed
+SECONDS_PER_SIZE, FEWEST_PRODUCTS, LONGEST_PRODUCT = 0.05, 3, 0.5  # in measuring a device's peak
 
 
 def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
@@ -71,22 +71,22 @@ def flops_per_token(
 
 @torch.no_grad()
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best matrix product found in a fifth of a second: what "100 % utilisation" means here.
+    """FLOP/s of the best matrix product found in about half a second: what "100 % utilisation" means here.
 
-    The matrices grow until one product takes a fair part of that time: devices differ by a factor of a million, and one that
-    is slow in this dtype (bfloat16 on many CPUs) must not be kept busy for minutes.
+    The matrices grow while one product takes little time: devices differ by a factor of a million, and one that is slow in this
+    dtype (bfloat16 on many CPUs) must not be kept busy for minutes. Of each size it takes the best of several: the first wake
+    threads and libraries, and on a machine with other work any of them may have to wait.
     """
-    best, side, start = 0.0, 128, time.perf_counter()
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    seconds = _seconds_of_product(matrix)  # the first wakes threads and libraries, and does not count
-    while (spent := time.perf_counter() - start) < PEAK_SECONDS:
-        seconds = _seconds_of_product(matrix)
-        best = max(best, 2 * side**3 / seconds)
-        if side < 8192 and 32 * seconds < PEAK_SECONDS - spent:  # twice the side is eight times the work
-            side *= 2
-            matrix = torch.randn(side, side, device=device).to(dtype)
-            _seconds_of_product(matrix)
-    return best or 2 * side**3 / seconds
+    best = 0.0
+    for side in (128, 256, 512, 1024, 2048, 4096, 8192):
+        matrix = torch.randn(side, side, device=device).to(dtype)
+        start, seconds = time.perf_counter(), list[float]()
+        while len(seconds) < FEWEST_PRODUCTS or time.perf_counter() - start < SECONDS_PER_SIZE:
+            seconds.append(_seconds_of_product(matrix))
+        best = max(best, 2 * side**3 / min(seconds))
+        if 8 * min(seconds) > LONGEST_PRODUCT:  # twice the side is eight times the work
+            break
+    return best
 
 
 def _seconds_of_product(matrix: torch.Tensor) -> float:

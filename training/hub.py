@@ -9,17 +9,18 @@ from pathlib import Path
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from training.arguments import UserError
+from training.arguments import UserError, one_line
 from training.files import FILE_ENDINGS
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it is shaped like an id, with nothing of that name here."""
+    """Whether it is shaped like an id, with nothing of that name here, nor a folder that it would lie in."""
     return (
         not os.path.exists(source)
         and not source.lower().endswith(FILE_ENDINGS)
         and not glob.has_magic(source)
         and source.count("/") <= 1
+        and not os.path.isdir(os.path.dirname(source))
         and not source.startswith((".", "/", "~"))
     )
 
@@ -34,6 +35,4 @@ def hub_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
-        raise UserError(
-            f"{source}: no such file or folder here, and the Hub did not give it ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise UserError(f"{source}: no such file or folder here, and the Hub did not give it ({one_line(error)}).") from error

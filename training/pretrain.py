@@ -36,7 +36,6 @@ from training.report import (
     beginnings,
     card_data,
     draw_loss,
-    duration,
     format_samples,
     hardware,
     origin,
@@ -253,7 +252,6 @@ def main() -> None:
         evaluations["after training, on the test text"] = result
         accelerator.print(f"On the test text, looked at only now: {result}\n")
 
-    took = f"{arguments.max_steps:,} steps, {outcome.tokens:,} tokens, {duration(outcome.seconds)}"
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
@@ -278,13 +276,13 @@ def main() -> None:
                 facts={
                     "Corpus": f"{dataset}: {len(training_texts):,} documents, {num_tokens:,} tokens",
                     "Parameters": f"{model.num_parameters():,}",
-                    "Training": took,
+                    "Training": str(outcome),
                     "Hardware": hardware(accelerator.num_processes),
                 },
                 settings={**vars(arguments), "model": own_fields(config)},
             )
     accelerator.print(
-        f"Trained for {took}. The model, its card and its curve are in {output_dir}/:\n"
+        f"Trained for {outcome}. The model, its card and its curve are in {output_dir}/:\n"
         f"    AutoModelForCausalLM.from_pretrained({str(output_dir)!r}, trust_remote_code=True)"
     )
     accelerator.end_training()

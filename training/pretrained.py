@@ -21,7 +21,8 @@ from transformers.utils import logging
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.adapter_files import save_adapter
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
-from training.arguments import UserError, option
+from training.arguments import UserError, one_line, option
+from training.hub import is_hub_id
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 ADAPTER = "adapter"  # folder inside that of the merged model
@@ -132,11 +133,6 @@ def save_merged(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, for a line that says more."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def check_model(name: str, trust_remote_code: bool) -> bool:
     """Whether the code that comes with the model may run: never where this package has the model itself.
 
@@ -160,7 +156,7 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
 def _check_place(name: str) -> None:
     """Refuse what is neither a model's folder nor shaped like a Hub id."""
     folder = Path(name)
-    if not name or (not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1)):
+    if not name or (not folder.is_dir() and not is_hub_id(name)):
         missing = f"{name} is no folder" if name else "no model is named"
         raise UserError(f"{missing}: give the folder or the Hub id of a model.")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -202,5 +198,5 @@ def load_model(
         raise UserError(f"{name} cannot be loaded as a {kind} ({one_line(error)}).") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name} is no {kind}, or not a whole one: it lacks {', '.join(missing[:3])}.")
+        raise UserError(f"{name} is no {kind}, or not a whole one (it lacks {', '.join(missing[:3])}): give the folder of one.")
     return model.to(device).eval()

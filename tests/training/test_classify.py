@@ -153,7 +153,9 @@ def test_labelling_a_file_a_table_and_standard_input(finished, nights, tmp_path,
         assert row["scores"] == pytest.approx({it["label"]: it["score"] for it in scores}, abs=1e-4)
     lines = tmp_path / "lines.txt"
     lines.write_text("\n" * 2000 + "\n".join([*texts, "", "  "]))
-    assert label(monkeypatch, capsys, "--predict", folder, "--input", str(lines), "--batch_size", "7") == by_table
+    by_line = label(monkeypatch, capsys, "--predict", folder, "--input", str(lines), "--batch_size", "7")
+    nothing = {"label": None, "scores": {}}
+    assert by_line == [{"text": "", **nothing}] * 2000 + by_table + [{"text": text, **nothing} for text in ("", "  ")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode())))
     assert label(monkeypatch, capsys, "--predict", folder, "--batch_size", "7") == by_table
 
@@ -343,17 +345,20 @@ def test_mistakes_are_refused_before_the_first_step(recipe, tmp_path, words, mes
 
 
 def test_labelling_refuses_what_is_no_classifier(run, tmp_path, monkeypatch):
-    for words, message in (
+    for words, message in (  # before the model is looked for
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--columns", "a", "b"], "--columns is for files: standard input is read line by line"),
         (["--input", ""], "--input is empty: give a file, or - for standard input"),
+        (["--input", "nothing.csv"], "nothing.csv: no such file or folder"),
+        (["--input", str(run[0] / "metrics.jsonl"), "--text_column", "words"], "has no 'words'; it has"),
     ):
-        monkeypatch.setattr(sys, "argv", ["classify.py", "--predict", str(run[0]), *words])
+        monkeypatch.setattr(sys, "argv", ["classify.py", "--predict", "nobody/nothing", *words])
         with pytest.raises(UserError, match=message):
             classify.main()
     for folder, message in (
-        (run[0], "is no text classifier, or not a whole one: it lacks score.weight"),
+        (run[0], "is no text classifier, or not a whole one .it lacks score.weight.: give the folder of one"),
         (tmp_path, "config.json"),
+        (tmp_path / "mistyped", "mistyped is no folder: give the folder or the Hub id of a model"),
     ):
         monkeypatch.setattr(sys, "argv", ["classify.py", "--predict", str(folder)])
         with pytest.raises(UserError, match=message):

@@ -205,6 +205,11 @@ def rows_with(**changes) -> list[dict]:
         ([{**row, "label": "same"} for row in ROWS], {}, "every example of the training split has the label 'same'"),
         (rows_with(text="  "), {}, "rows.jsonl: line 6 has an empty text under 'text': leave this row out"),
         (rows_with(text=None), {}, "line 6 has an empty text"),
+        (
+            [*rows_with(text=""), {**ROWS[6], "text": ""}],
+            {},
+            "line 6 has an empty text .*, and so have 1 more of its rows",
+        ),
         (rows_with(label=None), {}, "line 6 has no label under 'label' but None"),
         (rows_with(label=" "), {}, "line 6 has no label under 'label' but ' '"),
         (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': give names, or --problem_type regression"),
