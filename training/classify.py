@@ -46,7 +46,6 @@ from training.examples import (
     MULTI,
     REGRESSION,
     SINGLE,
-    SPLITS,
     ExampleArguments,
     as_numbers,
     check_examples,
@@ -70,6 +69,7 @@ from training.pretrained import (
 )
 from training.report import CURVE, card_data, draw_loss, hardware, origin, write_card
 from training.scores import Predictions, predict
+from training.splits import SPLITS
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
 MOST_EPOCHS = 1_000_000

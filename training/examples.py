@@ -22,11 +22,11 @@ from training.arguments import UserError, option
 from training.docstrings import read_docstrings
 from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, text_of
 from training.hub import hub_errors, is_hub_id
+from training.splits import SPLITS, drawn, split_by_group, without_copies
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # a number to predict; the square of its error has to fit
 DOCSTRINGS = 1000  # of each library
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -145,9 +145,12 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
     if arguments.balance == "undersample":
         balanced = _most(train, min(Counter(example.label for example in train).values()), seed)
     fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
-    made = _split(balanced, fractions, seed)
-    splits = {name: given[name] if name != "train" and given[name] else made[name] for name in SPLITS}
-    splits, copies = _without_copies(splits)
+    strata = [example.label if isinstance(example.label, str) else None for example in balanced]
+    made = split_by_group([example.group for example in balanced], fractions, seed, strata)
+    splits = {name: given[name] or [balanced[index] for index in made[name]] for name in SPLITS[1:]}
+    splits, copies = without_copies(
+        {"train": [balanced[index] for index in made["train"]], **splits}, lambda example: example.text.strip()
+    )
     return Examples(splits, _names(splits, arguments), copies, len(train) - len(balanced))
 
 
@@ -317,55 +320,14 @@ def _check_names(examples: list[Example]) -> None:
         raise UserError(f"--label_column holds numbers such as {fractions[0]}: give names, or --problem_type {REGRESSION}.")
 
 
-# Splits -------------------------------------------------------------------------------------------------------------
-
-
-def _order(things: list[str], seed: int, purpose: str) -> list[int]:
-    """Their indices as they are drawn: an order that the seed and each thing by itself decide."""
-    key = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    draws = [hashlib.blake2b(thing.encode(), digest_size=8, key=key).digest() for thing in things]
-    return sorted(range(len(things)), key=draws.__getitem__)
-
-
 def _most(examples: list[Example], count: int, seed: int) -> list[Example]:
     """At most so many examples of each label, drawn at random, in the order they had."""
     taken, kept = Counter[str](), []
-    for index in _order([example.text for example in examples], seed, "balance"):
+    for index in drawn([example.text for example in examples], seed, "balance"):
         taken[examples[index].label] += 1
         if taken[examples[index].label] <= count:
             kept.append(index)
     return [examples[index] for index in sorted(kept)]
-
-
-def _split(examples: list[Example], fractions: dict[str, float], seed: int) -> dict[str, list[Example]]:
-    """Test, validation and the rest, drawn label by label and group by group."""
-    sides: dict[str, list[int]] = {name: [] for name in SPLITS}
-    strata = defaultdict(list)
-    for index in _order([example.group for example in examples], seed, "split"):
-        label = examples[index].label
-        strata[label if isinstance(label, str) else None].append(index)
-    done = 0  # what one label's share is rounded by is made up for by the next
-    for indices in strata.values():
-        shares = {name: round((done + len(indices)) * share) - round(done * share) for name, share in fractions.items()}
-        done += len(indices)
-        ends = {"test": min(shares["test"], len(indices) - 1)}  # one example at least is learned from
-        ends["validation"] = min(ends["test"] + shares["validation"], len(indices) - 1)
-        side = ""
-        for place, index in enumerate(indices):
-            if not place or examples[index].group != examples[indices[place - 1]].group:
-                side = next((name for name, end in ends.items() if place < end), "train")
-            sides[side].append(index)
-    return {name: [examples[index] for index in sorted(indices)] for name, indices in sides.items()}
-
-
-def _without_copies(splits: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], dict[str, int]]:
-    """Each split without the texts of those after it, and how many it lost by that."""
-    kept, copies, later = {}, {}, set[str]()
-    for name in reversed(SPLITS):
-        kept[name] = [example for example in splits[name] if example.text.strip() not in later]
-        copies[name] = len(splits[name]) - len(kept[name])
-        later.update(example.text.strip() for example in kept[name])
-    return {name: kept[name] for name in SPLITS}, {name: copies[name] for name in SPLITS}
 
 
 def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:

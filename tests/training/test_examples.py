@@ -8,24 +8,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import training.examples
 from training.arguments import UserError
 from training.examples import (
     MULTI,
     REGRESSION,
-    SPLITS,
     Example,
     ExampleArguments,
-    _split,
-    _without_copies,
     as_numbers,
     check_examples,
     class_weights,
     read_examples,
 )
+from training.splits import SPLITS
 
 ROWS = [{"text": f"text {number}, or so", "label": "even" if number % 2 == 0 else "odd"} for number in range(40)]
 
@@ -76,24 +72,6 @@ def test_the_seed_decides_the_splits_and_the_order_of_the_rows_does_not(tmp_path
     test = texts(read_examples(one, seed=0).splits["test"])
     assert texts(read_examples(two, seed=0).splits["test"]) == test
     assert texts(read_examples(one, seed=1).splits["test"]) != test
-
-
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["a", "b", "c"])), max_size=60),
-    validation=st.floats(0.0, 0.4),
-    test=st.floats(0.0, 0.4),
-    seed=st.integers(0, 3),
-)
-@settings(deadline=None)
-def test_no_text_is_in_two_splits_and_none_is_lost(rows, validation, test, seed):
-    examples = [Example(f"text {number}", label, f"text {number}") for number, label in rows]
-    made = _split(examples, {"validation": validation, "test": test}, seed)
-    assert sorted(example.text for split in made.values() for example in split) == sorted(example.text for example in examples)
-    splits, copies = _without_copies(made)
-    train, middle, last = (texts(splits[name]) for name in SPLITS)
-    assert not (train & middle | train & last | middle & last)
-    assert copies == {name: len(made[name]) - len(splits[name]) for name in SPLITS}
-    assert train | middle | last == texts(examples)
 
 
 def test_copies_stay_on_one_side_and_the_shares_hold(tmp_path):
@@ -258,17 +236,6 @@ def test_columns_are_named_once(tmp_path):
     table.write_text("text,label\na,b\n")
     with pytest.raises(UserError, match="line 1 holds the names of the columns: leave out --columns"):
         check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
-
-
-@pytest.mark.parametrize(("labels", "each"), [(200, 5), (300, 3), (100, 7), (500, 2)])
-def test_many_rare_labels_are_split_in_the_shares_asked_for(labels, each):
-    """Rounding the share of each label by itself would leave nothing to look at, or too much."""
-    examples = [Example(f"{label} {n}", str(label), f"{label} {n}") for label in range(labels) for n in range(each)]
-    splits = _split(examples, {"validation": 0.1, "test": 0.2}, seed=0)
-    sizes = [len(splits[name]) / len(examples) for name in SPLITS]
-    assert {example.label for example in splits["train"]} == {example.label for example in examples}
-    if each > 2:  # of two, one at least is learned from
-        assert sizes == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
 
 
 def test_odd_numbers_as_labels(tmp_path):
