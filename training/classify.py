@@ -58,8 +58,11 @@ from training.hub import short_name
 from training.loop import start_accelerator
 from training.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
 from training.pretrained import (
-    LoraArguments,
+    TuningArguments,
     check_model,
+    check_tuning,
+    dropout_fields,
+    freeze,
     load_base,
     load_config,
     load_model,
@@ -88,16 +91,11 @@ PURPOSES = {"train": "learn from", "validation": "choose by", "test": "look at i
 
 
 @dataclass
-class ClassifyArguments(EngineArguments, ExampleArguments, LoraArguments):
+class ClassifyArguments(EngineArguments, ExampleArguments, TuningArguments):
     config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments.")
-    base_model: str = option("outputs/pretrain", "Folder or Hub id of the model to start from: ours, GPT-2's or Qwen3's.")
-    train_blocks: int = option(
-        -1, "Train only the last so many blocks, the final norm and the head; 0: the head alone; -1: everything."
-    )
     classifier_pooling: str = option(
         "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
     )
-    dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
     lowercase: bool = option(False, "Make the tokenizer turn all letters into small ones.")
     subword_dropout: float = option(
         0.0, "Chance, between any two characters of a training text, that a token has to end there: other tokens each epoch."
@@ -121,15 +119,12 @@ def check(arguments: ClassifyArguments, num_processes: int) -> None:
     check_engine(with_steps(arguments, 1), num_processes)
     if arguments.input != "-":
         raise UserError(f"--input {arguments.input} is for --predict: say which model is to label it.")
-    for name in ("dropout", "subword_dropout", "token_dropout", "label_smoothing"):
+    for name in ("subword_dropout", "token_dropout", "label_smoothing"):
         if not 0 <= getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(arguments, name)}.")
     if arguments.label_smoothing and arguments.problem_type != SINGLE:
         raise UserError(f"--label_smoothing is for one label a text: leave it out with {arguments.problem_type}.")
-    if arguments.train_blocks < -1:
-        raise UserError(f"--train_blocks must be -1 (everything), 0 (the head) or more, got {arguments.train_blocks}.")
-    if lora_config(arguments) and arguments.train_blocks >= 0:
-        raise UserError("--train_blocks and --lora_r are two ways to train less than everything: give one of them.")
+    check_tuning(arguments)
     if arguments.context_length and arguments.context_length < 4:
         raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
     check_examples(arguments)
@@ -160,15 +155,10 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
         problem_type=arguments.problem_type,
         classifier_pooling=arguments.classifier_pooling,
         pad_token_id=pad_token_id,
-        **dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), arguments.dropout),
+        **dropout_fields(arguments.dropout),
     )
     if arguments.train_blocks >= 0:
-        blocks = model.model.layers
-        model.requires_grad_(False)
-        model.score.requires_grad_(True)
-        if arguments.train_blocks:
-            model.model.norm.requires_grad_(True)
-            blocks[len(blocks) - arguments.train_blocks :].requires_grad_(True)
+        freeze(model, arguments.train_blocks, model.score)
     return model
 
 
@@ -303,9 +293,7 @@ def main() -> None:
     check(arguments, accelerator.num_processes)
     if accelerator.is_main_process:
         check_output_folder(output_dir, arguments.resume)
-    config = load_config(arguments.base_model, max(arguments.context_length, 4))
-    if arguments.train_blocks > (blocks := config.num_hidden_layers):
-        raise UserError(f"--train_blocks {arguments.train_blocks} is more than the {blocks} blocks of the model.")
+    config = load_config(arguments.base_model, max(arguments.context_length, 4), arguments.train_blocks)
     max_length = arguments.context_length or config.max_position_embeddings
     tokenizer = classifier_tokenizer(arguments.base_model, max_length, arguments.lowercase)
     if len(tokenizer) > config.vocab_size:

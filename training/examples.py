@@ -3,9 +3,8 @@
 Notable:
 - A label is what its column says, as text: names go into the model's `id2label`. Several columns, or lists, are several labels
   a text; with `regression` columns hold numbers.
-- Which split an example falls into depends on the seed and on its group alone: its text, so that copies stay together, or, for
-  the embedded docstrings, its module. Within each label the splits have the shares that were asked for.
-- Splits that are given are taken as they are, but for copies: what stands in the test split is dropped from the others.
+- What stays in one split is a text with its copies or, of the embedded docstrings, a module. Within each label the splits have
+  the shares that were asked for.
 """
 
 import hashlib
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict, Sequence, load_dataset
+from datasets import ClassLabel, Sequence
 
 from training.arguments import UserError, option
 from training.docstrings import read_docstrings
 from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, text_of
-from training.hub import hub_errors, is_hub_id
-from training.splits import SPLITS, drawn, split_by_group, without_copies
+from training.hub import hub_splits, is_hub_id
+from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, without_copies
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # a number to predict; the square of its error has to fit
@@ -30,7 +29,7 @@ DOCSTRINGS = 1000  # of each library
 
 
 @dataclass
-class ExampleArguments:
+class ExampleArguments(SplitArguments):
     """What can be asked of the examples of a run."""
 
     dataset: list[str] = option(
@@ -38,14 +37,9 @@ class ExampleArguments:
         "`docs` (which library does this docstring come from); .csv, .tsv, .jsonl and .parquet files, folders and globs of "
         "them; ids of datasets on the Hub.",
     )
-    validation_dataset: list[str] = option([], "The same, to choose by; if not given, a share of --dataset is held out.")
-    test_dataset: list[str] = option([], "The same, for one last look at the end.")
     text_column: str = option("text", "Column of the text.")
     label_column: list[str] = option(["label"], "Column of the label or the number; several for several labels of 0 and 1.")
     columns: list[str] = option([], "Names of the columns, left to right, of .csv and .tsv files that begin without them.")
-    errors: str = option(
-        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
-    )
     problem_type: str = option(SINGLE, "What is to be told of a text.", choices=[SINGLE, MULTI, REGRESSION])
     balance: str = option(
         "none",
@@ -53,8 +47,6 @@ class ExampleArguments:
         "examples counts; or none.",
         choices=["none", "undersample", "weights"],
     )
-    validation_fraction: float = option(0.1, "Share of each label that is held out to choose by, if none is given.")
-    test_fraction: float = option(0.2, "Share of each label that is held out for the end, if none is given; 0 for none.")
 
 
 @dataclass(frozen=True)
@@ -92,13 +84,7 @@ class Examples:
 
 def check_examples(arguments: ExampleArguments) -> None:
     """Refuse nonsense, and sources that cannot be read, before any long work; looks at no network."""
-    made = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
-    fractions = {name: getattr(arguments, f"{name}_fraction") for name in made}
-    if not 0 <= sum(fractions.values()) < 1 or min(fractions.values(), default=0) < 0:
-        given = " and ".join(f"--{name}_fraction {fraction}" for name, fraction in fractions.items())
-        raise UserError(f"{given} must be zero or more, and leave something to train on.")
-    if fractions.get("validation") == 0:
-        raise UserError("--validation_fraction 0 leaves nothing to choose by: give a share, or a --validation_dataset.")
+    paths = check_splits(arguments, TABLE_ENDINGS)
     if not arguments.label_column:
         raise UserError("--label_column is empty: name the column of the labels.")
     if len(set(arguments.label_column)) < len(arguments.label_column) or arguments.text_column in arguments.label_column:
@@ -108,17 +94,10 @@ def check_examples(arguments: ExampleArguments) -> None:
         raise UserError(f"--label_column {names}: several columns are for --problem_type {MULTI} or {REGRESSION}.")
     if arguments.balance != "none" and arguments.problem_type != SINGLE:
         raise UserError(f"--balance {arguments.balance} is for one label a text: leave it out with {arguments.problem_type}.")
-    if not arguments.dataset:
-        raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
-    sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
-    if "docs" in sources and (len(sources) > 1 or arguments.problem_type != SINGLE):
-        raise UserError("--dataset docs brings one label a text, and is split by modules: give it alone.")
-    for source in sources:
-        if not source.strip():
-            raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
-        if source != "docs" and not is_hub_id(source):
-            for path in find_files(source, TABLE_ENDINGS):
-                next(read_rows(path, _columns(arguments), arguments.errors, arguments.columns), None)
+    if "docs" in arguments.dataset and arguments.problem_type != SINGLE:
+        raise UserError(f"--dataset docs brings one label a text: it is not for --problem_type {arguments.problem_type}.")
+    for path in paths:
+        next(read_rows(path, _columns(arguments), arguments.errors, arguments.columns), None)
 
 
 def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
@@ -128,30 +107,16 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
         UserError: a source cannot be read; a text is empty; a label is none of its kind; there is one label only, or one that
             is not in the training split; a split would be empty.
     """
-    given: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
-        for source in sources:
-            found = _read_source(source, arguments)
-            given[name] += found.get(name, found["train"])
-            for split in SPLITS[1:]:  # the Hub's own count where no others are given
-                if name == "train" and not getattr(arguments, f"{split}_dataset"):
-                    given[split] += found.get(split, [])
+    given = read_given(arguments, lambda source: _read_source(source, arguments))
     train = given["train"]
-    if not train:
-        raise UserError(f"--dataset {' '.join(arguments.dataset)}: there is no example in it.")
     if arguments.problem_type == SINGLE:
         _check_names(train)
-    balanced = train
     if arguments.balance == "undersample":
-        balanced = _most(train, min(Counter(example.label for example in train).values()), seed)
-    fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
-    strata = [example.label if isinstance(example.label, str) else None for example in balanced]
-    made = split_by_group([example.group for example in balanced], fractions, seed, strata)
-    splits = {name: given[name] or [balanced[index] for index in made[name]] for name in SPLITS[1:]}
+        given["train"] = _most(train, min(Counter(example.label for example in train).values()), seed)
     splits, copies = without_copies(
-        {"train": [balanced[index] for index in made["train"]], **splits}, lambda example: example.text.strip()
+        filled_up(given, arguments, seed, lambda example: example.group, _stratum), lambda example: example.text.strip()
     )
-    return Examples(splits, _names(splits, arguments), copies, len(train) - len(balanced))
+    return Examples(splits, _names(splits, arguments), copies, len(train) - len(given["train"]))
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
@@ -215,13 +180,7 @@ def _docstrings() -> list[Example]:
 
 
 def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-    name, _, configuration = source.partition(":")
-    with hub_errors(source):
-        loaded = load_dataset(name, configuration or None)
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    if "train" not in splits:
-        raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
-    splits = DatasetDict({split: splits[split] for split in SPLITS if split in splits})
+    splits = hub_splits(source)
     for rows in splits.values():
         check_columns(source, _columns(arguments), rows.column_names)
     # By custom -1 stands for labels that are kept secret: such a test split is none.
@@ -318,6 +277,11 @@ def _check_names(examples: list[Example]) -> None:
     fractions = [label for label in labels if (_as_number(label) or 0) % 1]
     if fractions and all(_as_number(label) is not None for label in labels):
         raise UserError(f"--label_column holds numbers such as {fractions[0]}: give names, or --problem_type {REGRESSION}.")
+
+
+def _stratum(example: Example) -> str | None:
+    """What has the same share in each split, as far as that can be."""
+    return example.label if isinstance(example.label, str) else None
 
 
 def _most(examples: list[Example], count: int, seed: int) -> list[Example]:

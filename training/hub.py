@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
@@ -28,6 +29,22 @@ def is_hub_id(source: str) -> bool:
 def short_name(source: str) -> str:
     """What a source is called where others read it: without the folders above it."""
     return source if is_hub_id(source) else Path(source).name
+
+
+def hub_splits(source: str) -> DatasetDict:
+    """The splits train, validation and test of a dataset, of which it has at least the first; `id:configuration` names one of
+    several.
+
+    Raises:
+        UserError: it cannot be had, or has no such split.
+    """
+    name, _, configuration = source.partition(":")
+    with hub_errors(source):
+        loaded = load_dataset(name, configuration or None)
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if "train" not in splits:
+        raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
+    return DatasetDict({split: splits[split] for split in ("train", "validation", "test") if split in splits})
 
 
 @contextmanager

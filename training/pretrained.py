@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -38,6 +39,32 @@ class LoraArguments:
     lora_target_modules: list[str] = option(["all-linear"], "Last parts of the names of the layers to adapt.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
     use_dora: bool = option(False, "Also train the length of each row of the matrices.")
+
+
+@dataclass
+class TuningArguments(LoraArguments):
+    """What the recipes share that teach a language model something new."""
+
+    base_model: str = option("outputs/pretrain", "Folder or Hub id of the model to start from: ours, GPT-2's or Qwen3's.")
+    train_blocks: int = option(
+        -1, "Train only the last so many blocks, the final norm and the head; 0: the head alone; -1: everything."
+    )
+    dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
+
+
+def check_tuning(arguments: TuningArguments) -> None:
+    """Refuse nonsense before any long work."""
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}.")
+    if arguments.train_blocks < -1:
+        raise UserError(f"--train_blocks must be -1 (everything), 0 (the head) or more, got {arguments.train_blocks}.")
+    if lora_config(arguments) and arguments.train_blocks >= 0:
+        raise UserError("--train_blocks and --lora_r are two ways to train less than everything: give one of them.")
+
+
+def dropout_fields(dropout: float) -> dict[str, float]:
+    """The fields of a model's config that say how much is left out in training."""
+    return dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), dropout)
 
 
 def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = None) -> LoraConfig | None:
@@ -96,6 +123,15 @@ def load_base(
     return model
 
 
+def freeze(model: Any, train_blocks: int, *heads: nn.Module) -> None:
+    """Freeze a model but for its heads, its last so many blocks, and the final norm if there is one of these."""
+    blocks = model.model.layers
+    model.requires_grad_(False)
+    trained = [*heads, *([model.model.norm, *blocks[len(blocks) - train_blocks :]] if train_blocks else [])]
+    for module in trained:
+        module.requires_grad_(True)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Of what transformers has to say, only errors."""
@@ -107,11 +143,11 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def load_config(name: str, context_length: int) -> ScratchGPTConfig:
+def load_config(name: str, context_length: int, train_blocks: int = -1) -> ScratchGPTConfig:
     """The config of a model to train on.
 
     Raises:
-        UserError: there is none, it is of no model that can be ours, or its positions are too few.
+        UserError: there is none, it is of no model that can be ours, its positions are too few, or its blocks.
     """
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} holds an adapter: merge it into its model, and give the folder of that.")
@@ -123,6 +159,8 @@ def load_config(name: str, context_length: int) -> ScratchGPTConfig:
     if config.max_position_embeddings < context_length:
         positions = config.max_position_embeddings
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: shorten it.")
+    if train_blocks > (blocks := config.num_hidden_layers):
+        raise UserError(f"--train_blocks {train_blocks} is more than the {blocks} blocks of the model.")
     return config
 
 
