@@ -264,7 +264,7 @@ def test_a_csv_of_numbers_is_not_taken_for_names(tmp_path):
         ({"label_column": ["a", "b"]}, "several columns are for --problem_type multi_label_classification or regression"),
         ({"balance": "weights", "problem_type": MULTI}, "--balance weights is for one label a text"),
         ({"dataset": []}, "--dataset is empty"),
-        ({"dataset": ["docs", "x.csv"]}, "--dataset docs brings one label a text"),
+        ({"dataset": ["docs", "x.csv"]}, "--dataset docs is split by modules: give it alone"),
         ({"problem_type": REGRESSION}, "--dataset docs brings one label a text"),
         ({"dataset": ["missing.csv"]}, "missing.csv: no such file or folder"),
     ],
