@@ -2,11 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from importlib.util import find_spec
 
@@ -220,54 +217,6 @@ def test_lm_eval_scores(tiny_model, tokenizer, folder, tmp_path):
     assert len(ids) > width + 2
     size = sum(len(text.encode()) for text in texts)
     assert results["results"]["text"]["bits_per_byte,none"] == pytest.approx(-total / size / torch.tensor(2.0).log().item())
-
-
-# `transformers serve` looks a model's class up in its own namespace, and nowhere else: no code of a folder gets there, whatever
-# `--trust-remote-code` says. So the server is started from Python, with our class put there.
-SERVER = """
-import sys
-import transformers
-from transformers.cli.transformers import main
-from modeling_scratchgpt import ScratchGPTForCausalLM
-
-transformers.ScratchGPTForCausalLM = ScratchGPTForCausalLM
-sys.exit(main())
-"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Where a `transformers serve` listens that lives as long as the tests that ask it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 100
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                urllib.request.urlopen(address + "/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def ask(address: str, request: dict) -> bytes:

@@ -1,6 +1,5 @@
 """What a classifier says, for people: examples, mistakes, tables and a picture."""
 
-import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -11,12 +10,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from training.examples import MULTI, REGRESSION, SINGLE, Example
+from training.report import code, plain
 from training.scores import Predictions
 
 MOST_MISTAKES = 500
 MOST_IN_PICTURE = 40  # labels whose names and counts can be read
 SHOWN = 4
-NAME, LINE, TEXT = 40, 100, 500  # characters of a label in a picture, of a text on the terminal, of a text in a file
+NAME, LINE = 40, 100  # characters of a label in a picture, of a text on the terminal
 UNITS = {SINGLE: "nats per text", MULTI: "nats per label", REGRESSION: "squared error"}
 
 
@@ -65,19 +65,6 @@ def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Pre
         cells = told(predictions, index), truth(examples[index]), examples[index].text
         lines.append(f"| {' | '.join(code(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def plain(text: str, most: int) -> str:
-    """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
-    line = "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
-    return line if len(line) <= most else f"{line[:most]}..."
-
-
-def code(text: str) -> str:
-    """A text that Markdown shows as it is, also in a table."""
-    text = plain(text, TEXT).replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -> None:

@@ -12,7 +12,6 @@ out.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -34,14 +33,13 @@ from training.arguments import UserError, option, parse_arguments, run
 from training.checkpoints import check_output_folder, whole_weights, written_whole
 from training.classification_report import (
     UNITS,
-    code,
     described,
     draw_predictions,
     mistakes_table,
     results_table,
     shown,
 )
-from training.engine import EngineArguments, check_engine, train
+from training.engine import EpochArguments, check_epochs, train, with_steps
 from training.examples import (
     MULTI,
     REGRESSION,
@@ -70,12 +68,11 @@ from training.pretrained import (
     lora_config,
     save_merged,
 )
-from training.report import CURVE, card_data, draw_loss, hardware, origin, write_card
+from training.report import CURVE, card_data, code, draw_loss, hardware, origin, write_card
 from training.scores import Predictions, predict
 from training.splits import SPLITS
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
-MOST_EPOCHS = 1_000_000
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
 USAGE = """from transformers import pipeline
@@ -91,7 +88,7 @@ PURPOSES = {"train": "learn from", "validation": "choose by", "test": "look at i
 
 
 @dataclass
-class ClassifyArguments(EngineArguments, ExampleArguments, TuningArguments):
+class ClassifyArguments(EpochArguments, ExampleArguments, TuningArguments):
     config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments.")
     classifier_pooling: str = option(
         "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
@@ -103,10 +100,6 @@ class ClassifyArguments(EngineArguments, ExampleArguments, TuningArguments):
     token_dropout: float = option(0.0, "Share of the tokens of a training text that is left out: others each epoch.")
     label_smoothing: float = option(0.0, "Share of the certainty of a label that is spread over all labels.")
     context_length: int = option(0, "Most tokens of a text, a longer one loses its end; 0: as many as the model takes.")
-    epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
-    max_steps: int = option(0, "Optimizer steps; 0: as many as --epochs takes.")
-    eval_every: int = option(0, "Steps between looks at the held-out data; 0: an epoch.")
-    save_every: int = option(0, "Steps between checkpoints; 0: an epoch.")
     output_dir: str = option("outputs/classify", "New folder for the model.")
     predict: str = option("", "Folder or Hub id of a classifier: only label what --input holds.")
     input: str = option("-", "For --predict: a file of lines, a table with --text_column, or - for standard input.")
@@ -114,9 +107,7 @@ class ClassifyArguments(EngineArguments, ExampleArguments, TuningArguments):
 
 def check(arguments: ClassifyArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
-    if not 0 < arguments.epochs <= MOST_EPOCHS:
-        raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,}, got {arguments.epochs}.")
-    check_engine(with_steps(arguments, 1), num_processes)
+    check_epochs(arguments, num_processes)
     if arguments.input != "-":
         raise UserError(f"--input {arguments.input} is for --predict: say which model is to label it.")
     for name in ("subword_dropout", "token_dropout", "label_smoothing"):
@@ -128,17 +119,6 @@ def check(arguments: ClassifyArguments, num_processes: int) -> None:
     if arguments.context_length and arguments.context_length < 4:
         raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
     check_examples(arguments)
-
-
-def with_steps(arguments: ClassifyArguments, num_examples: int) -> ClassifyArguments:
-    """The arguments with what an epoch decides filled in."""
-    an_epoch = num_examples / max(1, arguments.batch_size * arguments.gradient_accumulation_steps)
-    return replace(
-        arguments,
-        max_steps=arguments.max_steps or math.ceil(arguments.epochs * an_epoch),
-        eval_every=arguments.eval_every or math.ceil(an_epoch),
-        save_every=arguments.save_every or math.ceil(an_epoch),
-    )
 
 
 def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: int) -> ScratchGPTForSequenceClassification:
@@ -337,7 +317,7 @@ def main() -> None:
     loaders, orders = {}, {}
     for name in ("validation", "test"):
         if name in texts:
-            orders[name] = in_order_of_length(texts[name])
+            orders[name] = in_order_of_length(texts[name].lengths)
             batch_size = 4 * arguments.batch_size
             loaders[name] = accelerator.prepare(
                 padded_loader(texts[name], tokenizer, batch_size=batch_size, sampler=orders[name])

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ from training.metrics import MetricsFile
 from training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizers, make_schedules
 from training.report import ProgressBar, duration
 
+MOST_EPOCHS = 1_000_000
 Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
 
 
@@ -62,6 +63,18 @@ class EngineArguments:
     output_dir: str = option("outputs/run", "New folder for the model.")
 
 
+@dataclass
+class EpochArguments(EngineArguments):
+    """The same where a run is counted in epochs."""
+
+    epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
+    max_steps: int = option(0, "Optimizer steps; 0: as many as --epochs takes.")
+    eval_every: int = option(0, "Steps between looks at the held-out data; 0: an epoch.")
+    save_every: int = option(0, "Steps between checkpoints; 0: an epoch.")
+
+
+Epochs = TypeVar("Epochs", bound=EpochArguments)
+
 MAY_DIFFER = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
 
 
@@ -83,6 +96,24 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
         raise UserError(f"--seed must be at least 0 and below 2^32, got {arguments.seed}.")
     if arguments.batch_size % num_processes:
         raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
+
+
+def check_epochs(arguments: EpochArguments, num_processes: int) -> None:
+    """The same where a run is counted in epochs."""
+    if not 0 < arguments.epochs <= MOST_EPOCHS:
+        raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,}, got {arguments.epochs}.")
+    check_engine(with_steps(arguments, 1), num_processes)
+
+
+def with_steps(arguments: Epochs, num_rows: int) -> Epochs:
+    """The arguments with what an epoch of so many rows decides filled in."""
+    an_epoch = num_rows / max(1, arguments.batch_size * arguments.gradient_accumulation_steps)
+    return replace(
+        arguments,
+        max_steps=arguments.max_steps or math.ceil(arguments.epochs * an_epoch),
+        eval_every=arguments.eval_every or math.ceil(an_epoch),
+        save_every=arguments.save_every or math.ceil(an_epoch),
+    )
 
 
 def optimization(

@@ -1,4 +1,4 @@
-"""Files of texts: plain text, and tables (JSON lines, CSV, TSV and Parquet), which are read row by row.
+"""Files of texts: plain text, and tables (JSON, JSON lines, CSV, TSV and Parquet), which are read row by row.
 
 Notable:
 - Rows are read one by one here and not by `datasets`' own loaders: those guess types, take a missing column and the text "NA"
@@ -83,17 +83,19 @@ def read_rows(path: Path, columns: dict[str, str], errors: str, header: Sequence
 
     Args:
         path: a file whose ending is that of no table is taken for tab-separated.
-        columns: those to read, and of each the option that names it.
+        columns: those to read, and of each the option that names it; with none, whatever a row holds.
         errors: as in `read_file`.
         header: names of the columns of a CSV or TSV file that begins without them.
 
     Raises:
         UserError: the file cannot be read, is not what its ending says, or lacks a column.
     """
-    if header and path.suffix.lower() in (".jsonl", ".parquet"):
+    if header and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{path} names its own columns: leave out --columns.")
     with _system_errors(path):
         match path.suffix.lower():
+            case ".json":
+                yield from _json_rows(path, columns, errors)
             case ".jsonl":
                 yield from _jsonl_rows(path, columns, errors)
             case ".parquet":
@@ -136,7 +138,9 @@ def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> s
     """The text of a row; `place` is what an error says first."""
     text = row[text_column]
     if not isinstance(text, str | None):
-        raise UserError(f"{place} has no text under {text_column!r} but {type(text).__name__}. Set --text_column.")
+        raise UserError(
+            f"{place} has no text under {text_column!r} but {type(text).__name__}: put it there, or name another column."
+        )
     if text is None or text.isascii():
         return text or ""
     if errors != "strict":
@@ -178,6 +182,21 @@ def _check_text_file(path: Path, errors: str) -> None:
     if len(head) == HEAD:
         head = head[: head.rfind(b"\n") + 1]  # it may end within a character
     _decoded(head, path, 1, errors)
+
+
+def _json_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(_text_file(path, errors))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): it must hold a list of objects, or be named .jsonl.") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds no list but {type(rows).__name__}: it must be a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is no object but {type(row).__name__}.")
+        check_columns(place, columns, row)
+        yield place, row
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
@@ -227,7 +246,7 @@ def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             check_columns(f"{path}", columns, file.schema_arrow.names)
-            names = list(columns)
+            names = list(columns) or file.schema_arrow.names
             for batch in file.iter_batches(batch_size=100, columns=names):
                 for values in zip(*(batch.column(name) for name in names), strict=True):
                     number += 1

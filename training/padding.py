@@ -173,6 +173,6 @@ def padded_loader(texts: Dataset[dict[str, Any]], tokenizer: PreTrainedTokenizer
     return DataLoader(texts, collate_fn=DataCollatorWithPadding(tokenizer), **how)
 
 
-def in_order_of_length(texts: EncodedTexts) -> list[int]:
+def in_order_of_length(lengths: np.ndarray) -> list[int]:
     """All texts, the longest first: so a batch that is too large for the memory shows at once."""
-    return np.argsort(-texts.lengths, kind="stable").tolist()
+    return np.argsort(-lengths, kind="stable").tolist()

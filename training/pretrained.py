@@ -62,7 +62,7 @@ def check_tuning(arguments: TuningArguments) -> None:
         raise UserError("--train_blocks and --lora_r are two ways to train less than everything: give one of them.")
 
 
-def dropout_fields(dropout: float) -> dict[str, float]:
+def dropout_fields(dropout: float) -> dict[str, Any]:
     """The fields of a model's config that say how much is left out in training."""
     return dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), dropout)
 
@@ -96,12 +96,18 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
 
 
 def load_base(
-    model_class: Any, name: str, config: LoraConfig | None, fresh: frozenset[str] = frozenset(), **fields: Any
+    model_class: Any,
+    name: str,
+    config: LoraConfig | None,
+    fresh: frozenset[str] = frozenset(),
+    num_tokens: int = 0,
+    **fields: Any,
 ) -> Any:
     """A model of ours to train on, from a folder or the Hub, be it ours, GPT-2's or Qwen3's; with an adapter if so asked.
 
     Args:
         fresh: parameters that may be missing, or of another shape: those of a new head.
+        num_tokens: the vocabulary grows to so many, if it is smaller.
         fields: of the model's config, to be set anew.
 
     Raises:
@@ -116,6 +122,9 @@ def load_base(
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
         if other := sorted({key for key, *_ in report["mismatched_keys"]} - fresh):
             raise ValueError(f"it has other sizes than its config says: {', '.join(other[:3])}")
+        if num_tokens > model.config.vocab_size:
+            with quiet():
+                model.resize_token_embeddings(num_tokens)
         if config:
             add_adapter(model, config)
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own

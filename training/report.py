@@ -1,6 +1,7 @@
 """What a person sees of a run: samples, the curve, the model card."""
 
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from training.loop import Step
 
 CURVE = "loss.png"
 PROMPT_CHARACTERS = 60
+TEXT = 500  # characters of a text in a file for people
 
 
 class ProgressBar:
@@ -132,6 +134,19 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     figure.axes[0].set(ylabel=f"loss ({unit})")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def plain(text: str, most: int) -> str:
+    """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
+    line = "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def code(text: str) -> str:
+    """A text that Markdown shows as it is, also in a table."""
+    text = plain(text, TEXT).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def memory() -> int:

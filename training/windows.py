@@ -85,10 +85,12 @@ class PackedDocuments(Dataset[Row]):
         tokens: the ids of a split.
         context_length: places in a row.
         pad_token_id: what is left over is filled up with.
+        labels: what each id is as a label; itself, if not given.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int):
+    def __init__(self, tokens: Tokens, context_length: int, pad_token_id: int, labels: np.ndarray | None = None):
         self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
+        self.labels = tokens.ids if labels is None else labels
         ends = np.append(tokens.starts[1:], len(tokens.ids))
         pieces = [
             (start, min(context_length, end - 1 - start))  # a piece of n places reads n ids and predicts the next ones
@@ -109,9 +111,8 @@ class PackedDocuments(Dataset[Row]):
         place = 0
         for piece in self.rows[index]:
             start, length = self.pieces[piece].tolist()
-            ids = torch.from_numpy(self.tokens.ids[start : start + length + 1].astype(np.int64))
-            inputs[place : place + length] = ids[:-1]
-            labels[place : place + length] = ids[1:]
+            inputs[place : place + length] = torch.from_numpy(self.tokens.ids[start : start + length].astype(np.int64))
+            labels[place : place + length] = torch.from_numpy(self.labels[start + 1 : start + length + 1].astype(np.int64))
             position_ids[place : place + length] = torch.arange(length)
             place += length
         position_ids[place:] = torch.arange(self.context_length - place)

@@ -124,7 +124,7 @@ def test_batches_differ_between_epochs_and_seeds():
 
 def test_rows_are_padded_to_the_longest_of_the_batch(tokenizer):
     encoded = encode(WORDS, tokenizer, max_length=64, labels=np.eye(4, dtype=np.float32))
-    order = in_order_of_length(encoded)
+    order = in_order_of_length(encoded.lengths)
     assert encoded.lengths[order].tolist() == sorted(encoded.lengths, reverse=True)
     first, second = padded_loader(encoded, tokenizer, batch_size=2, sampler=order)
     assert first["input_ids"].shape == (2, encoded.lengths.max())

@@ -1,0 +1,324 @@
+"""Fine-tune a pretrained GPT to follow instructions: from a model folder and conversations to a model that answers, and stops.
+
+    accelerate launch training/instruct.py
+    accelerate launch training/instruct.py --dataset alpaca.json --base_model outputs/pretrain --output_dir outputs/alpaca
+    accelerate launch training/instruct.py --dataset alpaca.json --lora_r 16 --output_dir outputs/lora
+    python training/instruct.py --judge outputs/alpaca --judge_url http://localhost:11434/v1 --judge_model llama3.2
+
+With nothing given it reads training/configs/instruct.yaml and teaches the model of `training/pretrain.py` to say what a Python
+signature does. `--judge` has the answers of a finished run graded by a language model, over HTTP.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from modeling_scratchgpt.lora import trainable_parameters
+from training.arguments import UserError, option, parse_arguments, run
+from training.cache import appearing_whole
+from training.checkpoints import check_output_folder, whole_weights, written_whole
+from training.conversations import ConversationArguments, check_conversations, read_conversations
+from training.engine import EpochArguments, check_epochs, train, with_steps
+from training.flops import flops_per_token
+from training.hub import short_name
+from training.judge import Judge, judge_all
+from training.loop import start_accelerator
+from training.metrics import Evaluation, evaluate
+from training.padding import BatchesByLength, in_order_of_length
+from training.pretrained import (
+    TuningArguments,
+    check_tuning,
+    dropout_fields,
+    freeze,
+    load_base,
+    load_config,
+    load_tokenizer,
+    lora_config,
+    save_merged,
+)
+from training.prompts import STYLES, EncodedConversations, conversation_loader, encode, marked, stop_token_id, style_of, teach
+from training.report import CURVE, card_data, draw_loss, hardware, origin, plain, write_card
+from training.responses import (
+    PAGE,
+    RESPONSES,
+    ResponseScores,
+    respond,
+    respond_together,
+    response_rows,
+    score_responses,
+    write_responses,
+)
+from training.splits import SPLITS
+from training.tokens import Tokens
+from training.windows import Batches, PackedDocuments, training_loader
+
+METRICS = "metrics.json"
+NUM_SHOWN, SHOWN_TOKENS, LINE = 3, 64, 200
+
+USAGE = """from transformers import pipeline
+
+chat = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
+messages = [{{"role": "user", "content": {question}}}]
+print(chat(messages)[0]["generated_text"][-1]["content"])"""
+
+
+@dataclass
+class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
+    config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments.")
+    chat_template: str = option(
+        "",
+        f"How messages become one text: {', '.join(STYLES)}, or a file with a Jinja template; if not given, the model's own, "
+        "else chat.",
+    )
+    train_on_prompt: bool = option(False, "Learn to say the prompts too, and not the answers alone.")
+    packing: bool = option(False, "Put several conversations into a row, each seen by itself, instead of padding.")
+    context_length: int = option(0, "Most tokens of a conversation, longer ones are left out; 0: as many as the model takes.")
+    max_new_tokens: int = option(256, "Most tokens of an answer.")
+    output_dir: str = option("outputs/instruct", "New folder for the model.")
+    judge: str = option("", "Folder of a finished run: only have its answers graded.")
+    judge_url: str = option("", "Server that speaks OpenAI's protocol, up to /v1, to grade the answers; key: OPENAI_API_KEY.")
+    judge_model: str = option("", "The name of its model.")
+
+
+def check(arguments: InstructArguments, num_processes: int) -> None:
+    """Refuse nonsense before any long work."""
+    check_epochs(arguments, num_processes)
+    check_tuning(arguments)
+    if arguments.context_length and arguments.context_length < 8:
+        raise UserError(f"--context_length must be at least 8, got {arguments.context_length}.")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}.")
+    check_conversations(arguments)
+    if judge := judge_of(arguments):
+        judge.check()
+
+
+def judge_of(arguments: InstructArguments) -> Judge | None:
+    """The judge, if there is to be one.
+
+    Raises:
+        UserError: half of what names it is missing, or it is no address.
+    """
+    if not (arguments.judge_url or arguments.judge_model or arguments.judge):
+        return None
+    for name in ("judge_url", "judge_model"):
+        if not getattr(arguments, name):
+            raise UserError(f"--{name} is missing: a judge is named by --judge_url and --judge_model.")
+    if not arguments.judge_url.startswith(("http://", "https://")):
+        raise UserError(f"--judge_url {arguments.judge_url} must begin with http:// or https://.")
+    return Judge(arguments.judge_url, arguments.judge_model)
+
+
+def first_model(arguments: InstructArguments, tokenizer: Any, num_new: int, stop: int) -> ScratchGPTForCausalLM:
+    """The model as it is before the first step, the same whenever it is asked for. The rows of new tokens are always trained,
+    with the matrices that they are in. It answers with the likeliest token each time."""
+    set_seed(arguments.seed)
+    model: ScratchGPTForCausalLM = load_base(
+        ScratchGPTForCausalLM,
+        arguments.base_model,
+        lora_config(arguments, ["embed_tokens", "lm_head"] if num_new else None),
+        num_tokens=len(tokenizer),
+        **dropout_fields(arguments.dropout),
+    )
+    if arguments.train_blocks >= 0:
+        freeze(model, arguments.train_blocks, model.lm_head, *([model.get_input_embeddings()] if num_new else []))
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(arguments.max_new_tokens, model.config.max_position_embeddings // 2),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def judge_responses(judge: Judge, folder: Path) -> None:
+    """Have the answers in a folder graded; the grades go into its files.
+
+    Raises:
+        UserError: the folder holds no answers; the judge does not answer.
+    """
+    try:
+        rows = [json.loads(line) for line in (folder / RESPONSES).read_text(encoding="utf-8").splitlines()]
+        results = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no answers of a finished run with a test split ({error}).") from error
+    verdicts = judge_all(judge, rows)
+    write_responses(folder, rows)
+    results["judge"] = {"model": judge.model, **asdict(verdicts)}
+    with appearing_whole(folder / METRICS) as temporary:
+        temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    print(f"The judge {judge.model} says: {verdicts}. The grades are in {folder / PAGE} and {folder / RESPONSES}")
+
+
+def results_table(evaluations: dict[str, Evaluation], answers: dict[str, Any]) -> str:
+    """Losses, and what is said of the answers, as Markdown."""
+    lines = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
+    lines += [f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()]
+    lines += ["", "The loss is that of the answers alone. The validation split was chosen by, the test split looked at once."]
+    if answers:
+        lines += ["", "| answers to the test split | ended by itself | word for word as expected | chrF |", "|---|---|---|---|"]
+        lines += [f"| {who} | {it.ended:.1%} | {it.exact_match:.1%} | {it.chrf:.1f} |" for who, it in answers.items()]
+        lines += ["", f"Side by side they stand in [{PAGE}]({PAGE}), all of them in [{RESPONSES}]({RESPONSES})."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parse_arguments(InstructArguments, __doc__)
+    judge = judge_of(arguments)
+    if arguments.judge and judge:
+        judge_responses(judge, Path(os.path.expanduser(arguments.judge)))
+        return
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
+    accelerator = start_accelerator(arguments.report_to, output_dir)
+    check(arguments, accelerator.num_processes)
+    if accelerator.is_main_process:
+        check_output_folder(output_dir, arguments.resume)
+    config = load_config(arguments.base_model, max(arguments.context_length, 8), arguments.train_blocks)
+    max_length = arguments.context_length or config.max_position_embeddings
+    tokenizer = load_tokenizer(arguments.base_model, trust_remote_code=False)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
+    style = style_of(arguments.chat_template, tokenizer)
+    num_new = teach(tokenizer, style, config.max_position_embeddings)
+    accelerator.wait_for_everyone()
+
+    # Conversations -> ids -> batches. The first process of a machine fills the caches, the others read them.
+    dataset = " ".join(map(short_name, arguments.dataset))
+    accelerator.print(f"Reading {dataset}")
+    with accelerator.local_main_process_first():
+        conversations = read_conversations(arguments, arguments.seed, style.input_mark)
+    texts: dict[str, EncodedConversations] = {}
+    for name in SPLITS:
+        if split := conversations.splits[name]:
+            is_learned = arguments.train_on_prompt and name == "train"
+            texts[name] = encode(split, tokenizer, max_length, is_learned)
+            if not len(texts[name]):
+                raise UserError(f"of the {name} split nothing fits into {max_length} tokens: give a longer --context_length.")
+    stop = stop_token_id(texts["train"], tokenizer)
+    copies = " and ".join(f"{conversations.copies[name]:,} of {name}" for name in SPLITS[:2])
+    accelerator.print(f"Conversations: {', '.join(f'{name} {len(text):,}' for name, text in texts.items())}")
+    accelerator.print(
+        f"Dropped: {conversations.duplicates:,} that stood there before; {copies} whose prompt is in a later split; "
+        f"{sum(text.num_too_long for text in texts.values()):,} longer than {max_length:,} tokens; "
+        f"{sum(text.num_spelled for text in texts.values()):,} that spell a special token"
+    )
+    accelerator.print(f"New tokens: {num_new}. One of them, with what is learned in brackets:\n")
+    accelerator.print(marked(texts["train"], 0, tokenizer), "\n")
+    if arguments.packing:
+        tokens = Tokens(texts["train"].ids, texts["train"].num_bytes, texts["train"].starts[:-1])
+        packed = PackedDocuments(tokens, max_length, tokenizer.pad_token_id, texts["train"].labels)
+        accelerator.print(f"Packed into {len(packed):,} rows: {packed.efficiency:.1%} of the places hold a token")
+    num_rows = len(packed) if arguments.packing else len(texts["train"])
+    if arguments.batch_size > num_rows:
+        raise UserError(f"--batch_size {arguments.batch_size} is more than the {num_rows} rows to train on: lower it.")
+    arguments = with_steps(arguments, num_rows)
+
+    model = first_model(arguments, tokenizer, num_new, stop)
+    accelerator.print(f"A GPT on {hardware(accelerator.num_processes)}: {trainable_parameters(model)}")
+
+    def evaluation_batches(split: str) -> Any:
+        rows = [*in_order_of_length(texts[split].lengths), *[-1] * (-len(texts[split]) % accelerator.num_processes)]
+        batch_size = min(4 * arguments.batch_size, len(rows))
+        rows += [-1] * (-len(rows) % batch_size)
+        return accelerator.prepare(conversation_loader(texts[split], tokenizer, batch_size=batch_size, sampler=rows))
+
+    def batches_from(start: int) -> DataLoader:
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        if arguments.packing:
+            drawn = Batches([num_rows], arguments.batch_size, num_batches, arguments.seed, start=start)
+            return training_loader([packed], drawn)
+        batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
+        return conversation_loader(texts["train"], tokenizer, batch_sampler=batches)
+
+    validation_batches = evaluation_batches("validation")
+    shown = texts["validation"].conversations[:NUM_SHOWN]
+
+    def score(prepared_model: nn.Module) -> Evaluation:
+        return evaluate(accelerator, prepared_model, validation_batches, texts["validation"].num_bytes)
+
+    def show() -> str:
+        prompts = [talk.prompt for talk in shown]
+        answers = respond(model, tokenizer, prompts, len(prompts), min(SHOWN_TOKENS, arguments.max_new_tokens))
+        pairs = zip(shown, answers, strict=True)
+        return "\n".join(f"[{plain(talk.prompt[-1]['content'], LINE)}] {plain(str(it), LINE)}\n" for talk, it in pairs)
+
+    flops = flops_per_token(
+        config,
+        int(texts["train"].lengths.mean()),
+        frozen=bool(arguments.lora_r),
+        trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 and not num_new else None,
+    )
+    outcome = train(accelerator, arguments, model, batches_from, conversations.digest(), score, show, flops)
+    accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{show()}")
+    evaluations = {"before training": outcome.before, "after training": outcome.after}
+    answers: dict[str, ResponseScores] = {}
+    rows: list[dict[str, Any]] = []
+    result = outcome.after
+    if "test" in texts:
+        test = texts["test"]
+        how = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        prompts = [talk.prompt for talk in test.conversations]
+        result = evaluate(accelerator, model, evaluation_batches("test"), test.num_bytes)
+        evaluations["after training, on the test split"] = result
+        tuned = respond_together(accelerator, model, tokenizer, prompts, **how)
+        first = first_model(arguments, tokenizer, num_new, stop).to(accelerator.device)  # type: ignore[arg-type]
+        base = respond_together(accelerator, first, tokenizer, prompts, **how)
+        answers = {"base": score_responses(base, test.conversations), "tuned": score_responses(tuned, test.conversations)}
+        rows = response_rows(test.conversations, base, tuned)
+        accelerator.print(f"On the test split, looked at only now: {result}")
+        accelerator.print(f"It {answers['tuned']}; the base {answers['base']}\n")
+
+    weights = whole_weights(model)
+    if accelerator.is_main_process:
+        with written_whole(output_dir) as folder:
+            if arguments.lora_r:
+                whole = first_model(arguments, tokenizer, num_new, stop)  # this one may be in parts
+                whole.load_state_dict(weights)
+                save_merged(whole, folder)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            scores = {name: vars(it) for name, it in {**evaluations, **answers}.items()}
+            (folder / METRICS).write_text(json.dumps(scores, indent=2), encoding="utf-8")
+            if rows:
+                write_responses(folder, rows)
+            draw_loss(outcome.rows, folder / CURVE, "nats per token")
+            numbers = {**asdict(result), **(asdict(answers["tuned"]) if answers else {})}
+            write_card(
+                folder,
+                title=output_dir.name,
+                introduction=f"A small GPT, {origin(arguments.base_model)} to answer what it is asked. It does so in the "
+                f"manner of {dataset}; what it says is not to be relied on.",
+                usage=USAGE.format(question=repr(shown[0].prompt[-1]["content"])),
+                results=results_table(evaluations, answers),
+                examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{show()}```",
+                data=card_data(output_dir.name, dataset, "text-generation", numbers, arguments.base_model),
+                facts={
+                    "Conversations": f"{dataset}: " + ", ".join(f"{name} {len(text):,}" for name, text in texts.items()),
+                    "Parameters": trainable_parameters(model),
+                    "Training": str(outcome),
+                    "Hardware": hardware(accelerator.num_processes),
+                },
+                settings={name: value for name, value in vars(arguments).items() if not name.startswith("judge")},
+            )
+    accelerator.print(
+        f"Trained for {outcome}. The model, its card and its answers are in {output_dir}/:\n"
+        f"    pipeline('text-generation', {str(output_dir)!r}, trust_remote_code=True)"
+    )
+    if judge and rows and accelerator.is_main_process:
+        judge_responses(judge, output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

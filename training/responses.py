@@ -1,0 +1,152 @@
+"""What a model answers: generated in batches, scored against what was expected, and side by side in a page for people.
+
+Notable:
+- Prompts of a batch are padded on the left, so that all answers begin at the same place; the longest come first, so that a
+  batch which is too large for the memory shows at once.
+- Answers are greedy: the likeliest token each time. What is measured can be had again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from sacrebleu.metrics import CHRF
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.conversations import Conversation, Message
+from training.report import code
+
+RESPONSES, PAGE = "responses.jsonl", "responses.md"
+MOST_ON_PAGE = 100
+NEVER_ENDED = " *(cut: it did not end)*"
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer of a model."""
+
+    text: str
+    ended: bool  # by the model itself, and not because it had said enough
+
+    def __str__(self) -> str:
+        return self.text if self.ended else f"{self.text} ..."
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """How good answers are."""
+
+    ended: float  # share that the model ended itself
+    exact_match: float  # share that is what was expected, word for word
+    chrf: float  # character n-gram F-score of all answers together, 0 to 100 (Popović, 2015)
+
+    def __str__(self) -> str:
+        return f"ended {self.ended:.1%} of the answers, {self.exact_match:.1%} word for word as expected, chrF {self.chrf:.1f}"
+
+
+@torch.no_grad()
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    batch_size: int,
+    max_new_tokens: int,
+    show_progress: bool = False,
+) -> list[Response]:
+    """The model's answers, in the order of the prompts.
+
+    Args:
+        model: says in its generation config which token ends an answer.
+        tokenizer: with a chat template, a token to pad with, and padding on the left.
+        prompts: messages that end with the user's.
+        batch_size: prompts that are answered at once.
+        max_new_tokens: an answer is cut after so many, or where the model has no more positions.
+    """
+    model.eval()
+    stop_token_id: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
+    rows = encoded["input_ids"]
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    responses: dict[int, Response] = {}
+    with tqdm(total=len(rows), desc="Answering", unit=" prompts", leave=False, disable=not show_progress) as bar:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            padded = tokenizer.pad({"input_ids": [rows[index] for index in batch]}, return_tensors="pt").to(model.device)
+            width = padded["input_ids"].shape[1]
+            room = model.config.max_position_embeddings - width
+            output: Any = model.generate(**padded, max_new_tokens=min(max_new_tokens, room))  # type: ignore[operator]
+            for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
+                ended = stop_token_id in ids
+                said = ids[: ids.index(stop_token_id)] if ended else ids
+                responses[index] = Response(str(tokenizer.decode(said, skip_special_tokens=True)).strip(), ended)
+            bar.update(len(batch))
+    return [responses[index] for index in range(len(rows))]
+
+
+def respond_together(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    **how: Any,
+) -> list[Response]:
+    """As `respond`, each process a share of the prompts; all get all answers."""
+    with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as mine:
+        answers = respond(
+            model, tokenizer, [prompts[index] for index in mine], show_progress=accelerator.is_main_process, **how
+        )
+        found = dict(gather_object(list(zip(mine, answers, strict=True))))
+    return [found[index] for index in range(len(prompts))]
+
+
+def score_responses(responses: Sequence[Response], conversations: Sequence[Conversation]) -> ResponseScores:
+    """Against the answers that were expected."""
+    expected = [conversation.answer for conversation in conversations]
+    pairs = list(zip(responses, expected, strict=True))
+    return ResponseScores(
+        ended=sum(response.ended for response in responses) / len(pairs),
+        exact_match=sum(response.text == answer for response, answer in pairs) / len(pairs),
+        chrf=CHRF().corpus_score([response.text for response in responses], [expected]).score,
+    )
+
+
+def response_rows(
+    conversations: Sequence[Conversation], base: Sequence[Response], tuned: Sequence[Response]
+) -> list[dict[str, Any]]:
+    """What is told of each conversation, as it is written: the prompt, what was expected, what both models answer."""
+    chrf = CHRF()
+    return [
+        {
+            "prompt": talk.prompt,
+            "expected": talk.answer,
+            "base": before.text,
+            "base_ended": before.ended,
+            "response": after.text,
+            "ended": after.ended,
+            "chrf": round(chrf.sentence_score(after.text, [talk.answer]).score, 2),
+        }
+        for talk, before, after in zip(conversations, base, tuned, strict=True)
+    ]
+
+
+def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All answers as JSON lines, and a page with the first of them side by side."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / RESPONSES).write_text(lines, encoding="utf-8")
+    parts = [f"# What it answers\n\n{min(len(rows), MOST_ON_PAGE):,} of {len(rows):,} held-out prompts."]
+    for row in rows[:MOST_ON_PAGE]:
+        marks = [f"chrF {row['chrf']:.0f}", *([f"judge {row['judge']}"] if row.get("judge") is not None else [])]
+        answers = {
+            "expected": code(row["expected"]),
+            "base": code(row["base"]) + ("" if row["base_ended"] else NEVER_ENDED),
+            f"tuned ({', '.join(marks)})": code(row["response"]) + ("" if row["ended"] else NEVER_ENDED),
+        }
+        prompt = "\n".join(f"> {message['role']}: {code(message['content'])}" for message in row["prompt"])
+        parts.append(prompt + "\n\n" + "\n".join(f"- {who}: {text}" for who, text in answers.items()))
+    (folder / PAGE).write_text("\n\n---\n\n".join(parts) + "\n", encoding="utf-8")
