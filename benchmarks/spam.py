@@ -26,8 +26,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-from training.examples import SPLITS, ExampleArguments, Examples, read_examples
+from training.examples import ExampleArguments, Examples, read_examples
 from training.files import read_rows
+from training.splits import SPLITS
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["label", "text"]

@@ -1,0 +1,98 @@
+"""Following instructions: everything trained, LoRA, and the last block, from one base; and answers in batches or one by one.
+
+    python benchmarks/instruct.py --data ../shared/data --base_model outputs/pretrain
+
+The task of chapter 7 of "Build a Large Language Model From Scratch": 1,100 instructions in the Alpaca shape, split 85/5/10.
+Minutes and memory are those of a whole command: training, and answering the test split by base and tuned model. The base itself
+is made by `accelerate launch training/pretrain.py`. Speed is counted in tokens that are said, medians of three.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from training.responses import respond
+
+ROOT = Path(__file__).parents[1]
+WAYS = {
+    "everything trained": "",
+    "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
+    "the last block trained": "--train_blocks 1 --learning_rate 0.003",
+}
+TRAINING = "--learning_rate 0.002 --epochs 4 --batch_size 8 --dropout 0.1 --weight_decay 0.1"
+LAST = "after training, on the test split"
+BATCH = 32
+
+
+def run(*words: str) -> tuple[float, float]:
+    """Run the recipe: the minutes it took, and the most memory it held, in GB."""
+    command = [sys.executable, "training/instruct.py", *words, "--report_to", "none"]
+    with tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise SystemExit(said.read().decode())
+    return (time.perf_counter() - start) / 60, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def speeds(folder: Path) -> dict[int, float]:
+    """Tokens a second that a tuned model says, answering the test split in batches of each size."""
+    model = ScratchGPTForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    prompts = [json.loads(line)["prompt"] for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    found: dict[int, list[float]] = {1: [], BATCH: []}
+    for _ in range(3):
+        for batch_size, values in found.items():
+            start = time.perf_counter()
+            answers = respond(model, tokenizer, prompts, batch_size, 256)
+            seconds = time.perf_counter() - start
+            num_tokens = sum(len(tokenizer(it.text, add_special_tokens=False)["input_ids"]) + it.ended for it in answers)
+            values.append(num_tokens / seconds)
+    return {batch_size: statistics.median(values) for batch_size, values in found.items()}
+
+
+def row(title: str, validation: dict[str, Any], test: dict[str, Any] | None, answers: dict[str, Any], *used: str) -> str:
+    """A line of the table."""
+    losses = f"{validation['loss']:.3f}", f"{test['loss']:.3f}" if test else ""
+    return f"| {' | '.join((title, *losses, format(answers['ended'], '.1%'), format(answers['chrf'], '.1f'), *used))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with instructions/instruction-data.json")
+    parser.add_argument("--base_model", type=Path, default=Path("outputs/pretrain"), help="a folder of a pretrained model")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    source = (arguments.data / "instructions" / "instruction-data.json").resolve()
+    print(
+        "| | validation loss | test loss | test answers ended | chrF | minutes | peak memory |\n|---|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        for title, change in WAYS.items():
+            to = Path(name, title.replace(" ", "-"))
+            words = ["--dataset", str(source), "--base_model", str(arguments.base_model.resolve()), "--output_dir", str(to)]
+            words += ["--seed", str(arguments.seed), *TRAINING.split(), *change.split()]
+            minutes, memory = run(*words)
+            found = json.loads((to / "metrics.json").read_text(encoding="utf-8"))
+            if title == "everything trained":
+                print(row("the base", found["before training"], None, found["base"], "", ""))
+            used = f"{minutes:.1f}", f"{memory:.2f} GB"
+            print(row(title, found["after training"], found[LAST], found["tuned"], *used), flush=True)
+        one, many = speeds(Path(name, "everything-trained")).values()
+    print(f"\nAnswers to the test split: one at a time {one:,.0f} tokens/s, {BATCH} at once {many:,.0f}: {many / one:.1f} x")
+
+
+if __name__ == "__main__":
+    main()
