@@ -49,7 +49,6 @@ from training.report import CURVE, card_data, draw_loss, hardware, origin, plain
 from training.responses import (
     PAGE,
     RESPONSES,
-    ResponseScores,
     respond,
     respond_together,
     response_rows,
@@ -98,6 +97,8 @@ def check(arguments: InstructArguments, num_processes: int) -> None:
         raise UserError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}.")
     check_conversations(arguments)
     if judge := judge_of(arguments):
+        if not (arguments.test_fraction or arguments.test_dataset):
+            raise UserError("--judge_url grades the answers to the test split: give a --test_fraction or a --test_dataset.")
         judge.check()
 
 
@@ -160,14 +161,18 @@ def judge_responses(judge: Judge, folder: Path) -> None:
     print(f"The judge {judge.model} says: {verdicts}. The grades are in {folder / PAGE} and {folder / RESPONSES}")
 
 
-def results_table(evaluations: dict[str, Evaluation], answers: dict[str, Any]) -> str:
+def results_table(results: dict[str, dict[str, Any]]) -> str:
     """Losses, and what is said of the answers, as Markdown."""
     lines = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
-    lines += [f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()]
+    for name, title in {"before": "validation, before", "validation": "validation", "test": "test"}.items():
+        if it := results.get(name):
+            lines.append(f"| {title} | {it['loss']:.3f} | {it['perplexity']:,.1f} | {it['bits_per_byte']:.3f} |")
     lines += ["", "The loss is that of the answers alone. The validation split was chosen by, the test split looked at once."]
-    if answers:
+    if "test" in results:
         lines += ["", "| answers to the test split | ended by itself | word for word as expected | chrF |", "|---|---|---|---|"]
-        lines += [f"| {who} | {it.ended:.1%} | {it.exact_match:.1%} | {it.chrf:.1f} |" for who, it in answers.items()]
+        for name, title in {"base": "the base", "test": "this model"}.items():
+            it = results[name]
+            lines.append(f"| {title} | {it['ended']:.1%} | {it['exact_match']:.1%} | {it['chrf']:.1f} |")
         lines += ["", f"Side by side they stand in [{PAGE}]({PAGE}), all of them in [{RESPONSES}]({RESPONSES})."]
     return "\n".join(lines)
 
@@ -260,24 +265,22 @@ def main() -> None:
     )
     outcome = train(accelerator, arguments, model, batches_from, conversations.digest(), score, show, flops)
     accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{show()}")
-    evaluations = {"before training": outcome.before, "after training": outcome.after}
-    answers: dict[str, ResponseScores] = {}
+    results: dict[str, dict[str, Any]] = {"before": vars(outcome.before), "validation": vars(outcome.after)}
     rows: list[dict[str, Any]] = []
-    result = outcome.after
     if "test" in texts:
         test = texts["test"]
-        how = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         prompts = [talk.prompt for talk in test.conversations]
+        how = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         result = evaluate(accelerator, model, evaluation_batches("test"), test.num_bytes)
-        evaluations["after training, on the test split"] = result
         tuned = respond_together(accelerator, model, tokenizer, prompts, **how)
         first = first_model(arguments, tokenizer, num_new, stop).to(accelerator.device)  # type: ignore[arg-type]
         base = respond_together(accelerator, first, tokenizer, prompts, **how)
-        answers = {"base": score_responses(base, test.conversations), "tuned": score_responses(tuned, test.conversations)}
+        scores, base_scores = (score_responses(answers, test.conversations) for answers in (tuned, base))
+        results |= {"test": {**vars(result), **vars(scores)}, "base": vars(base_scores)}
         rows = response_rows(test.conversations, base, tuned)
-        accelerator.print(f"On the test split, looked at only now: {result}")
-        accelerator.print(f"It {answers['tuned']}; the base {answers['base']}\n")
+        accelerator.print(f"On the test split, looked at only now: {result}\nIt {scores}; the base {base_scores}\n")
 
+    last = "test" if rows else "validation"
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
@@ -288,21 +291,19 @@ def main() -> None:
             else:
                 model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            scores = {name: vars(it) for name, it in {**evaluations, **answers}.items()}
-            (folder / METRICS).write_text(json.dumps(scores, indent=2), encoding="utf-8")
+            (folder / METRICS).write_text(json.dumps(results, indent=2), encoding="utf-8")
             if rows:
                 write_responses(folder, rows)
             draw_loss(outcome.rows, folder / CURVE, "nats per token")
-            numbers = {**asdict(result), **(asdict(answers["tuned"]) if answers else {})}
             write_card(
                 folder,
                 title=output_dir.name,
                 introduction=f"A small GPT, {origin(arguments.base_model)} to answer what it is asked. It does so in the "
                 f"manner of {dataset}; what it says is not to be relied on.",
                 usage=USAGE.format(question=repr(shown[0].prompt[-1]["content"])),
-                results=results_table(evaluations, answers),
+                results=results_table(results),
                 examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{show()}```",
-                data=card_data(output_dir.name, dataset, "text-generation", numbers, arguments.base_model),
+                data=card_data(output_dir.name, dataset, "text-generation", results[last], arguments.base_model),
                 facts={
                     "Conversations": f"{dataset}: " + ", ".join(f"{name} {len(text):,}" for name, text in texts.items()),
                     "Parameters": trainable_parameters(model),

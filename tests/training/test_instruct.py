@@ -1,6 +1,8 @@
 """The recipe as a user runs it, on the model that the tests of pretraining have made."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TextGenerationPipeline
 
-from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows
@@ -78,8 +80,12 @@ def finished(run, nights, caches, tmp_path_factory):
 def test_it_learns_to_answer_and_says_so(finished, run):
     folder, process = finished
     found = metrics(folder)
-    assert found["after training"]["loss"] < found["before training"]["loss"] / 4
-    assert found["tuned"] == {"ended": 1, "exact_match": 1, "chrf": pytest.approx(100)}
+    assert found["validation"]["loss"] < found["before"]["loss"] / 4
+    assert {name: found["test"][name] for name in ("ended", "exact_match", "chrf")} == {
+        "ended": 1,
+        "exact_match": 1,
+        "chrf": pytest.approx(100),
+    }
     assert found["base"]["ended"] < 1
     for line in (
         "Conversations: train 64, validation 8, test 8",
@@ -89,7 +95,8 @@ def test_it_learns_to_answer_and_says_so(finished, run):
     ):
         assert line in process.stdout
     card = (folder / "README.md").read_text()
-    for part in ("pipeline_tag: text-generation", "| tuned | 100.0% | 100.0% | 100.0 |", "responses.md", "chat(messages)[0]"):
+    scores = "| this model | 100.0% | 100.0% | 100.0 |"
+    for part in ("pipeline_tag: text-generation", scores, "responses.md", "chat(messages)[0]"):
         assert part in card
     assert str(ROOT) not in card
     responses = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
@@ -97,7 +104,7 @@ def test_it_learns_to_answer_and_says_so(finished, run):
     assert all(row["response"] == row["expected"] and row["ended"] for row in responses)
     assert "8 of 8 held-out prompts" in (folder / "responses.md").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["loss"] for row in rows(folder) if "perplexity" in row][-1] == found["after training"]["loss"]
+    assert [row["loss"] for row in rows(folder) if "perplexity" in row][-1] == found["validation"]["loss"]
 
 
 def test_the_pipeline_chats(finished):
@@ -139,17 +146,17 @@ def test_other_styles(recipe, nights, tmp_path, style, run):
 
 def test_packed_rows_teach_the_same(recipe):
     found = metrics(recipe("--packing", "True", "--batch_size", "4"))
-    assert found["tuned"]["exact_match"] == 1
+    assert found["test"]["exact_match"] == 1
 
 
 def test_prompts_may_be_learned_too(recipe):
     found = metrics(recipe("--train_on_prompt", "True"))
-    assert found["tuned"]["ended"] == 1
+    assert found["test"]["ended"] == 1
 
 
 def test_lora_trains_the_new_tokens(recipe, run):
     folder = recipe("--lora_r", "4", "--epochs", "16")
-    assert metrics(folder)["tuned"]["exact_match"] == 1
+    assert metrics(folder)["test"]["exact_match"] == 1
     merged = ScratchGPTForCausalLM.from_pretrained(folder)
     assert merged.get_input_embeddings().weight.shape[0] == 303
     new = merged.get_input_embeddings().weight[300:]
@@ -171,7 +178,7 @@ def test_the_last_block_alone(recipe, run):
     same = {name for name in before if after[name].shape == before[name].shape and torch.equal(after[name], before[name])}
     assert {name.split(".")[2] for name in same if "layers" in name} == {"0"}
     assert not any("layers.0" in name for name in before.keys() - same)
-    assert metrics(folder)["after training"]["loss"] < metrics(folder)["before training"]["loss"] / 2
+    assert metrics(folder)["validation"]["loss"] < metrics(folder)["before"]["loss"] / 2
 
 
 def test_going_on_from_a_model_that_chats(recipe, finished):
@@ -195,7 +202,7 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
     ).save_pretrained(base)
     folder = recipe("--epochs", "20", base=base)
-    assert metrics(folder)["tuned"]["ended"] == 1
+    assert metrics(folder)["test"]["ended"] == 1
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert saved.pad_token_id != saved.eos_token_id == 0
     assert asked(chat_with(folder), "night 3\ndark") in ANSWERS.values()
@@ -232,8 +239,23 @@ def test_two_processes_learn_what_one_does(finished, run, nights, caches, tmp_pa
     one, two = ([row["loss"] for row in rows(path) if "perplexity" in row] for path in (finished[0], folder))
     assert two == pytest.approx(one, rel=2e-2)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
-    assert metrics(folder)["tuned"]["exact_match"] == 1
+    assert metrics(folder)["test"]["exact_match"] == 1
     assert len((folder / "responses.jsonl").read_text().splitlines()) == 8
+
+
+def test_transformers_chat_talks_to_it(server, finished):
+    """The chat of the command line, typed through a pipe, and `transformers serve` behind it."""
+    process = subprocess.run(
+        [sys.executable, "-m", "transformers.cli.transformers", "chat", str(finished[0]), server + "/v1"],
+        input="night 26 dark\n!exit\n",
+        # Offline, the client would refuse even the server next door.
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "stormy" in process.stdout
 
 
 def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsys, tmp_path):
@@ -271,6 +293,10 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
         (["--judge_url", "file:///etc/passwd", "--judge_model", "m"], "--judge_url file:///etc/passwd must begin with http"),
         (["--judge_url", "http://127.0.0.1:9", "--judge_model", "m"], "the judge at http://127.0.0.1:9 does not answer"),
         (["--judge", "/nowhere"], "--judge_url is missing"),
+        (
+            ["--judge_url", "http://x", "--judge_model", "m", "--test_fraction", "0"],
+            "--judge_url grades the answers to the test",
+        ),
         (["--judge", "/nowhere", "--judge_url", "http://127.0.0.1:9", "--judge_model", "m"], "/nowhere holds no answers"),
     ],
 )
@@ -278,3 +304,34 @@ def test_mistakes_are_refused_before_the_first_step(recipe, tmp_path, words, mes
     with pytest.raises(UserError, match=message):
         recipe(*words)
     assert not (tmp_path / "model" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_preferences_as_the_readme_says(real_data, tmp_path, monkeypatch):
+    """The README's own program, on the real data: after it the model likes the chosen answers better than the rejected ones."""
+    (snippet,) = re.findall(r"```python\n([^`]*DPOTrainer[^`]*)```", (ROOT / "README.md").read_text())
+    data = real_data / "instructions"
+    rows = json.loads((data / "instruction-data.json").read_text())
+    tokenizer = ScratchGPTTokenizer.train([row["instruction"] + row["output"] for row in rows], 2000)
+    config = ScratchGPTConfig(
+        vocab_size=2000,
+        max_position_embeddings=256,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+    ScratchGPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = ["--base_model", str(tmp_path / "base"), "--dataset", str(data / "instruction-data.json"), "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", ["instruct.py", *words, "--output_dir", str(tmp_path / "outputs" / "instruct")])
+    instruct.main()
+    (tmp_path / "instruction-data-with-preference.json").symlink_to(data / "instruction-data-with-preference.json")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    history = [row for row in names["trainer"].state.log_history if "rewards/chosen" in row]
+    assert history[-1]["rewards/chosen"] > history[-1]["rewards/rejected"]
+    assert history[-1]["rewards/margins"] > history[0]["rewards/margins"]
+    assert history[-1]["rewards/accuracies"] > 0.6
+    assert asked(chat_with(tmp_path / "outputs" / "preferred"), "What is the cube of 4?")
