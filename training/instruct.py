@@ -45,7 +45,7 @@ from training.pretrained import (
     save_merged,
 )
 from training.prompts import STYLES, EncodedConversations, conversation_loader, encode, marked, stop_token_id, style_of, teach
-from training.report import CURVE, card_data, draw_loss, hardware, origin, plain, write_card
+from training.report import CURVE, card_data, draw_loss, hardware, origin, plain, printable, write_card
 from training.responses import (
     PAGE,
     RESPONSES,
@@ -217,8 +217,8 @@ def main() -> None:
         f"{sum(text.num_too_long for text in texts.values()):,} longer than {max_length:,} tokens; "
         f"{sum(text.num_spelled for text in texts.values()):,} that spell a special token"
     )
-    accelerator.print(f"New tokens: {num_new}. One of them, with what is learned in brackets:\n")
-    accelerator.print(marked(texts["train"], 0, tokenizer), "\n")
+    accelerator.print(f"New tokens: {num_new}. A conversation, with what is learned in brackets:\n")
+    accelerator.print(printable(marked(texts["train"], 0, tokenizer)), "\n")
     if arguments.packing:
         tokens = Tokens(texts["train"].ids, texts["train"].num_bytes, texts["train"].starts[:-1])
         packed = PackedDocuments(tokens, max_length, tokenizer.pad_token_id, texts["train"].labels)
@@ -264,7 +264,8 @@ def main() -> None:
         trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 and not num_new else None,
     )
     outcome = train(accelerator, arguments, model, batches_from, conversations.digest(), score, show, flops)
-    accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{show()}")
+    said = show()
+    accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{said}")
     results: dict[str, dict[str, Any]] = {"before": vars(outcome.before), "validation": vars(outcome.after)}
     rows: list[dict[str, Any]] = []
     if "test" in texts:
@@ -302,7 +303,7 @@ def main() -> None:
                 f"manner of {dataset}; what it says is not to be relied on.",
                 usage=USAGE.format(question=repr(shown[0].prompt[-1]["content"])),
                 results=results_table(results),
-                examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{show()}```",
+                examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{said}```",
                 data=card_data(output_dir.name, dataset, "text-generation", results[last], arguments.base_model),
                 facts={
                     "Conversations": f"{dataset}: " + ", ".join(f"{name} {len(text):,}" for name, text in texts.items()),

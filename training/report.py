@@ -136,9 +136,14 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def printable(text: str) -> str:
+    """A text with nothing in it that a terminal would obey, but for the ends of its lines."""
+    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+
+
 def plain(text: str, most: int) -> str:
     """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
-    line = "".join(character if character.isprintable() else "�" for character in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[:most]}..."
 
 

@@ -19,6 +19,7 @@ from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from training.cache import appearing_whole
 from training.conversations import Conversation, Message
 from training.report import code
 
@@ -138,7 +139,6 @@ def response_rows(
 def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All answers as JSON lines, and a page with the first of them side by side."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / RESPONSES).write_text(lines, encoding="utf-8")
     parts = [f"# What it answers\n\n{min(len(rows), MOST_ON_PAGE):,} of {len(rows):,} held-out prompts."]
     for row in rows[:MOST_ON_PAGE]:
         marks = [f"chrF {row['chrf']:.0f}", *([f"judge {row['judge']}"] if row.get("judge") is not None else [])]
@@ -149,4 +149,6 @@ def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         }
         prompt = "\n".join(f"> {message['role']}: {code(message['content'])}" for message in row["prompt"])
         parts.append(prompt + "\n\n" + "\n".join(f"- {who}: {text}" for who, text in answers.items()))
-    (folder / PAGE).write_text("\n\n---\n\n".join(parts) + "\n", encoding="utf-8")
+    for name, text in ((RESPONSES, lines), (PAGE, "\n\n---\n\n".join(parts) + "\n")):
+        with appearing_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -89,7 +89,7 @@ def test_it_learns_to_answer_and_says_so(finished, run):
     assert found["base"]["ended"] < 1
     for line in (
         "Conversations: train 64, validation 8, test 8",
-        "New tokens: 3. One of them, with what is learned in brackets:\n\n<|bos|><|user|>night ",
+        "New tokens: 3. A conversation, with what is learned in brackets:\n\n<|bos|><|user|>night ",
         "<|assistant|>[stormy<|eos|>]" if "<|assistant|>[stormy<|eos|>]" in process.stdout else "<|assistant|>[calm<|eos|>]",
         "It ended 100.0% of the answers, 100.0% word for word as expected, chrF 100.0; the base ended",
     ):
