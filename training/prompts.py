@@ -107,7 +107,7 @@ def teach(tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> 
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.chat_template = style.template
     tokenizer.model_max_length = max_length
-    tokenizer.padding_side = "left"  # what generates goes on where the prompts end, all at the same place
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what generates goes on where all prompts end
     return len(tokenizer) - known
 
 

@@ -3,6 +3,8 @@
 Notable:
 - Prompts of a batch are padded on the left, so that all answers begin at the same place; the longest come first, so that a
   batch which is too large for the memory shows at once.
+- A batch goes on until its longest answer ends. So answers are generated in stages, each twice as long as the one before; those
+  that have not ended yet fill the batches of the next.
 - Answers are greedy: the likeliest token each time. What is measured can be had again.
 """
 
@@ -25,6 +27,7 @@ from training.report import code
 
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
 MOST_ON_PAGE = 100
+FIRST_STAGE = 16  # tokens
 NEVER_ENDED = " *(cut: it did not end)*"
 
 
@@ -72,22 +75,33 @@ def respond(
     model.eval()
     stop_token_id: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
     encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
-    rows = encoded["input_ids"]
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    responses: dict[int, Response] = {}
+    starts = [len(ids) for ids in encoded["input_ids"]]
+    limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
+    rows: list[list[int]] = encoded["input_ids"]
+    left, stage = list(range(len(rows))), FIRST_STAGE
     with tqdm(total=len(rows), desc="Answering", unit=" prompts", leave=False, disable=not show_progress) as bar:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            padded = tokenizer.pad({"input_ids": [rows[index] for index in batch]}, return_tensors="pt").to(model.device)
-            width = padded["input_ids"].shape[1]
-            room = model.config.max_position_embeddings - width
-            output: Any = model.generate(**padded, max_new_tokens=min(max_new_tokens, room))  # type: ignore[operator]
-            for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
-                ended = stop_token_id in ids
-                said = ids[: ids.index(stop_token_id)] if ended else ids
-                responses[index] = Response(str(tokenizer.decode(said, skip_special_tokens=True)).strip(), ended)
-            bar.update(len(batch))
-    return [responses[index] for index in range(len(rows))]
+        while left:
+            left.sort(key=lambda index: -len(rows[index]))
+            for first in range(0, len(left), batch_size):
+                batch = left[first : first + batch_size]
+                padded = tokenizer.pad(
+                    {"input_ids": [rows[index] for index in batch]}, padding_side="left", return_tensors="pt"
+                )
+                width = padded["input_ids"].shape[1]
+                room = min(stage, model.config.max_position_embeddings - width)
+                output: Any = model.generate(**padded.to(model.device), max_new_tokens=room)  # type: ignore[operator]
+                for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
+                    end = ids.index(stop_token_id) + 1 if stop_token_id in ids else len(ids)
+                    rows[index] = (rows[index] + ids[:end])[: limits[index]]
+            still = [index for index in left if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]]
+            bar.update(len(left) - len(still))
+            left, stage = still, 2 * stage
+    responses = []
+    for start, ids in zip(starts, rows, strict=True):
+        ended = ids[-1] == stop_token_id
+        text = tokenizer.decode(ids[start : len(ids) - ended], skip_special_tokens=True)
+        responses.append(Response(str(text).strip(), ended))
+    return responses
 
 
 def respond_together(

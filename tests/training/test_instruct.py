@@ -112,6 +112,7 @@ def test_the_pipeline_chats(finished):
     chat = chat_with(finished[0])
     for word, answer in ANSWERS.items():
         assert asked(chat, f"night 77\n{word}") == answer
+    assert chat.tokenizer.padding_side == "left"
     both = chat([[{"role": "user", "content": f"night 5\n{word}"}] for word in ANSWERS], batch_size=2)
     assert [talk[0]["generated_text"][-1]["content"] for talk in both] == list(ANSWERS.values())
 
