@@ -81,6 +81,9 @@ class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
     packing: bool = option(False, "Put several conversations into a row, each seen by itself, instead of padding.")
     context_length: int = option(0, "Most tokens of a conversation, longer ones are left out; 0: as many as the model takes.")
     max_new_tokens: int = option(256, "Most tokens of an answer.")
+    repetition_penalty: float = option(
+        1.2, "How much less likely a token gets that stands there already, 1 for not at all; small models repeat themselves."
+    )
     output_dir: str = option("outputs/instruct", "New folder for the model.")
     judge: str = option("", "Folder of a finished run: only have its answers graded.")
     judge_url: str = option("", "Server that speaks OpenAI's protocol, up to /v1, to grade the answers; key: OPENAI_API_KEY.")
@@ -95,6 +98,8 @@ def check(arguments: InstructArguments, num_processes: int) -> None:
         raise UserError(f"--context_length must be at least 8, got {arguments.context_length}.")
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}.")
+    if not 1 <= arguments.repetition_penalty <= 10:
+        raise UserError(f"--repetition_penalty must be between 1 and 10, got {arguments.repetition_penalty}.")
     check_conversations(arguments)
     if judge := judge_of(arguments):
         if not (arguments.test_fraction or arguments.test_dataset):
@@ -120,7 +125,7 @@ def judge_of(arguments: InstructArguments) -> Judge | None:
 
 def first_model(arguments: InstructArguments, tokenizer: Any, num_new: int, stop: int) -> ScratchGPTForCausalLM:
     """The model as it is before the first step, the same whenever it is asked for. The rows of new tokens are always trained,
-    with the matrices that they are in. It answers with the likeliest token each time."""
+    with the matrices that they are in. It answers with the likeliest token each time, but for repetitions."""
     set_seed(arguments.seed)
     model: ScratchGPTForCausalLM = load_base(
         ScratchGPTForCausalLM,
@@ -133,6 +138,7 @@ def first_model(arguments: InstructArguments, tokenizer: Any, num_new: int, stop
         freeze(model, arguments.train_blocks, model.lm_head, *([model.get_input_embeddings()] if num_new else []))
     model.generation_config = GenerationConfig(
         do_sample=False,
+        repetition_penalty=arguments.repetition_penalty,  # Keskar et al., 2019, "CTRL"
         max_new_tokens=min(arguments.max_new_tokens, model.config.max_position_embeddings // 2),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop,

@@ -279,6 +279,7 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
     [
         (["--epochs", "0"], "--epochs must be above 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+        (["--repetition_penalty", "nan"], "--repetition_penalty must be between 1 and 10, got nan"),
         (["--context_length", "7"], "--context_length must be at least 8, got 7"),
         (["--context_length", "33"], "--context_length 33 is longer than the 32 positions"),
         (["--context_length", "8"], "of the train split nothing fits into 8 tokens: give a longer --context_length"),
