@@ -5,8 +5,8 @@ Notable:
   batch which is too large for the memory shows at once.
 - A batch goes on until its longest answer ends. So answers are generated in stages, each twice as long as the one before; those
   that have not ended yet fill the batches of the next.
-- Nothing is drawn at random: an answer is what the model's generation config makes of the likeliest tokens. What is measured can
-  be had again, and is what users get.
+- Nothing is drawn at random: an answer is what the model's generation config makes of the likeliest tokens. What is measured
+  can be had again, and is what users get.
 """
 
 import json
