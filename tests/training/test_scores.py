@@ -96,7 +96,7 @@ shape = dict(vocab_size=290, hidden_size=32, num_hidden_layers=2, num_attention_
 model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**shape, num_labels=3, pad_token_id=2, initializer_range=0.5))
 tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
 texts = encode(["be " * n + "or not" for n in range(1, 12)], tokenizer, 64)
-order = in_order_of_length(texts)
+order = in_order_of_length(texts.lengths)
 loader = accelerator.prepare(padded_loader(texts, tokenizer, batch_size=4, sampler=order))
 together = predict(accelerator, accelerator.prepare(model), loader, order)
 with torch.no_grad():
