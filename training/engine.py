@@ -147,7 +147,8 @@ class Outcome(Generic[Evaluation]):
 
     def __str__(self) -> str:
         tokens, seconds = (sum(row.get(name, 0) for row in self.rows) for name in ("tokens", "seconds"))
-        return f"{self.rows[-1]['step']:,} steps, {tokens:,} tokens, {duration(seconds)} (evaluations apart)"
+        steps = max((row["step"] for row in self.rows), default=0)  # a process that only went on for the end has no rows
+        return f"{steps:,} steps, {tokens:,} tokens, {duration(seconds)} (evaluations apart)"
 
 
 def train(

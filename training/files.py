@@ -138,9 +138,7 @@ def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> s
     """The text of a row; `place` is what an error says first."""
     text = row[text_column]
     if not isinstance(text, str | None):
-        raise UserError(
-            f"{place} has no text under {text_column!r} but {type(text).__name__}: put it there, or name another column."
-        )
+        raise UserError(f"{place} has no text under {text_column!r} but {type(text).__name__}: it must be a text.")
     if text is None or text.isascii():
         return text or ""
     if errors != "strict":

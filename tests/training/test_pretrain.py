@@ -12,6 +12,7 @@ import torch
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from training import pretrain
 from training.arguments import UserError
+from training.engine import Outcome
 from training.tokens import Tokens
 
 from .conftest import ROOT, SMALL, TORCHRUN, launch, rows
@@ -225,3 +226,10 @@ def test_the_default_corpus(caches, tmp_path):
     documents = int(re.search(r"Documents to train on: ([\d,]+)", process.stdout)[1].replace(",", ""))
     assert documents > 3000
     assert (tmp_path / "docs" / "model.safetensors").exists()
+
+
+def test_what_a_run_took_is_said_by_a_process_without_rows_too():
+    """As others than the first have none when a run goes on after its last step."""
+    assert str(Outcome(None, None, [])) == "0 steps, 0 tokens, 0.0 seconds (evaluations apart)"
+    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "tokens": 1000, "seconds": 90.0}, {"step": 2, "tokens": 1000, "seconds": 90.0}]
+    assert str(Outcome(None, None, rows)) == "2 steps, 2,000 tokens, 3.0 minutes (evaluations apart)"
