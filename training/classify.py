@@ -12,10 +12,10 @@ out.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from tokenizers import normalizers
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TextClassificationPipeline
+from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from training.arguments import UserError, option, parse_arguments, run
-from training.checkpoints import check_output_folder, whole_weights, written_whole
+from training.checkpoints import whole_weights, written_whole
 from training.classification_report import (
     UNITS,
     described,
@@ -39,7 +39,7 @@ from training.classification_report import (
     results_table,
     shown,
 )
-from training.engine import EpochArguments, check_epochs, train, with_steps
+from training.engine import EpochArguments, check_epochs, start, train, with_steps
 from training.examples import (
     MULTI,
     REGRESSION,
@@ -62,11 +62,11 @@ from training.pretrained import (
     dropout_fields,
     freeze,
     load_base,
-    load_config,
+    load_config_and_tokenizer,
     load_model,
     load_tokenizer,
     lora_config,
-    save_merged,
+    save_trained,
 )
 from training.report import CURVE, card_data, code, draw_loss, hardware, origin, write_card
 from training.scores import Predictions, predict
@@ -142,9 +142,8 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
     return model
 
 
-def classifier_tokenizer(name: str, max_length: int, lowercase: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which from now on marks the beginning and the end of every text: there the head reads."""
-    tokenizer: Any = load_tokenizer(name, trust_remote_code=False)
+def for_classification(tokenizer: Any, name: str, max_length: int, lowercase: bool = False) -> None:
+    """Have the model's tokenizer mark the beginning and the end of every text from now on: there the head reads."""
     if lowercase:
         backend = tokenizer.backend_tokenizer
         steps = [normalizers.Lowercase(), backend.normalizer]
@@ -154,7 +153,6 @@ def classifier_tokenizer(name: str, max_length: int, lowercase: bool = False) ->
     with_padding(tokenizer, name)
     tokenizer.model_max_length = max_length
     tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def with_padding(tokenizer: Any, name: str) -> None:
@@ -268,17 +266,12 @@ def main() -> None:
     if arguments.predict:
         label_texts(arguments)
         return
-    output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator(arguments.report_to, output_dir)
-    check(arguments, accelerator.num_processes)
-    if accelerator.is_main_process:
-        check_output_folder(output_dir, arguments.resume)
-    config = load_config(arguments.base_model, max(arguments.context_length, 4), arguments.train_blocks)
+    accelerator, output_dir = start(arguments, check)
+    config, tokenizer = load_config_and_tokenizer(
+        arguments.base_model, max(arguments.context_length, 4), arguments.train_blocks
+    )
     max_length = arguments.context_length or config.max_position_embeddings
-    tokenizer = classifier_tokenizer(arguments.base_model, max_length, arguments.lowercase)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
-    accelerator.wait_for_everyone()
+    for_classification(tokenizer, arguments.base_model, max_length, arguments.lowercase)
 
     # Examples -> ids -> batches. The first process of a machine fills the caches, the others read them.
     dataset = " ".join(map(short_name, arguments.dataset))
@@ -309,7 +302,8 @@ def main() -> None:
         training_texts = VariedTexts(written, texts["train"], tokenizer, max_length, *dropouts, arguments.seed)
     arguments = with_steps(arguments, len(texts["train"]))
 
-    model = first_model(arguments, names, tokenizer.pad_token_id)
+    first = partial(first_model, arguments, names, tokenizer.pad_token_id)
+    model = first()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     accelerator.print(
         f"A GPT of {model.num_parameters():,} parameters, {trained:,} of them trained, on {hardware(accelerator.num_processes)}"
@@ -353,13 +347,7 @@ def main() -> None:
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
-            if arguments.lora_r:
-                whole = first_model(arguments, names, tokenizer.pad_token_id)  # this one may be in parts
-                whole.load_state_dict(weights)
-                save_merged(whole, folder)
-            else:
-                model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            save_trained(folder, model, weights, tokenizer, first)
             before = {"before": vars(outcome.before)}
             (folder / METRICS).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
             draw_loss(outcome.rows, folder / CURVE, UNITS[kind])

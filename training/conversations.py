@@ -3,7 +3,7 @@
 Notable:
 - Whatever its shape, a conversation is a list of messages, as chat templates take it: `{"role": ..., "content": ...}`.
 - The last message is the assistant's: it is what is asked for, and what stands before it is the prompt.
-- A prompt with all its answers stays in one split; of the embedded docstrings, a module does.
+- Conversations that begin with the same prompt stay in one split; of the embedded docstrings, a module does.
 """
 
 import hashlib
@@ -11,11 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from training.arguments import UserError, option
 from training.docstrings import read_docstrings
-from training.files import find_files, read_rows, text_of
+from training.files import find_files, read_rows, refuse_empty, text_of
 from training.hub import hub_splits, is_hub_id
 from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, without_copies
 
@@ -65,7 +66,7 @@ class Conversations:
     Attributes:
         splits: train, validation and test; the last may be empty.
         duplicates: how many were dropped because the same conversation stood before in their split.
-        copies: how many were dropped from a split because their prompt stands in a later one.
+        copies: how many were dropped from a split because a conversation of a later one begins with the same prompt.
     """
 
     splits: dict[str, list[Conversation]]
@@ -103,7 +104,7 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
     duplicates = before - sum(map(len, given.values()))
     splits, copies = without_copies(
         filled_up(given, arguments, seed, lambda conversation: conversation.group),
-        lambda conversation: _key(conversation.prompt),
+        lambda conversation: _opening(conversation.messages),
     )
     for name, split in splits.items():
         if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
@@ -113,6 +114,11 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
 
 def _key(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _opening(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
+    """What stands before the first answer."""
+    return _key(takewhile(lambda message: message["role"] != "assistant", messages))
 
 
 # Sources ------------------------------------------------------------------------------------------------------------------
@@ -164,12 +170,10 @@ def _conversations(
     for place, row in rows:
         messages = _messages(row, place, arguments.errors, input_mark)
         if messages[-1]["content"]:
-            conversations.append(Conversation(messages, repr(_key(messages[:-1]))))
+            conversations.append(Conversation(messages, repr(_opening(messages))))
         else:
             empty.append(place)
-    if empty:
-        others = f", and so have {len(empty) - 1:,} more: leave these rows" if len(empty) > 1 else ": leave this row"
-        raise UserError(f"{empty[0]} has an empty answer{others} out.")
+    refuse_empty(empty, "answer")
     return conversations
 
 

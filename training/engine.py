@@ -19,9 +19,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from training.arguments import UserError, option
-from training.checkpoints import StopSignals, find_checkpoint, frozen_digest, load_checkpoint, save_checkpoint
+from training.checkpoints import (
+    StopSignals,
+    check_output_folder,
+    find_checkpoint,
+    frozen_digest,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.flops import measured_peak
-from training.loop import training_steps
+from training.loop import start_accelerator, training_steps
 from training.metrics import MetricsFile
 from training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizers, make_schedules
 from training.report import ProgressBar, duration
@@ -73,6 +80,7 @@ class EpochArguments(EngineArguments):
     save_every: int = option(0, "Steps between checkpoints; 0: an epoch.")
 
 
+Run = TypeVar("Run", bound=EngineArguments)
 Epochs = TypeVar("Epochs", bound=EpochArguments)
 
 MAY_DIFFER = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
@@ -114,6 +122,21 @@ def with_steps(arguments: Epochs, num_rows: int) -> Epochs:
         eval_every=arguments.eval_every or math.ceil(an_epoch),
         save_every=arguments.save_every or math.ceil(an_epoch),
     )
+
+
+def start(arguments: Run, check: Callable[[Run, int], None]) -> tuple[Accelerator, Path]:
+    """Accelerate and the output folder of a run, when nothing about it is to be refused.
+
+    Args:
+        check: refuses nonsense, given the arguments and the number of processes.
+    """
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
+    accelerator = start_accelerator(arguments.report_to, output_dir)
+    check(arguments, accelerator.num_processes)
+    if accelerator.is_main_process:
+        check_output_folder(output_dir, arguments.resume)
+    accelerator.wait_for_everyone()
+    return accelerator, output_dir
 
 
 def optimization(

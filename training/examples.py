@@ -19,7 +19,7 @@ from datasets import ClassLabel, Sequence
 
 from training.arguments import UserError, option
 from training.docstrings import read_docstrings
-from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, text_of
+from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, refuse_empty, text_of
 from training.hub import hub_splits, is_hub_id
 from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, without_copies
 
@@ -214,9 +214,7 @@ def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArgu
             examples.append(Example(text, read(values, place), text.strip()))
         else:
             empty.append(place)
-    if empty:
-        others = f", and so have {len(empty) - 1:,} more of its rows: leave them" if len(empty) > 1 else ": leave this row"
-        raise UserError(f"{empty[0]} has an empty text under {arguments.text_column!r}{others} out.")
+    refuse_empty(empty, f"text under {arguments.text_column!r}")
     return examples
 
 

@@ -150,6 +150,13 @@ def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> s
     return text
 
 
+def refuse_empty(places: list[str], what: str) -> None:
+    """Refuse rows in which `what` is empty, naming the first of their places."""
+    if places:
+        others = f", and so have {len(places) - 1:,} more of its rows: leave them" if len(places) > 1 else ": leave this row"
+        raise UserError(f"{places[0]} has an empty {what}{others} out.")
+
+
 def check_columns(place: str, columns: dict[str, str], there: Iterable[str]) -> None:
     """Refuse what lacks one of the columns, which are given with the option that names each."""
     for column, option in columns.items():

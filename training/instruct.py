@@ -12,6 +12,7 @@ signature does. `--judge` has the answers of a finished run graded by a language
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from transformers import GenerationConfig
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
-from training.arguments import UserError, option, parse_arguments, run
+from training.arguments import UserError, one_line, option, parse_arguments, run
 from training.cache import appearing_whole
-from training.checkpoints import check_output_folder, whole_weights, written_whole
-from training.conversations import ConversationArguments, check_conversations, read_conversations
-from training.engine import EpochArguments, check_epochs, train, with_steps
+from training.checkpoints import whole_weights, written_whole
+from training.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
+from training.engine import EpochArguments, check_epochs, start, train, with_steps
 from training.flops import flops_per_token
 from training.hub import short_name
-from training.judge import Judge, judge_all
-from training.loop import start_accelerator
+from training.judge import Judge, Verdicts, judge_all
 from training.metrics import Evaluation, evaluate
 from training.padding import BatchesByLength, in_order_of_length
 from training.pretrained import (
@@ -39,16 +39,28 @@ from training.pretrained import (
     dropout_fields,
     freeze,
     load_base,
-    load_config,
-    load_tokenizer,
+    load_config_and_tokenizer,
     lora_config,
-    save_merged,
+    save_trained,
 )
 from training.prompts import STYLES, EncodedConversations, conversation_loader, encode, marked, stop_token_id, style_of, teach
-from training.report import CURVE, card_data, draw_loss, hardware, origin, plain, printable, write_card
+from training.report import (
+    CARD,
+    CURVE,
+    card_data,
+    code,
+    draw_loss,
+    hardware,
+    origin,
+    plain,
+    printable,
+    without_folders,
+    write_card,
+)
 from training.responses import (
     PAGE,
     RESPONSES,
+    read_responses,
     respond,
     respond_together,
     response_rows,
@@ -148,22 +160,59 @@ def first_model(arguments: InstructArguments, tokenizer: Any, num_new: int, stop
     return model
 
 
+def encoded_splits(
+    conversations: Conversations, tokenizer: Any, max_length: int, train_on_prompt: bool
+) -> dict[str, EncodedConversations]:
+    """The splits that there are, as ids and labels; the prompts are learned in training alone, if at all.
+
+    Raises:
+        UserError: one of them holds nothing that is short enough.
+    """
+    texts = {}
+    for name in SPLITS:
+        if split := conversations.splits[name]:
+            texts[name] = encode(split, tokenizer, max_length, train_on_prompt and name == "train")
+            if not len(texts[name]):
+                raise UserError(f"of the {name} split nothing fits into {max_length} tokens: give a longer --context_length.")
+    return texts
+
+
+def described(conversations: Conversations, texts: dict[str, EncodedConversations], max_length: int) -> str:
+    """How much there is of each split, and what was dropped, for people."""
+    copies = " and ".join(f"{conversations.copies[name]:,} of {name}" for name in SPLITS[:2])
+    return (
+        f"Conversations: {sizes(texts)}\n"
+        f"Dropped: {conversations.duplicates:,} that stood there before; {copies} whose prompt is in a later split; "
+        f"{sum(text.num_too_long for text in texts.values()):,} longer than {max_length:,} tokens; "
+        f"{sum(text.num_spelled for text in texts.values()):,} that spell a special token"
+    )
+
+
+def sizes(texts: dict[str, EncodedConversations]) -> str:
+    return ", ".join(f"{name} {len(text):,}" for name, text in texts.items())
+
+
 def judge_responses(judge: Judge, folder: Path) -> None:
-    """Have the answers in a folder graded; the grades go into its files.
+    """Have the answers in a folder graded; the grades go into its files, the card among them.
 
     Raises:
         UserError: the folder holds no answers; the judge does not answer.
     """
     try:
-        rows = [json.loads(line) for line in (folder / RESPONSES).read_text(encoding="utf-8").splitlines()]
+        rows = read_responses(folder)
         results = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no answers of a finished run with a test split ({error}).") from error
+        card = (folder / CARD).read_text(encoding="utf-8")
+        table = results_table(results)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = one_line(error)
+        raise UserError(f"{folder} holds no answers of a finished run with a test split ({reason}).") from error
     verdicts = judge_all(judge, rows)
     write_responses(folder, rows)
-    results["judge"] = {"model": judge.model, **asdict(verdicts)}
-    with appearing_whole(folder / METRICS) as temporary:
-        temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    results["judge"] = {"model": without_folders(judge.model), **asdict(verdicts)}
+    card = card.replace(table, results_table(results))
+    for name, text in ((METRICS, json.dumps(results, indent=2)), (CARD, card)):
+        with appearing_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     print(f"The judge {judge.model} says: {verdicts}. The grades are in {folder / PAGE} and {folder / RESPONSES}")
 
 
@@ -179,6 +228,8 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
         for name, title in {"base": "the base", "test": "this model"}.items():
             it = results[name]
             lines.append(f"| {title} | {it['ended']:.1%} | {it['exact_match']:.1%} | {it['chrf']:.1f} |")
+        if it := results.get("judge"):
+            lines += ["", f"The judge {code(it['model'])} says: {Verdicts(it['mean'], it['graded'], it['malformed'])}."]
         lines += ["", f"Side by side they stand in [{PAGE}]({PAGE}), all of them in [{RESPONSES}]({RESPONSES})."]
     return "\n".join(lines)
 
@@ -189,40 +240,22 @@ def main() -> None:
     if arguments.judge and judge:
         judge_responses(judge, Path(os.path.expanduser(arguments.judge)))
         return
-    output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator(arguments.report_to, output_dir)
-    check(arguments, accelerator.num_processes)
-    if accelerator.is_main_process:
-        check_output_folder(output_dir, arguments.resume)
-    config = load_config(arguments.base_model, max(arguments.context_length, 8), arguments.train_blocks)
+    accelerator, output_dir = start(arguments, check)
+    config, tokenizer = load_config_and_tokenizer(
+        arguments.base_model, max(arguments.context_length, 8), arguments.train_blocks
+    )
     max_length = arguments.context_length or config.max_position_embeddings
-    tokenizer = load_tokenizer(arguments.base_model, trust_remote_code=False)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
     style = style_of(arguments.chat_template, tokenizer)
     num_new = teach(tokenizer, style, config.max_position_embeddings)
-    accelerator.wait_for_everyone()
 
     # Conversations -> ids -> batches. The first process of a machine fills the caches, the others read them.
     dataset = " ".join(map(short_name, arguments.dataset))
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         conversations = read_conversations(arguments, arguments.seed, style.input_mark)
-    texts: dict[str, EncodedConversations] = {}
-    for name in SPLITS:
-        if split := conversations.splits[name]:
-            is_learned = arguments.train_on_prompt and name == "train"
-            texts[name] = encode(split, tokenizer, max_length, is_learned)
-            if not len(texts[name]):
-                raise UserError(f"of the {name} split nothing fits into {max_length} tokens: give a longer --context_length.")
+    texts = encoded_splits(conversations, tokenizer, max_length, arguments.train_on_prompt)
     stop = stop_token_id(texts["train"], tokenizer)
-    copies = " and ".join(f"{conversations.copies[name]:,} of {name}" for name in SPLITS[:2])
-    accelerator.print(f"Conversations: {', '.join(f'{name} {len(text):,}' for name, text in texts.items())}")
-    accelerator.print(
-        f"Dropped: {conversations.duplicates:,} that stood there before; {copies} whose prompt is in a later split; "
-        f"{sum(text.num_too_long for text in texts.values()):,} longer than {max_length:,} tokens; "
-        f"{sum(text.num_spelled for text in texts.values()):,} that spell a special token"
-    )
+    accelerator.print(described(conversations, texts, max_length))
     accelerator.print(f"New tokens: {num_new}. A conversation, with what is learned in brackets:\n")
     accelerator.print(printable(marked(texts["train"], 0, tokenizer)), "\n")
     if arguments.packing:
@@ -234,7 +267,8 @@ def main() -> None:
         raise UserError(f"--batch_size {arguments.batch_size} is more than the {num_rows} rows to train on: lower it.")
     arguments = with_steps(arguments, num_rows)
 
-    model = first_model(arguments, tokenizer, num_new, stop)
+    first = partial(first_model, arguments, tokenizer, num_new, stop)
+    model = first()
     accelerator.print(f"A GPT on {hardware(accelerator.num_processes)}: {trainable_parameters(model)}")
 
     def evaluation_batches(split: str) -> Any:
@@ -280,8 +314,7 @@ def main() -> None:
         how = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         result = evaluate(accelerator, model, evaluation_batches("test"), test.num_bytes)
         tuned = respond_together(accelerator, model, tokenizer, prompts, **how)
-        first = first_model(arguments, tokenizer, num_new, stop).to(accelerator.device)  # type: ignore[arg-type]
-        base = respond_together(accelerator, first, tokenizer, prompts, **how)
+        base = respond_together(accelerator, first().to(accelerator.device), tokenizer, prompts, **how)  # type: ignore[arg-type]
         scores, base_scores = (score_responses(answers, test.conversations) for answers in (tuned, base))
         results |= {"test": {**vars(result), **vars(scores)}, "base": vars(base_scores)}
         rows = response_rows(test.conversations, base, tuned)
@@ -291,13 +324,7 @@ def main() -> None:
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
-            if arguments.lora_r:
-                whole = first_model(arguments, tokenizer, num_new, stop)  # this one may be in parts
-                whole.load_state_dict(weights)
-                save_merged(whole, folder)
-            else:
-                model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            save_trained(folder, model, weights, tokenizer, first)
             (folder / METRICS).write_text(json.dumps(results, indent=2), encoding="utf-8")
             if rows:
                 write_responses(folder, rows)
@@ -312,7 +339,7 @@ def main() -> None:
                 examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{said}```",
                 data=card_data(output_dir.name, dataset, "text-generation", results[last], arguments.base_model),
                 facts={
-                    "Conversations": f"{dataset}: " + ", ".join(f"{name} {len(text):,}" for name, text in texts.items()),
+                    "Conversations": f"{dataset}: {sizes(texts)}",
                     "Parameters": trainable_parameters(model),
                     "Training": str(outcome),
                     "Hardware": hardware(accelerator.num_processes),

@@ -29,7 +29,7 @@ from training.arguments import UserError, parse_arguments, run
 from training.engine import optimization
 from training.flops import flops_per_token, measured_peak, parameters_by_part, widths
 from training.loop import start_accelerator, training_steps
-from training.pretrain import PretrainArguments, config_of
+from training.pretrain import PretrainArguments, starting_point
 from training.report import duration
 
 FLOAT = 4  # bytes
@@ -208,7 +208,7 @@ def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
     accelerator = start_accelerator()
     check(arguments, accelerator.num_processes)
-    config = config_of(arguments)
+    config, _ = starting_point(arguments)
     processes, device = accelerator.num_processes, accelerator.device
 
     parts = parameters_by_part(config)

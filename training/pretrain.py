@@ -9,9 +9,9 @@ With nothing given it reads training/configs/pretrain.yaml: a small GPT on the d
 installed beside it, in five and a half minutes of training on two CPU cores. Whatever is typed overrides the file.
 """
 
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
@@ -22,15 +22,14 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
-from training.checkpoints import check_output_folder, whole_weights, written_whole
+from training.checkpoints import whole_weights, written_whole
 from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
-from training.engine import EngineArguments, check_engine, train
+from training.engine import EngineArguments, check_engine, start, train
 from training.flops import flops_per_token
 from training.hub import short_name
-from training.loop import start_accelerator
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
-from training.pretrained import LoraArguments, load_base, load_config, load_tokenizer, lora_config, save_merged
+from training.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
 from training.report import (
     CURVE,
     beginnings,
@@ -125,11 +124,11 @@ def windows_of(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) 
     return Windows(tokens, arguments.context_length, pad_token_id, "training", stride)
 
 
-def config_of(arguments: PretrainArguments) -> ScratchGPTConfig:
-    """The shape of the model that is trained."""
+def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]:
+    """The shape of the model that is trained, and its tokenizer if it has one already."""
     if arguments.base_model:
-        return load_config(arguments.base_model, arguments.context_length)
-    return model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+        return load_config_and_tokenizer(arguments.base_model, arguments.context_length)
+    return model_config(arguments.model, arguments.vocab_size, arguments.context_length), None
 
 
 def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
@@ -153,13 +152,8 @@ def table_of(evaluations: dict[str, Evaluation]) -> str:
 
 def main() -> None:
     arguments = parse_arguments(PretrainArguments, __doc__)
-    output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator(arguments.report_to, output_dir)
-    check(arguments, accelerator.num_processes)
-    if accelerator.is_main_process:
-        check_output_folder(output_dir, arguments.resume)
-    config = config_of(arguments)
-    accelerator.wait_for_everyone()
+    accelerator, output_dir = start(arguments, check)
+    config, tokenizer = starting_point(arguments)
 
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
     dataset = " ".join(map(short_name, arguments.dataset))
@@ -170,9 +164,7 @@ def main() -> None:
         training_texts, validation_texts, test_texts = (
             concatenate_datasets([getattr(split, name) for split in splits]) for name in ("train", "validation", "test")
         )
-        if arguments.base_model:
-            tokenizer = load_tokenizer(arguments.base_model, trust_remote_code=False)
-        else:
+        if tokenizer is None:
             tokenizer = train_tokenizer(training_texts, arguments.vocab_size, arguments.tokenizer, arguments.context_length)
         training_tokens = [tokenize(split.train, tokenizer, corpus.name) for split, corpus in zip(splits, corpora, strict=True)]
         validation_tokens = tokenize(validation_texts, tokenizer, "the validation text")
@@ -207,11 +199,8 @@ def main() -> None:
         config.vocab_size = len(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-    elif len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"--base_model {arguments.base_model} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}."
-        )
-    model = first_model(arguments, config)
+    first = partial(first_model, arguments, config)
+    model = first()
     accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware(accelerator.num_processes)}")
     if arguments.lora_r:
         accelerator.print(f"LoRA: {trainable_parameters(model)}")
@@ -255,13 +244,7 @@ def main() -> None:
     weights = whole_weights(model)
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
-            if arguments.lora_r:
-                whole = first_model(arguments, config)  # this one may be in parts
-                whole.load_state_dict(weights)
-                save_merged(whole, folder)
-            else:
-                model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            save_trained(folder, model, weights, tokenizer, first)
             draw_loss(outcome.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,

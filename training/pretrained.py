@@ -1,6 +1,6 @@
 """Models that are there already: loaded, adapted with LoRA, and put together again at the end of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.adapter_files import save_adapter
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload
 from training.arguments import UserError, one_line, option
 from training.hub import is_hub_id
 
@@ -152,11 +152,14 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def load_config(name: str, context_length: int, train_blocks: int = -1) -> ScratchGPTConfig:
-    """The config of a model to train on.
+def load_config_and_tokenizer(
+    name: str, context_length: int, train_blocks: int = -1
+) -> tuple[ScratchGPTConfig, PreTrainedTokenizerBase]:
+    """What is to be known of a model to train on before its weights are read.
 
     Raises:
-        UserError: there is none, it is of no model that can be ours, its positions are too few, or its blocks.
+        UserError: there is none, it is of no model that can be ours, its positions are too few, or its blocks; its tokenizer
+            cannot be loaded, or is not the model's.
     """
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} holds an adapter: merge it into its model, and give the folder of that.")
@@ -170,14 +173,30 @@ def load_config(name: str, context_length: int, train_blocks: int = -1) -> Scrat
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: shorten it.")
     if train_blocks > (blocks := config.num_hidden_layers):
         raise UserError(f"--train_blocks {train_blocks} is more than the {blocks} blocks of the model.")
-    return config
+    tokenizer = load_tokenizer(name, trust_remote_code=False)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"--base_model {name} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
+    return config, tokenizer
 
 
-def save_merged(model: Any, folder: Path) -> None:
-    """A folder of the model with its adapter merged into it, and in it one of the adapter by itself."""
-    save_adapter(model, folder / ADAPTER)
-    merge_and_unload(model)
-    model.save_pretrained(folder)
+def save_trained(
+    folder: Path, model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, first: Callable[[], Any]
+) -> None:
+    """The model and its tokenizer as a folder that transformers loads; adapters are merged, and stand in it by themselves too.
+
+    Args:
+        model, weights: as trained; the model may be in parts, its weights are whole.
+        first: makes the model as it was before the first step.
+    """
+    if lora_layers(model):
+        whole = first()
+        whole.load_state_dict(weights)
+        save_adapter(whole, folder / ADAPTER)
+        merge_and_unload(whole)
+        whole.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
 
 
 def check_model(name: str, trust_remote_code: bool) -> bool:

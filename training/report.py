@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.loop import Step
 
-CURVE = "loss.png"
+CURVE, CARD = "loss.png", "README.md"
 PROMPT_CHARACTERS = 60
 TEXT = 500  # characters of a text in a file for people
 
@@ -173,16 +173,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A path says where things lie on the author's machine; a card is for others."""
     if isinstance(value, str):
         option, equals, given = value.partition("=")
         if equals and option.startswith("--"):
-            return f"{option}={_without_folders(given)}"
+            return f"{option}={without_folders(given)}"
         return Path(value).name if value.startswith(("/", "~")) else value
     if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return {name: _without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value
+        return [without_folders(item) for item in value]
+    return {name: without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def write_card(
@@ -199,7 +199,7 @@ def write_card(
     """The model card: what the model is, how to use it, how good it is, and how it was made.
 
     Args:
-        folder: where `README.md` goes, beside the curve.
+        folder: where the card goes, beside the curve.
         introduction: what the model is and what it is not, for people.
         usage: Python that uses it.
         results: how good it is, as Markdown.
@@ -211,7 +211,7 @@ def write_card(
     facts = {
         **facts,
         "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
-        "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])}`",
+        "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])}`",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     text = f"""---
@@ -241,9 +241,9 @@ def write_card(
 {table}
 
 ```yaml
-{yaml.safe_dump(_without_folders(settings), sort_keys=False, allow_unicode=True)}```
+{yaml.safe_dump(without_folders(settings), sort_keys=False, allow_unicode=True)}```
 """
-    ModelCard(text).save(folder / "README.md")
+    ModelCard(text).save(folder / CARD)
 
 
 def card_data(name: str, dataset: str, task: str, metrics: dict[str, float], base_model: str = "") -> ModelCardData:

@@ -29,6 +29,7 @@ from training.report import code
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
 MOST_ON_PAGE = 100
 FIRST_STAGE = 16  # tokens
+ROW = {"prompt", "expected", "base", "base_ended", "response", "ended", "chrf"}
 NEVER_ENDED = " *(cut: it did not end)*"
 
 
@@ -149,6 +150,19 @@ def response_rows(
         }
         for talk, before, after in zip(conversations, base, tuned, strict=True)
     ]
+
+
+def read_responses(folder: Path) -> list[dict[str, Any]]:
+    """The rows that `write_responses` wrote.
+
+    Raises:
+        OSError, ValueError: they are not there, or not whole.
+    """
+    rows = [json.loads(line) for line in (folder / RESPONSES).read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= ROW:
+            raise ValueError(f"row {number} of {RESPONSES} lacks some of {', '.join(sorted(ROW))}")
+    return rows
 
 
 def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,31 @@ def run(book, caches, tmp_path_factory):
     process = launch(["accelerate", "launch"], "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
     assert process.returncode == 0, process.stderr
     return output_dir, process
+
+
+@pytest.fixture
+def recipe(request, run, nights, tmp_path, monkeypatch):
+    """Runs the recipe that a module of tests is about in this process, on its data, and gives the folder it made."""
+
+    def start(*words: str, output: str = "model", base: Path | str = run[0]) -> Path:
+        folder = tmp_path / output
+        base_words = ["--base_model", str(base), "--dataset", nights, "--output_dir", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *base_words, *request.module.TRAINING, *words])
+        request.module.RECIPE.main()
+        return folder
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finished(request, run, nights, caches, tmp_path_factory):
+    """A finished run of the same recipe, started as the README says."""
+    folder = tmp_path_factory.mktemp("outputs") / "nights"
+    words = ["--base_model", str(run[0]), "--dataset", nights, "--output_dir", str(folder), *request.module.TRAINING]
+    script = Path(request.module.RECIPE.__file__).name
+    process = launch(["accelerate", "launch"], *words, script=script, **caches)
+    assert process.returncode == 0, process.stderr
+    return folder, process
 
 
 def rows(folder: Path) -> list[dict]:

@@ -27,6 +27,7 @@ from tests.training.conftest import ROOT, TORCHRUN, launch, rows
 from training import classify
 from training.arguments import UserError
 
+RECIPE = classify
 TRAINING = ["--batch_size", "8", "--epochs", "3", "--learning_rate", "0.005", "--report_to", "none"]
 
 
@@ -44,20 +45,6 @@ def nights(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def recipe(run, nights, tmp_path, monkeypatch):
-    """Runs the recipe in this process, and gives the folder it made."""
-
-    def start(*words: str, output: str = "model", base: Path | str = run[0]) -> Path:
-        folder = tmp_path / output
-        base_words = ["--base_model", str(base), "--dataset", nights, "--output_dir", str(folder)]
-        monkeypatch.setattr(sys, "argv", ["classify.py", *base_words, *TRAINING, *words])
-        classify.main()
-        return folder
-
-    return start
-
-
 def pipeline_of(folder: Path) -> TextClassificationPipeline:
     return TextClassificationPipeline(
         model=ScratchGPTForSequenceClassification.from_pretrained(folder),
@@ -70,16 +57,6 @@ def changed(folder: Path, base: Path) -> set[str]:
     """The names of the weights that differ from those of the base, by blocks and parts."""
     after, before = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
     return {name for name in after if name not in before or not torch.equal(after[name], before[name])}
-
-
-@pytest.fixture(scope="session")
-def finished(run, nights, caches, tmp_path_factory):
-    """A finished run, started as the README says."""
-    folder = tmp_path_factory.mktemp("outputs") / "nights"
-    words = ["--base_model", str(run[0]), "--dataset", nights, "--output_dir", str(folder), *TRAINING]
-    process = launch(["accelerate", "launch"], *words, script="classify.py", **caches)
-    assert process.returncode == 0, process.stderr
-    return folder, process
 
 
 def test_it_learns_and_says_so(finished):

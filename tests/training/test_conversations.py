@@ -105,6 +105,21 @@ def test_a_prompt_with_all_its_answers_stays_in_one_split(tmp_path):
     assert found.copies == dict.fromkeys(SPLITS, 0)
 
 
+def test_talks_that_begin_alike_stay_in_one_split(tmp_path):
+    """A training talk that goes on after a held-out prompt would give the answer away."""
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[turn % 2], "content": f"{number} {turn}"} for turn in range(turns)]}
+        for number in range(40)
+        for turns in (2, 4)
+    ]
+    made = read(write(tmp_path / "rows.json", rows)).splits.values()
+    splits = [{talk.prompt[0]["content"] for talk in split} for split in made]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 40
+    test = write(tmp_path / "test.json", rows[:1])
+    found = read(write(tmp_path / "train.json", rows[1:]), test_dataset=[test])
+    assert sum(found.copies.values()) == 1
+
+
 def test_a_talk_of_several_turns(tmp_path):
     talk = [
         {"role": "system", "content": "Be brief."},
@@ -191,7 +206,7 @@ def test_what_is_wrong_with_a_row_is_said_in_one_line(tmp_path, row, message):
 
 def test_empty_answers_are_counted(tmp_path):
     rows = [{**row, "output": "" if n in (4, 9, 30) else row["output"]} for n, row in enumerate(ALPACA)]
-    with pytest.raises(UserError, match="row 5 has an empty answer, and so have 2 more: leave these rows out"):
+    with pytest.raises(UserError, match="row 5 has an empty answer, and so have 2 more of its rows: leave them out"):
         read(write(tmp_path / "rows.json", rows))
 
 

@@ -20,6 +20,7 @@ from tests.training.conftest import ROOT, TORCHRUN, launch, rows
 from training import instruct
 from training.arguments import UserError
 
+RECIPE = instruct
 TRAINING = ["--batch_size", "8", "--epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"]
 TRAINING += ["--validation_fraction", "0.1", "--max_new_tokens", "12"]
 ANSWERS = {"dark": "stormy", "bright": "calm"}
@@ -38,20 +39,6 @@ def nights(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def recipe(run, nights, tmp_path, monkeypatch):
-    """Runs the recipe in this process, and gives the folder it made."""
-
-    def start(*words: str, output: str = "model", base: Path | str = run[0]) -> Path:
-        folder = tmp_path / output
-        base_words = ["--base_model", str(base), "--dataset", nights, "--output_dir", str(folder)]
-        monkeypatch.setattr(sys, "argv", ["instruct.py", *base_words, *TRAINING, *words])
-        instruct.main()
-        return folder
-
-    return start
-
-
 def chat_with(folder: Path) -> TextGenerationPipeline:
     return TextGenerationPipeline(
         model=ScratchGPTForCausalLM.from_pretrained(folder),
@@ -65,16 +52,6 @@ def asked(chat: TextGenerationPipeline, text: str) -> str:
 
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def finished(run, nights, caches, tmp_path_factory):
-    """A finished run, started as the README says."""
-    folder = tmp_path_factory.mktemp("outputs") / "nights"
-    words = ["--base_model", str(run[0]), "--dataset", nights, "--output_dir", str(folder), *TRAINING]
-    process = launch(["accelerate", "launch"], *words, script="instruct.py", **caches)
-    assert process.returncode == 0, process.stderr
-    return folder, process
 
 
 def test_it_learns_to_answer_and_says_so(finished, run):
@@ -272,6 +249,10 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
     instruct.main()
     assert "mean grade none, over 0 answers; 8 verdicts were no grade" in capsys.readouterr().out
     assert metrics(folder)["judge"] == found
+    assert f"The judge `{finished[0].name}` says: mean grade none" in (folder / "README.md").read_text()
+    (folder / "responses.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="row 1 of responses.jsonl lacks some of base, base_ended"):
+        instruct.main()
 
 
 @pytest.mark.parametrize(
