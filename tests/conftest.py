@@ -5,6 +5,7 @@ import os
 # Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import re
 import socket
 import subprocess
 import sys
@@ -114,17 +115,10 @@ def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
     return model
 
 
-# `transformers serve` looks a model's class up in its own namespace, and nowhere else: no code of a folder gets there, whatever
-# `--trust-remote-code` says. So the server is started from Python, with our class put there.
-SERVER = """
-import sys
-import transformers
-from transformers.cli.transformers import main
-from modeling_scratchgpt import ScratchGPTForCausalLM
-
-transformers.ScratchGPTForCausalLM = ScratchGPTForCausalLM
-sys.exit(main())
-"""
+def server_program() -> str:
+    """`transformers serve`, started as the README says."""
+    (program,) = re.findall(r'python -c "([^"]*)" serve &', (Path(__file__).parents[1] / "README.md").read_text())
+    return program
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +130,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            [sys.executable, "-c", server_program(), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -38,6 +38,11 @@ def one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """A text with nothing in it that a terminal would obey, but for the ends of its lines."""
+    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+
+
 def option(default: Any, help: str, **keywords: Any) -> Any:
     """A dataclass field with a default, a help text and more words for argparse; lists get a fresh copy."""
     metadata = {"help": help, **keywords}
@@ -77,6 +82,9 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     """
     parser = _Parser(arguments_class, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
     typed = list(sys.argv[1:] if argv is None else argv)
+    for word in typed:
+        if word.encode(errors="replace").decode() != word:
+            raise UserError(f"{word!r} is not UTF-8: files and models with other names cannot be told of in a card.")
     first_look = _Parser(allow_abbrev=False, add_help=False)
     first_look.add_argument("--config", default=parser.get_default("config"))
     config_file = first_look.parse_known_args(typed)[0].config
@@ -195,7 +203,7 @@ def run(main: Callable[[], None]) -> None:
         ):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

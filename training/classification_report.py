@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from training.examples import MULTI, REGRESSION, SINGLE, Example
-from training.report import code, plain
+from training.report import cell, plain
 from training.scores import Predictions
 
 MOST_MISTAKES = 500
@@ -63,7 +63,7 @@ def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Pre
     lines = [f"Mistakes: {what}.", "", "| predicted | true | text |", "|---|---|---|"]
     for index in wrong[np.argsort(-badness[wrong], kind="stable")][:MOST_MISTAKES]:
         cells = told(predictions, index), truth(examples[index]), examples[index].text
-        lines.append(f"| {' | '.join(code(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(cell(text) for text in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,5 +118,5 @@ def results_table(before: Any, results: dict[str, dict[str, Any]], problem_type:
     if labels := list(results.values())[-1].get("labels"):
         lines += ["", f"| {list(results)[-1]} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
         for name, it in labels.items():
-            lines.append(f"| {code(name)} | {it['precision']:.4f} | {it['recall']:.4f} | {it['f1']:.4f} | {it['examples']:,} |")
+            lines.append(f"| {cell(name)} | {it['precision']:.4f} | {it['recall']:.4f} | {it['f1']:.4f} | {it['examples']:,} |")
     return "\n".join(lines)

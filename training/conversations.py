@@ -6,7 +6,6 @@ Notable:
 - Conversations that begin with the same prompt stay in one split; of the embedded docstrings, a module does.
 """
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,15 @@ from training.arguments import UserError, option
 from training.docstrings import read_docstrings
 from training.files import find_files, read_rows, refuse_empty, text_of
 from training.hub import hub_splits, is_hub_id
-from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, without_copies
+from training.splits import (
+    SplitArguments,
+    check_splits,
+    drawn,
+    filled_up,
+    read_given,
+    refuse_empty_splits,
+    without_copies,
+)
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 ROLES = ("system", "user", "assistant")
@@ -73,17 +80,12 @@ class Conversations:
     duplicates: int
     copies: dict[str, int]
 
-    def digest(self) -> str:
-        """Tells apart what is trained on, and what is held out."""
-        content = hashlib.sha256()
-        for name, split in self.splits.items():
-            content.update(repr([name, *(conversation.messages for conversation in split)]).encode())
-        return content.hexdigest()
-
 
 def check_conversations(arguments: ConversationArguments) -> None:
     """Refuse nonsense, and sources that cannot be read, before any long work; looks at no network."""
     for path in check_splits(arguments, ENDINGS):
+        if path.suffix.lower() not in ENDINGS:
+            raise UserError(f"{path} is no file of conversations: give one that ends with {', '.join(ENDINGS)}.")
         for place, row in read_rows(path, {}, arguments.errors):
             _messages(row, place, arguments.errors, "")
             break
@@ -106,9 +108,7 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
         filled_up(given, arguments, seed, lambda conversation: conversation.group),
         lambda conversation: _opening(conversation.messages),
     )
-    for name, split in splits.items():
-        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
-            raise UserError(f"there is nothing left for the {name} split: give more examples, or larger shares of them.")
+    refuse_empty_splits(splits, arguments)
     return Conversations(splits, duplicates, copies)
 
 
@@ -182,7 +182,7 @@ def _messages(row: dict[str, Any], place: str, errors: str, input_mark: str) -> 
     shape = next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape)), None)
     if shape is None:
         wanted = ", or ".join(" and ".join(shape) for shape in SHAPES)
-        there = ", ".join(map(str, row)) or "nothing"
+        there = ", ".join(f"{key} (empty)" if row[key] is None else str(key) for key in row) or "nothing"
         raise UserError(f"{place} must have {wanted}; it has {there:.200}.")
     if shape == ("instruction", "output"):
         instruction, output = (text_of(row, key, place, errors) for key in shape)
@@ -210,6 +210,8 @@ def _message(message: Any, place: str, errors: str) -> Message:
         raise UserError(f'{place} has a message that is not like {{"role": "user", "content": "..."}} but {message!r:.80}.')
     if message["role"] not in ROLES:
         raise UserError(f"{place} has a message of {message['role']!r:.80}: the roles are {', '.join(ROLES)}.")
+    if message.get("tool_calls"):
+        raise UserError(f"{place} has a message that calls tools, which is not taught here: leave this row out.")
     return {"role": message["role"], "content": text_of(message, "content", place, errors).strip()}
 
 

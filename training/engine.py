@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -39,8 +39,9 @@ Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
 
 @dataclass
 class EngineArguments:
-    """What every recipe can be asked; those that say `new` or `--resume` may differ when a run goes on."""
+    """What every recipe can be asked; what `may_differ` names may be asked otherwise when a run goes on."""
 
+    may_differ: ClassVar[set[str]] = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
     batch_size: int = option(8, "Rows in a batch, over all processes.")
     gradient_accumulation_steps: int = option(1, "Batches that make up one optimizer step.")
     max_steps: int = option(1000, "Optimizer steps.")
@@ -82,8 +83,6 @@ class EpochArguments(EngineArguments):
 
 Run = TypeVar("Run", bound=EngineArguments)
 Epochs = TypeVar("Epochs", bound=EpochArguments)
-
-MAY_DIFFER = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
 
 
 def check_engine(arguments: EngineArguments, num_processes: int) -> None:
@@ -295,7 +294,8 @@ def patience_lost(losses: list[float], patience: int) -> bool:
 
 def _settings(arguments: EngineArguments) -> dict[str, Any]:
     """What decides the weights that a run ends with."""
-    return {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name not in MAY_DIFFER}
+    names = {field.name for field in fields(arguments)} - arguments.may_differ
+    return {name: getattr(arguments, name) for name in sorted(names)}
 
 
 def _check_settings(arguments: EngineArguments, saved: dict[str, Any], path: Path) -> None:

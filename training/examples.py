@@ -21,7 +21,7 @@ from training.arguments import UserError, option
 from training.docstrings import read_docstrings
 from training.files import TABLE_ENDINGS, check_columns, find_files, read_rows, refuse_empty, text_of
 from training.hub import hub_splits, is_hub_id
-from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, without_copies
+from training.splits import SplitArguments, check_splits, drawn, filled_up, read_given, refuse_empty_splits, without_copies
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # a number to predict; the square of its error has to fit
@@ -294,10 +294,8 @@ def _most(examples: list[Example], count: int, seed: int) -> list[Example]:
 
 def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
     """What the model is to tell apart, from the training split; the others may not know more."""
+    refuse_empty_splits(splits, arguments)
     for name, examples in splits.items():
-        asked = name != "test" or arguments.test_fraction or arguments.test_dataset
-        if not examples and asked:
-            raise UserError(f"there is nothing left for the {name} split: give more examples, or larger shares of them.")
         if len(examples) == 1 and name != "train" and arguments.problem_type == REGRESSION:
             raise UserError(f"the {name} split has a single example, of which nothing can be said: give more.")
     if arguments.problem_type == REGRESSION:

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.arguments import UserError
+from training.arguments import UserError, one_line
 
 TABLE_ENDINGS = (".jsonl", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
@@ -205,7 +205,7 @@ def _json_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tup
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
-    like = ", ".join(f'"{column}": "..."' for column in columns)
+    like = ", ".join(f'"{column}": "..."' for column in columns or ("name",))
     for number, line in read_lines(path, errors):
         if line.isspace():
             continue
@@ -238,7 +238,7 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts that hold "
                     f"{what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
                 )
-            if row == list(names):
+            if row and row == list(names):
                 raise UserError(f"{path}: line {reader.line_num} holds the names of the columns: leave out --columns.")
             if row:
                 yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
@@ -259,6 +259,8 @@ def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[
                     yield f"{path}: row {number}", dict(zip(names, cells, strict=True))
     except pa.ArrowException as error:
         raise UserError(f"{path}: this is not a Parquet file, or a damaged one ({error}).") from error
+    except (ValueError, OverflowError, LookupError) as error:  # texts that are none, times that are none, two columns of a name
+        raise UserError(f"{path}: row {number} cannot be read ({one_line(error)}).") from error
 
 
 def _cell(value: Any, path: Path, number: int, errors: str) -> Any:

@@ -18,7 +18,7 @@ def is_hub_id(source: str) -> bool:
     """Whether it is shaped like an id, with nothing of that name here, nor a folder that it would lie in."""
     return (
         not os.path.exists(source)
-        and not source.lower().endswith(FILE_ENDINGS)
+        and not source.lower().endswith((*FILE_ENDINGS, ".json"))
         and not glob.has_magic(source)
         and source.count("/") <= 1
         and not os.path.isdir(os.path.dirname(source))

@@ -14,8 +14,9 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from transformers import GenerationConfig
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
-from training.arguments import UserError, one_line, option, parse_arguments, run
+from training.arguments import UserError, one_line, option, parse_arguments, printable, run
 from training.cache import appearing_whole
 from training.checkpoints import whole_weights, written_whole
 from training.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
@@ -43,7 +44,17 @@ from training.pretrained import (
     lora_config,
     save_trained,
 )
-from training.prompts import STYLES, EncodedConversations, conversation_loader, encode, marked, stop_token_id, style_of, teach
+from training.prompts import (
+    STYLES,
+    EncodedConversations,
+    conversation_loader,
+    digest,
+    encode,
+    marked,
+    stop_token_id,
+    style_of,
+    teach,
+)
 from training.report import (
     CARD,
     CURVE,
@@ -53,7 +64,6 @@ from training.report import (
     hardware,
     origin,
     plain,
-    printable,
     without_folders,
     write_card,
 )
@@ -64,6 +74,7 @@ from training.responses import (
     respond,
     respond_together,
     response_rows,
+    responses_page,
     score_responses,
     write_responses,
 )
@@ -83,6 +94,13 @@ print(chat(messages)[0]["generated_text"][-1]["content"])"""
 
 @dataclass
 class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
+    may_differ: ClassVar[set[str]] = EpochArguments.may_differ | {
+        "judge",
+        "judge_url",
+        "judge_model",
+        "max_new_tokens",
+        "repetition_penalty",
+    }
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments.")
     chat_template: str = option(
         "",
@@ -92,7 +110,7 @@ class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
     train_on_prompt: bool = option(False, "Learn to say the prompts too, and not the answers alone.")
     packing: bool = option(False, "Put several conversations into a row, each seen by itself, instead of padding.")
     context_length: int = option(0, "Most tokens of a conversation, longer ones are left out; 0: as many as the model takes.")
-    max_new_tokens: int = option(256, "Most tokens of an answer.")
+    max_new_tokens: int = option(256, "Most tokens of an answer; at most half of what the model can read.")
     repetition_penalty: float = option(
         1.2, "How much less likely a token gets that stands there already, 1 for not at all; small models repeat themselves."
     )
@@ -173,7 +191,10 @@ def encoded_splits(
         if split := conversations.splits[name]:
             texts[name] = encode(split, tokenizer, max_length, train_on_prompt and name == "train")
             if not len(texts[name]):
-                raise UserError(f"of the {name} split nothing fits into {max_length} tokens: give a longer --context_length.")
+                raise UserError(
+                    f"of the {name} split nothing is left: of {len(split):,} conversations {texts[name].num_too_long:,} are "
+                    f"longer than {max_length} tokens (give a longer --context_length), in the others stands a special token."
+                )
     return texts
 
 
@@ -182,9 +203,9 @@ def described(conversations: Conversations, texts: dict[str, EncodedConversation
     copies = " and ".join(f"{conversations.copies[name]:,} of {name}" for name in SPLITS[:2])
     return (
         f"Conversations: {sizes(texts)}\n"
-        f"Dropped: {conversations.duplicates:,} that stood there before; {copies} whose prompt is in a later split; "
+        f"Dropped: {conversations.duplicates:,} duplicates; {copies} that begin with the prompt of a later split; "
         f"{sum(text.num_too_long for text in texts.values()):,} longer than {max_length:,} tokens; "
-        f"{sum(text.num_spelled for text in texts.values()):,} that spell a special token"
+        f"{sum(text.num_spelled for text in texts.values()):,} whose text holds a special token"
     )
 
 
@@ -203,11 +224,15 @@ def judge_responses(judge: Judge, folder: Path) -> None:
         results = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         card = (folder / CARD).read_text(encoding="utf-8")
         table = results_table(results)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        responses_page(rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
         raise UserError(f"{folder} holds no answers of a finished run with a test split ({reason}).") from error
-    verdicts = judge_all(judge, rows)
-    write_responses(folder, rows)
+    write_responses(folder, rows)  # if that cannot be, it is known before the first request
+    try:
+        verdicts = judge_all(judge, rows)
+    finally:
+        write_responses(folder, rows)  # the grades so far: the same command goes on with the others
     results["judge"] = {"model": without_folders(judge.model), **asdict(verdicts)}
     card = card.replace(table, results_table(results))
     for name, text in ((METRICS, json.dumps(results, indent=2)), (CARD, card)):
@@ -222,8 +247,9 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
     for name, title in {"before": "validation, before", "validation": "validation", "test": "test"}.items():
         if it := results.get(name):
             lines.append(f"| {title} | {it['loss']:.3f} | {it['perplexity']:,.1f} | {it['bits_per_byte']:.3f} |")
-    lines += ["", "The loss is that of the answers alone. The validation split was chosen by, the test split looked at once."]
+    lines += ["", "The loss is that of the answers alone. The validation split was looked at in training."]
     if "test" in results:
+        lines[-1] += " The test split was looked at once, at the end."
         lines += ["", "| answers to the test split | ended by itself | word for word as expected | chrF |", "|---|---|---|---|"]
         for name, title in {"base": "the base", "test": "this model"}.items():
             it = results[name]
@@ -238,7 +264,8 @@ def main() -> None:
     arguments = parse_arguments(InstructArguments, __doc__)
     judge = judge_of(arguments)
     if arguments.judge and judge:
-        judge_responses(judge, Path(os.path.expanduser(arguments.judge)))
+        if PartialState().is_main_process:
+            judge_responses(judge, Path(os.path.expanduser(arguments.judge)))
         return
     accelerator, output_dir = start(arguments, check)
     config, tokenizer = load_config_and_tokenizer(
@@ -286,14 +313,15 @@ def main() -> None:
         return conversation_loader(texts["train"], tokenizer, batch_sampler=batches)
 
     validation_batches = evaluation_batches("validation")
-    shown = texts["validation"].conversations[:NUM_SHOWN]
+    shown = list({talk.prompt[-1]["content"]: talk for talk in texts["validation"].conversations}.values())[:NUM_SHOWN]
+    most_tokens: Any = model.generation_config.max_new_tokens  # type: ignore[union-attr]
 
     def score(prepared_model: nn.Module) -> Evaluation:
         return evaluate(accelerator, prepared_model, validation_batches, texts["validation"].num_bytes)
 
     def show() -> str:
         prompts = [talk.prompt for talk in shown]
-        answers = respond(model, tokenizer, prompts, len(prompts), min(SHOWN_TOKENS, arguments.max_new_tokens))
+        answers = respond(model, tokenizer, prompts, len(prompts), min(SHOWN_TOKENS, most_tokens))
         pairs = zip(shown, answers, strict=True)
         return "\n".join(f"[{plain(talk.prompt[-1]['content'], LINE)}] {plain(str(it), LINE)}\n" for talk, it in pairs)
 
@@ -303,18 +331,18 @@ def main() -> None:
         frozen=bool(arguments.lora_r),
         trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 and not num_new else None,
     )
-    outcome = train(accelerator, arguments, model, batches_from, conversations.digest(), score, show, flops)
+    outcome = train(accelerator, arguments, model, batches_from, digest(texts), score, show, flops)
     said = show()
-    accelerator.print(f"\nAfter training: {outcome.after}. The same prompts:\n\n{said}")
     results: dict[str, dict[str, Any]] = {"before": vars(outcome.before), "validation": vars(outcome.after)}
     rows: list[dict[str, Any]] = []
     if "test" in texts:
         test = texts["test"]
         prompts = [talk.prompt for talk in test.conversations]
-        how = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        how: Any = {"batch_size": 2 * arguments.batch_size, "max_new_tokens": most_tokens}
         result = evaluate(accelerator, model, evaluation_batches("test"), test.num_bytes)
-        tuned = respond_together(accelerator, model, tokenizer, prompts, **how)
-        base = respond_together(accelerator, first().to(accelerator.device), tokenizer, prompts, **how)  # type: ignore[arg-type]
+        tuned = respond_together(accelerator, model, tokenizer, prompts, "Answering", **how)
+        untuned: Any = first()
+        base = respond_together(accelerator, untuned.to(accelerator.device), tokenizer, prompts, "The base answers", **how)
         scores, base_scores = (score_responses(answers, test.conversations) for answers in (tuned, base))
         results |= {"test": {**vars(result), **vars(scores)}, "base": vars(base_scores)}
         rows = response_rows(test.conversations, base, tuned)

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -19,10 +20,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from training.arguments import UserError, one_line
+from training.report import without_folders
 
 KEY = "OPENAI_API_KEY"
+MOST_BYTES = 1_000_000
 SECONDS = 300  # to wait for a verdict; a large model on a CPU takes its time
 TOKENS = 16
+LONGEST = 200  # characters that are kept of what it says
 VERDICT = re.compile(r"\s*(100|[1-9]?[0-9])(\s*/\s*100)?\s*\.?\s*")
 REQUEST = """You grade answers. Compare the answer with the reference: it may be worded otherwise, but must be as right, as \
 complete and as much to the point.
@@ -56,16 +60,17 @@ class Judge:
     url: str  # up to /v1
     model: str
 
-    def grade(self, row: dict[str, Any]) -> int | None:
-        """The grade of an answer, or None if the judge says something else.
+    def grade(self, row: dict[str, Any]) -> tuple[int | None, str]:
+        """The grade of an answer, or None if the judge says something else; and what it said.
 
         Raises:
             UserError: it does not answer.
         """
         question = "\n\n".join(message["content"] for message in row["prompt"])
         request = REQUEST.format(question=question, expected=row["expected"], response=row["response"])
-        found = VERDICT.fullmatch(self._ask(request))
-        return int(found[1]) if found else None
+        said = self._ask(request)
+        found = VERDICT.fullmatch(said)
+        return (int(found[1]) if found else None), said[:LONGEST]
 
     def check(self) -> None:
         """Ask it something, to see that it answers.
@@ -83,21 +88,40 @@ class Judge:
             "max_tokens": TOKENS,
         }
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{KEY} is no key: it holds characters that are not ASCII, or that are not printed.")
+        if key:
             headers["Authorization"] = f"Bearer {key}"
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-            with OPENER.open(request, timeout=SECONDS) as answer:
-                content = json.load(answer)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            said = one_line(ValueError(error.read(2000).decode("utf-8", "replace")))
-            raise UserError(f"the judge at {self.url} refuses ({error.code} {error.reason}: {said}).") from error
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            try:
+                with OPENER.open(request, timeout=SECONDS) as answer:
+                    content = json.loads(_read(answer))["choices"][0]["message"]["content"]
+            except urllib.error.HTTPError as error:
+                said = f"{error.code} {error.reason} {_read(error).decode('utf-8', 'replace')}"
+                said = one_line(ValueError(said.replace(key, "...") if key else said))  # some servers repeat what they refuse
+                raise UserError(f"the judge at {self.url} refuses ({said}).") from error
+            if not isinstance(content, str | None):
+                raise ValueError("its message is no text")
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
+            cause = getattr(error, "reason", error)  # urllib wraps the system's errors
+            reason = getattr(cause, "strerror", None) or one_line(cause)
             raise UserError(
-                f"the judge at {self.url} does not answer ({one_line(error)}): give the address of a server that speaks "
+                f"the judge at {self.url} does not answer ({reason}): give the address of a server that speaks "
                 "OpenAI's protocol as --judge_url, up to and with /v1, and the name of its model as --judge_model."
             ) from error
         return content or ""
+
+
+def _read(answer: Any) -> bytes:
+    """The body of an answer, which comes in time and is of a size for a verdict, or is none."""
+    content, deadline = b"", time.monotonic() + SECONDS
+    while part := answer.read1(MOST_BYTES):
+        content += part
+        if len(content) > MOST_BYTES or time.monotonic() > deadline:
+            raise ValueError("it goes on and on")
+    return content
 
 
 @dataclass(frozen=True)
@@ -114,12 +138,16 @@ class Verdicts:
 
 
 def judge_all(judge: Judge, rows: Sequence[dict[str, Any]], show_progress: bool = True) -> Verdicts:
-    """Have all answers graded; each grade goes into its row, as `judge`.
+    """Have all answers graded that this judge has not graded yet. The grade goes into the row of the answer, as `judge`, with
+    what was said and the judge's name.
 
     Raises:
-        UserError: the judge does not answer.
+        UserError: the judge does not answer; the rows hold the grades until then.
     """
+    name = without_folders(judge.model)
     for row in tqdm(rows, desc="Judging", unit=" answers", disable=not show_progress):
-        row["judge"] = judge.grade(row)
+        if row.get("judge_model") != name:
+            grade, said = judge.grade(row)
+            row |= {"judge": grade, "judge_said": said, "judge_model": name}
     grades = [row["judge"] for row in rows if row["judge"] is not None]
     return Verdicts(sum(grades) / len(grades) if grades else None, len(grades), len(rows) - len(grades))

@@ -103,9 +103,10 @@ class MetricsFile:
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # the run was killed while writing this line
+                is_later = row["step"] > resumed_at
+            except (ValueError, TypeError, LookupError):  # the run was killed while writing this line
                 break
-            if row["step"] <= resumed_at:
+            if not is_later:
                 self.rows.append(row)
         temporary = path.with_suffix(".writing")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")

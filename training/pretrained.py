@@ -174,8 +174,8 @@ def load_config_and_tokenizer(
     if train_blocks > (blocks := config.num_hidden_layers):
         raise UserError(f"--train_blocks {train_blocks} is more than the {blocks} blocks of the model.")
     tokenizer = load_tokenizer(name, trust_remote_code=False)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"--base_model {name} has {len(tokenizer):,} tokens, and rows for {config.vocab_size:,}.")
+    if (needed := max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)) > config.vocab_size:
+        raise UserError(f"--base_model {name} has {needed:,} tokens, and rows for {config.vocab_size:,}.")
     return config, tokenizer
 
 

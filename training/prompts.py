@@ -9,6 +9,7 @@ Notable:
   here, once, and what is not learned has the label that counts for nothing.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from training.arguments import UserError, one_line
-from training.conversations import Conversation
+from training.conversations import Conversation, Message
+from training.pretrained import quiet
 from training.windows import IGNORED, Row
 
 CONTROL = re.compile(r"<\|\w+\|>")
@@ -80,12 +81,15 @@ def style_of(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> Style:
         return STYLES[chat_template]
     if not chat_template:
         own = tokenizer.chat_template
+        if isinstance(own, dict):  # several, for several uses
+            own = own.get("default")
         return Style(own) if isinstance(own, str) else STYLES["chat"]
     try:
-        return Style(Path(chat_template).read_text(encoding="utf-8"))
+        return Style(Path(chat_template).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(
-            f"--chat_template {chat_template}: give {', '.join(STYLES)}, or a file that holds a Jinja template ({error})."
+            f"--chat_template {chat_template}: give {', '.join(STYLES)}, or a file that holds a Jinja template ({reason})."
         ) from error
 
 
@@ -98,7 +102,7 @@ def teach(tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> 
     Raises:
         UserError: it has no token that ends a text.
     """
-    if tokenizer.eos_token is None:
+    if not tokenizer.eos_token:
         raise UserError("the tokenizer of the model has no token that ends a text: the model could never stop.")
     known = len(tokenizer)
     special = [token for token in dict.fromkeys(CONTROL.findall(style.template)) if token not in tokenizer.get_vocab()]
@@ -170,33 +174,67 @@ def encode(
         all_learned: whether the prompts are learned too.
 
     Raises:
-        UserError: the template cannot be filled in, marks nothing as the assistant's, or has nothing that ends an answer.
+        UserError: the template cannot be filled in, marks nothing as the assistant's, or asks otherwise than it teaches.
     """
-    spelled = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    spelled = re.compile("|".join(map(re.escape, special_tokens(tokenizer))))
     plain = [talk for talk in conversations if not any(spelled.search(message["content"]) for message in talk.messages)]
     kept, ids, learned = [], [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
     for first in range(0, len(plain), 1000):
         part = plain[first : first + 1000]
-        try:
-            found: Any = tokenizer.apply_chat_template(
-                [list(talk.messages) for talk in part], return_dict=True, return_assistant_tokens_mask=True
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template cannot be filled in: {one_line(error)}.") from error
+        found = _filled_in(tokenizer, [list(talk.messages) for talk in part], return_assistant_tokens_mask=True)
         for talk, row, mask in zip(part, found["input_ids"], found["assistant_masks"], strict=True):
             if not any(mask):
                 raise UserError(
                     "the chat template marks no part as the assistant's, so nothing would be learned: put what it says between "
-                    "{% generation %} and {% endgeneration %}, or give --chat_template."
+                    "{% generation %} and {% endgeneration %}, or give another --chat_template."
                 )
             if len(row) <= max_length:
                 kept.append(talk)
                 ids.append(np.array(row, dtype=np.int32))
                 learned.append(np.array(mask, dtype=bool) | all_learned)
+        _check_prompts(part, found, tokenizer)
     starts = np.cumsum([0, *map(len, ids[1:])])
     return EncodedConversations(
         kept, np.concatenate(ids), starts, np.concatenate(learned), len(plain) - len(kept), len(conversations) - len(plain)
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of all tokens that no text may spell, be they named in the tokenizer's config or not."""
+    unnamed = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**unnamed, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
+
+
+def digest(texts: dict[str, EncodedConversations]) -> str:
+    """Tells apart what is trained on and what is held out, as ids and labels: the data, the template, and the tokenizer."""
+    content = hashlib.sha256()
+    for name, text in texts.items():
+        for part in (text.ids, text.starts, text.learned):
+            content.update(name.encode() + part.tobytes())
+    return content.hexdigest()
+
+
+def _filled_in(tokenizer: PreTrainedTokenizerBase, talks: list[list[Message]], **how: Any) -> Any:
+    try:
+        with quiet():  # what it says of templates without marks is said here
+            return tokenizer.apply_chat_template(talks, return_dict=True, **how)
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise UserError(f"the chat template cannot be filled in: {one_line(error)}.") from error
+
+
+def _check_prompts(conversations: Sequence[Conversation], encoded: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that asks otherwise than it teaches: the model would go on from where no answer has ever begun."""
+    asked = _filled_in(tokenizer, [talk.prompt for talk in conversations], add_generation_prompt=True)["input_ids"]
+    for prompt, row, mask in zip(asked, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        end = len(mask) - mask[::-1].index(1)
+        begin = next((place for place in range(end, 0, -1) if not mask[place - 1]), 0)  # of the last answer
+        if row[:begin] != prompt:
+            taught, told = (tokenizer.decode(ids)[-40:] for ids in (row[:begin], prompt))
+            raise UserError(
+                f"the chat template asks otherwise than it teaches: answers follow {taught!r}, but it asks by {told!r}. "
+                "Have add_generation_prompt write all that stands before {% generation %}, and end that with a special token "
+                "or a line."
+            )
 
 
 def stop_token_id(encoded: EncodedConversations, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -207,10 +245,10 @@ def stop_token_id(encoded: EncodedConversations, tokenizer: PreTrainedTokenizerB
     """
     bounds = pairwise(encoded.starts.tolist())
     ends = {int(encoded.ids[start:end][encoded.learned[start:end]][-1]) for start, end in bounds}
-    if len(ends) > 1 or not ends <= set(tokenizer.all_special_ids):
+    if len(ends) > 1 or not ends <= set(special_tokens(tokenizer).values()):
         raise UserError(
             "the chat template has no special token at the end of what the assistant says, so the model could never stop: put "
-            "one before {% endgeneration %}, such as {{ eos_token }}, or give --chat_template."
+            "one before {% endgeneration %}, such as {{ eos_token }}, or give another --chat_template."
         )
     return ends.pop()
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from training.arguments import printable
 from training.loop import Step
 
 CURVE, CARD = "loss.png", "README.md"
@@ -136,11 +137,6 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def printable(text: str) -> str:
-    """A text with nothing in it that a terminal would obey, but for the ends of its lines."""
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
-
-
 def plain(text: str, most: int) -> str:
     """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
     line = printable(" ".join(text.split()))
@@ -148,10 +144,15 @@ def plain(text: str, most: int) -> str:
 
 
 def code(text: str) -> str:
-    """A text that Markdown shows as it is, also in a table."""
-    text = plain(text, TEXT).replace("|", "\\|")
+    """A text that Markdown shows as it is."""
+    text = plain(text, TEXT)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def cell(text: str) -> str:
+    """The same in a table."""
+    return code(text.replace("|", "\\|"))
 
 
 def memory() -> int:
@@ -174,8 +175,10 @@ def duration(seconds: float) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """A path says where things lie on the author's machine; a card is for others."""
+    """A path says where things lie on the author's machine, an address where they were asked for; a card is for others."""
     if isinstance(value, str):
+        if "://" in value:
+            return f"{value.partition('://')[0]}://..."  # an address can hold a key
         option, equals, given = value.partition("=")
         if equals and option.startswith("--"):
             return f"{option}={without_folders(given)}"

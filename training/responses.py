@@ -10,6 +10,7 @@ Notable:
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.cache import appearing_whole
 from training.conversations import Conversation, Message
-from training.report import code
+from training.report import TEXT, code, printable
 
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
 MOST_ON_PAGE = 100
@@ -63,7 +64,7 @@ def respond(
     prompts: Sequence[list[Message]],
     batch_size: int,
     max_new_tokens: int,
-    show_progress: bool = False,
+    progress: str = "",
 ) -> list[Response]:
     """The model's answers, in the order of the prompts.
 
@@ -73,6 +74,7 @@ def respond(
         prompts: messages that end with the user's.
         batch_size: prompts that are answered at once.
         max_new_tokens: an answer is cut after so many, or where the model has no more positions.
+        progress: what a bar says that shows how far it is; none is shown without it.
     """
     model.eval()
     stop_token_id: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
@@ -81,7 +83,8 @@ def respond(
     limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
     rows: list[list[int]] = encoded["input_ids"]
     left, stage = list(range(len(rows))), FIRST_STAGE
-    with tqdm(total=len(rows), desc="Answering", unit=" prompts", leave=False, disable=not show_progress) as bar:
+    most = sum(limits) - sum(starts)
+    with tqdm(total=most, desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
         while left:
             left.sort(key=lambda index: -len(rows[index]))
             for first in range(0, len(left), batch_size):
@@ -94,9 +97,11 @@ def respond(
                 output: Any = model.generate(**padded.to(model.device), max_new_tokens=room)  # type: ignore[operator]
                 for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
                     end = ids.index(stop_token_id) + 1 if stop_token_id in ids else len(ids)
+                    before = len(rows[index])
                     rows[index] = (rows[index] + ids[:end])[: limits[index]]
+                    has_ended = rows[index][-1] == stop_token_id
+                    bar.update((limits[index] if has_ended else len(rows[index])) - before)
             still = [index for index in left if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]]
-            bar.update(len(left) - len(still))
             left, stage = still, 2 * stage
     responses = []
     for start, ids in zip(starts, rows, strict=True):
@@ -111,13 +116,13 @@ def respond_together(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[Message]],
+    progress: str,
     **how: Any,
 ) -> list[Response]:
     """As `respond`, each process a share of the prompts; all get all answers."""
     with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as mine:
-        answers = respond(
-            model, tokenizer, [prompts[index] for index in mine], show_progress=accelerator.is_main_process, **how
-        )
+        shown = progress if accelerator.is_main_process else ""
+        answers = respond(model, tokenizer, [prompts[index] for index in mine], progress=shown, **how)
         found = dict(gather_object(list(zip(mine, answers, strict=True))))
     return [found[index] for index in range(len(prompts))]
 
@@ -158,26 +163,46 @@ def read_responses(folder: Path) -> list[dict[str, Any]]:
     Raises:
         OSError, ValueError: they are not there, or not whole.
     """
-    rows = [json.loads(line) for line in (folder / RESPONSES).read_text(encoding="utf-8").splitlines()]
+    lines = (folder / RESPONSES).read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not row.keys() >= ROW:
             raise ValueError(f"row {number} of {RESPONSES} lacks some of {', '.join(sorted(ROW))}")
+    if not rows:
+        raise ValueError(f"{RESPONSES} is empty")
     return rows
 
 
-def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All answers as JSON lines, and a page with the first of them side by side."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    parts = [f"# What it answers\n\n{min(len(rows), MOST_ON_PAGE):,} of {len(rows):,} held-out prompts."]
+def responses_page(rows: Sequence[dict[str, Any]]) -> str:
+    """The first of the answers side by side, as Markdown."""
+    first = f"the first {MOST_ON_PAGE:,} of " if len(rows) > MOST_ON_PAGE else ""
+    parts = [f"# What it answers\n\nTo {first}{len(rows):,} held-out prompts; everything stands in [{RESPONSES}]({RESPONSES})."]
     for row in rows[:MOST_ON_PAGE]:
         marks = [f"chrF {row['chrf']:.0f}", *([f"judge {row['judge']}"] if row.get("judge") is not None else [])]
         answers = {
-            "expected": code(row["expected"]),
-            "base": code(row["base"]) + ("" if row["base_ended"] else NEVER_ENDED),
-            f"tuned ({', '.join(marks)})": code(row["response"]) + ("" if row["ended"] else NEVER_ENDED),
+            "expected": (row["expected"], True),
+            "base": (row["base"], row["base_ended"]),
+            f"tuned ({', '.join(marks)})": (row["response"], row["ended"]),
         }
-        prompt = "\n".join(f"> {message['role']}: {code(message['content'])}" for message in row["prompt"])
-        parts.append(prompt + "\n\n" + "\n".join(f"- {who}: {text}" for who, text in answers.items()))
-    for name, text in ((RESPONSES, lines), (PAGE, "\n\n---\n\n".join(parts) + "\n")):
+        said = [_said(message["role"], message["content"]) for message in row["prompt"]]
+        said += [_said(who, text, "" if ended else NEVER_ENDED) for who, (text, ended) in answers.items()]
+        parts.append("\n".join(said))
+    return "\n\n---\n\n".join(parts) + "\n"
+
+
+def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All answers as JSON lines, and a page with the first of them."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, text in ((RESPONSES, lines), (PAGE, responses_page(rows))):
         with appearing_whole(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _said(who: str, text: str, remark: str = "") -> str:
+    """An item of a list: who says what, as it is written."""
+    if "\n" not in text:
+        return f"- **{who}**{remark}: {code(text) if text else '*(nothing)*'}"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    shown = printable(text if len(text) <= TEXT else f"{text[:TEXT]}...")
+    body = "\n".join(f"  {line}" for line in (fence, *shown.split("\n"), fence))
+    return f"- **{who}**{remark}:\n\n{body}\n"

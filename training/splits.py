@@ -72,18 +72,18 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[T
         read: gives the splits of a source; all of it is `train` where it has none.
 
     Raises:
-        UserError: there is nothing to train on.
+        UserError: a source holds nothing.
     """
     given: dict[str, list[Thing]] = {name: [] for name in SPLITS}
     for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
         for source in sources:
             found = read(source)
+            if not found.get(name, found["train"]):
+                raise UserError(f"{source}: there is no example in it.")
             given[name] += found.get(name, found["train"])
             for split in SPLITS[1:]:  # a source's own count where no others are given
                 if name == "train" and not getattr(arguments, f"{split}_dataset"):
                     given[split] += found.get(split, [])
-    if not given["train"]:
-        raise UserError(f"--dataset {' '.join(arguments.dataset)}: there is no example in it.")
     return given
 
 
@@ -105,6 +105,14 @@ def filled_up(
     made = split_by_group(list(map(group, train)), fractions, seed, list(map(stratum, train)))
     cut = {name: [train[index] for index in indices] for name, indices in made.items()}
     return {name: cut[name] if name == "train" else given[name] or cut[name] for name in SPLITS}
+
+
+def refuse_empty_splits(splits: dict[str, list[Thing]], arguments: SplitArguments) -> None:
+    """Refuse splits that hold nothing, but for a test split that was not asked for."""
+    for name, split in splits.items():
+        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
+            there = ", ".join(f"{other} {len(found):,}" for other, found in splits.items())
+            raise UserError(f"nothing is left for the {name} split ({there}): give more examples, or larger shares of them.")
 
 
 def drawn(things: Sequence[str], seed: int, purpose: str) -> list[int]:

@@ -215,7 +215,7 @@ def rows_with(**changes) -> list[dict]:
             {"dataset_rows": ROWS[:4]},
             "the test split has labels that the training split has not: 'new'",
         ),
-        (ROWS[:3], {}, "nothing left for the validation split"),
+        (ROWS[:3], {}, "nothing is left for the validation split"),
         ([], {}, "there is no example in it"),
     ],
 )
@@ -234,7 +234,8 @@ def test_columns_are_named_once(tmp_path):
     table.write_text("text,label,label\na,b,c\n")
     with pytest.raises(UserError, match="rows.csv has two columns 'label': give each a name of its own"):
         check_examples(ExampleArguments(dataset=[str(table)]))
-    table.write_text("text,label\na,b\n")
+    table.write_text("text,label\n\na,b\n")
+    check_examples(ExampleArguments(dataset=[str(table)]))  # an empty line is none
     with pytest.raises(UserError, match="line 1 holds the names of the columns: leave out --columns"):
         check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
 

@@ -19,6 +19,8 @@ from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows
 from training import instruct
 from training.arguments import UserError
+from training.prompts import STYLES
+from training.responses import write_responses
 
 RECIPE = instruct
 TRAINING = ["--batch_size", "8", "--epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"]
@@ -79,7 +81,7 @@ def test_it_learns_to_answer_and_says_so(finished, run):
     responses = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert len(responses) == 8
     assert all(row["response"] == row["expected"] and row["ended"] for row in responses)
-    assert "8 of 8 held-out prompts" in (folder / "responses.md").read_text()
+    assert "To 8 held-out prompts" in (folder / "responses.md").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [row["loss"] for row in rows(folder) if "perplexity" in row][-1] == found["validation"]["loss"]
 
@@ -187,8 +189,11 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
 
 
 def test_a_run_goes_on_where_it_was(recipe, monkeypatch, tmp_path):
-    """Weights and answers are those of a run that was not stopped."""
-    straight = recipe("--epochs", "4", output="straight")
+    """Weights and answers are those of a run that was not stopped; with another template it does not go on."""
+    template, chat = tmp_path / "own.jinja", STYLES["chat"].template
+    template.write_text(chat)
+    words = ("--epochs", "4", "--chat_template", str(template))
+    straight = recipe(*words, output="straight")
     steps = instruct.train.__globals__["training_steps"]
 
     def stopped(*arguments, **keywords):
@@ -200,9 +205,13 @@ def test_a_run_goes_on_where_it_was(recipe, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("training.engine.training_steps", stopped)
         with pytest.raises(KeyboardInterrupt):
-            recipe("--epochs", "4", output="stopped")
+            recipe(*words, output="stopped")
     assert not (tmp_path / "stopped" / "config.json").exists()
-    resumed = recipe("--epochs", "4", "--resume", "True", output="stopped")
+    template.write_text(chat.replace("<|user|>", "<|user|>Now: "))
+    with pytest.raises(UserError, match="the data of the run in .* has changed since"):
+        recipe(*words, "--resume", "True", output="stopped")
+    template.write_text(chat)
+    resumed = recipe(*words, "--resume", "True", output="stopped")
     one, two = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for name in ("metrics.json", "responses.jsonl"):
@@ -250,9 +259,21 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
     assert "mean grade none, over 0 answers; 8 verdicts were no grade" in capsys.readouterr().out
     assert metrics(folder)["judge"] == found
     assert f"The judge `{finished[0].name}` says: mean grade none" in (folder / "README.md").read_text()
-    (folder / "responses.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="row 1 of responses.jsonl lacks some of base, base_ended"):
-        instruct.main()
+    answers = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    answers[0]["response"] = "a\u2028b"  # the end of a line in some places, not in JSON lines
+    write_responses(folder, answers)
+    instruct.main()
+    for rows_, message in (
+        ([{}], "row 1 of responses.jsonl lacks some of base, base_ended"),
+        ([1], "row 1 of responses.jsonl lacks"),
+        ([], "responses.jsonl is empty"),
+        ([{**answers[0], "chrf": "much"}], "holds no answers of a finished run"),
+        ([{**answers[0], "response": None}], "holds no answers of a finished run"),
+        ([{**answers[0], "prompt": "What?"}], "holds no answers of a finished run"),
+    ):
+        (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+        with pytest.raises(UserError, match=message):
+            instruct.main()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +284,7 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
         (["--repetition_penalty", "nan"], "--repetition_penalty must be between 1 and 10, got nan"),
         (["--context_length", "7"], "--context_length must be at least 8, got 7"),
         (["--context_length", "33"], "--context_length 33 is longer than the 32 positions"),
-        (["--context_length", "8"], "of the train split nothing fits into 8 tokens: give a longer --context_length"),
+        (["--context_length", "8"], "of 64 conversations 64 are longer than 8 tokens .give a longer --context_length"),
         (["--batch_size", "65"], "--batch_size 65 is more than the 64 rows to train on: lower it"),
         (["--chat_template", "nothing"], "--chat_template nothing: give chat, alpaca, phi3, or a file"),
         (["--train_blocks", "3"], "--train_blocks 3 is more than the 2 blocks of the model"),

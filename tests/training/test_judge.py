@@ -71,6 +71,7 @@ def test_what_is_no_grade_is_counted_and_not_guessed(server, judges):
     verdicts = judge_all(Judge(server + "/v1", judges["I think 73"]), rows, show_progress=False)
     assert (verdicts.mean, verdicts.graded, verdicts.malformed) == (None, 0, 2)
     assert [row["judge"] for row in rows] == [None, None]
+    assert [row["judge_said"] for row in rows] == ["I think 73"] * 2
     assert str(verdicts) == "mean grade none, over 0 answers; 2 verdicts were no grade"
 
 
@@ -124,7 +125,7 @@ def test_what_is_asked(answering, monkeypatch):
     start, requests = answering
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     url = start(200, json.dumps({"choices": [{"message": {"content": "85"}}]}).encode())
-    assert Judge(url, "some-model").grade(ROWS[1]) == 85
+    assert Judge(url, "some-model").grade(ROWS[1]) == (85, "85")
     ((path, headers, body),) = requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sk-secret"
@@ -137,12 +138,17 @@ def test_what_is_asked(answering, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (401, b'{"error": "no such key"}', r"refuses \(401 Unauthorized: .*no such key"),
+        (401, b'{"error": "no such key"}', r"refuses \(401 Unauthorized .*no such key"),
         (200, b"<html>", "does not answer"),
         (200, b'{"choices": []}', "does not answer"),
         (200, b'{"choices": [{"message": null}]}', "does not answer"),
         (200, b"\xff", "does not answer"),
         (500, b"x" * 100_000, "refuses .500"),
+        (401, b"the key sk-secret is none", r"refuses .401 Unauthorized the key \.\.\. is none"),
+        (200, b'{"choices": [{"message": {"content": [{"text": "85"}]}}]}', "does not answer .its message is no text"),
+        (200, b"[" * 100_000, "does not answer"),
+        (200, b"x" * 2_000_000, "does not answer .it goes on and on"),
+        (500, b"x" * 2_000_000, "does not answer .it goes on and on"),
     ],
 )
 def test_a_server_that_is_no_judge_is_refused_in_one_line(answering, status, body, message, monkeypatch):
@@ -160,6 +166,39 @@ def test_the_key_goes_to_no_other_server(answering, monkeypatch):
     with pytest.raises(UserError, match="refuses .302"):
         Judge(start(302, b"", Location=elsewhere), "m").check()
     assert len(requests) == 1
+
+
+@pytest.mark.parametrize(("key", "sent"), [("sk-secret\r\n", "Bearer sk-secret"), (" ", None)])
+def test_the_key_as_it_stands_in_a_file(answering, monkeypatch, key, sent):
+    start, requests = answering
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    Judge(start(200, b'{"choices": [{"message": {"content": null}}]}'), "m").check()
+    assert requests[0][1].get("Authorization") == sent
+
+
+def test_what_is_no_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-se\rcret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY is no key") as error:
+        Judge("http://127.0.0.1:9/v1", "m").check()
+    assert "cret" not in str(error.value)
+
+
+def test_grades_are_kept_when_the_judge_stops_answering(answering, monkeypatch):
+    """What was graded is not asked again; another judge grades anew."""
+    rows = [dict(row) for row in ROWS]
+    answer = json.dumps({"choices": [{"message": {"content": "85"}}]}).encode()
+    start, requests = answering
+    url = start(200, answer)
+    judge_all(Judge(url, "m"), rows[:1], show_progress=False)
+    with pytest.raises(UserError, match="does not answer"):
+        judge_all(Judge(start(200, b""), "m"), rows, show_progress=False)
+    assert [row.get("judge") for row in rows] == [85, None]
+    assert len(requests) == 2
+    assert judge_all(Judge(url, "m"), rows, show_progress=False).mean == 85
+    assert len(requests) == 3
+    judge_all(Judge(url, "/models/other"), rows, show_progress=False)
+    assert len(requests) == 5
+    assert [row["judge_model"] for row in rows] == ["other"] * 2
 
 
 def test_nobody_is_there(monkeypatch):

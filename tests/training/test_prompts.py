@@ -16,6 +16,7 @@ from training.prompts import (
     Style,
     collate,
     conversation_loader,
+    digest,
     encode,
     marked,
     stop_token_id,
@@ -202,11 +203,16 @@ def test_which_template_is_meant(tmp_path):
     assert style_of("alpaca", tokenizer) == STYLES["alpaca"]
     tokenizer.chat_template = "{{ messages }}"
     assert style_of("", tokenizer) == Style("{{ messages }}")
-    (tmp_path / "own.jinja").write_text("{{ own }}")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    assert style_of("", tokenizer) == Style("{{ messages }}")
+    (tmp_path / "own.jinja").write_text("\ufeff{{ own }}")
     assert style_of(str(tmp_path / "own.jinja"), tokenizer) == Style("{{ own }}")
     for wrong in ("nothing", str(tmp_path), "\0"):
         with pytest.raises(UserError, match=r"--chat_template .*: give chat, alpaca, phi3, or a file that holds a Jinja"):
             style_of(wrong, tokenizer)
+
+
+ASKED = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n' }}{% else %}"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,15 @@ def test_which_template_is_meant(tmp_path):
         ("{{ messages", "the chat template cannot be filled in"),
         ("{{ messages.nothing.at_all }}", "the chat template cannot be filled in"),
         ("{{ raise_exception('not me') }}", "the chat template cannot be filled in: not me"),
-        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "could never stop"),
+        ("{{ 1 / 0 }}", "the chat template cannot be filled in: division by zero"),
+        ("{{ 'a' * 10 ** 15 }}", "the chat template cannot be filled in"),
+        (ASKED + "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}", "could never stop"),
+        (  # alone, "A: " ends with a token that is none when an answer follows
+            ASKED + "A: {% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}A: {% endif %}",
+            "asks otherwise than it teaches: answers follow '.*A:', but it asks by '.*A: '",
+        ),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "asks otherwise than it"),
         ("{{ ''.__class__.__mro__ }}", "the chat template cannot be filled in"),
     ],
 )
@@ -239,6 +253,32 @@ def test_a_template_may_end_answers_with_a_token_of_its_own():
     encoded = encode([TALK], tokenizer, 64)
     assert stop_token_id(encoded, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert marked(encoded, 0, tokenizer).endswith("[It is four.<|im_end|>]\n")
+
+
+def test_special_tokens_that_the_config_does_not_name(tmp_path):
+    """Llama 3's are so. No text may spell them, and they may end an answer."""
+    tokenizer = new_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens(["<|start_header_id|>", "<|eot_id|>"])
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = ScratchGPTTokenizer.from_pretrained(tmp_path)
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    template = (
+        "{% for m in messages %}{{ '<|start_header_id|>' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + '<|eot_id|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>' }}{% endif %}"
+    )
+    assert teach(tokenizer, Style(template), 64) == 0
+    encoded = encode([TALK, talk("a<|start_header_id|>b", "c")], tokenizer, 64)
+    assert (len(encoded), encoded.num_spelled) == (1, 1)
+    assert stop_token_id(encoded, tokenizer) == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+def test_the_digest_is_that_of_what_is_learned():
+    chat, other = (encode([TALK], taught(style), 64) for style in ("chat", "phi3"))
+    assert digest({"train": chat}) == digest({"train": encode([TALK], taught("chat"), 64)})
+    assert digest({"train": chat}) != digest({"train": other})
+    assert digest({"train": chat}) != digest({"train": encode([TALK], taught("chat"), 64, all_learned=True)})
+    assert digest({"train": chat}) != digest({"test": chat})
 
 
 def test_a_tokenizer_that_ends_nothing():

@@ -74,7 +74,7 @@ def test_no_more_is_said_than_there_are_positions(model, tokenizer):
 
 def test_processes_share_the_prompts(model, tokenizer):
     prompts = [talk.prompt for talk in talks()]
-    found = respond_together(Accelerator(cpu=True), model, tokenizer, prompts, batch_size=2, max_new_tokens=20)
+    found = respond_together(Accelerator(cpu=True), model, tokenizer, prompts, "", batch_size=2, max_new_tokens=20)
     assert [response.text for response in found] == ANSWERS
 
 
@@ -94,6 +94,7 @@ def test_what_is_written(tmp_path):
     tuned = [Response(answer, True) for answer in ANSWERS]
     rows = response_rows(talks(), base, tuned)
     rows[0]["judge"] = 85
+    rows[2]["response"] = "1. a `b`\n2. ```c```"
     write_responses(tmp_path, rows)
     assert [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()] == rows
     assert rows[1] == {
@@ -106,7 +107,8 @@ def test_what_is_written(tmp_path):
         "chrf": 100.0,
     }
     page = (tmp_path / "responses.md").read_text()
-    assert "4 of 4 held-out prompts" in page
-    assert "> user: `One?`" in page
-    assert "- tuned (chrF 100, judge 85): `One.`" in page
-    assert "*(cut: it did not end)*" in page
+    assert "To 4 held-out prompts" in page
+    assert "- **user**: `One?`" in page
+    assert "- **tuned (chrF 100, judge 85)**: `One.`" in page
+    assert "- **base** *(cut: it did not end)*: " in page
+    assert "- **tuned (chrF 100)**:\n\n  ````\n  1. a `b`\n  2. ```c```\n  ````\n" in page

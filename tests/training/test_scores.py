@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from tests.conftest import on_two_processes
-from training.classification_report import code, draw_predictions, mistakes_table, plain
+from training.classification_report import draw_predictions, mistakes_table
 from training.examples import MULTI, REGRESSION, SINGLE, Example
+from training.report import cell, plain
 from training.scores import Predictions, calibration_error
 
 NAMES = ["a", "b", "c"]
@@ -116,8 +117,8 @@ def test_mistakes_are_told_worst_first():
 def test_what_would_be_obeyed_is_shown():
     assert plain("a\x1b[2J b\n\nc\u202ed", 100) == "a�[2J b c�d"
     assert plain("long " * 9, 10) == "long long ..."
-    assert code("`x` and ``y``") == "``` `x` and ``y`` ```"
-    assert code("# $1$ ~~no~~ &lt; *a* | @you") == r"`# $1$ ~~no~~ &lt; *a* \| @you`"
+    assert cell("`x` and ``y``") == "``` `x` and ``y`` ```"
+    assert cell("# $1$ ~~no~~ &lt; *a* | @you") == r"`# $1$ ~~no~~ &lt; *a* \| @you`"
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
