@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, TextClassificationP
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from training.arguments import UserError, option, parse_arguments, run
+from training.cards import BASE, HERE, dataset_name, hardware, origin, write_card
 from training.checkpoints import whole_weights, written_whole
 from training.classification_report import (
     UNITS,
@@ -52,7 +53,6 @@ from training.examples import (
 )
 from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
 from training.flops import flops_per_token
-from training.hub import short_name
 from training.loop import start_accelerator
 from training.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
 from training.pretrained import (
@@ -68,17 +68,25 @@ from training.pretrained import (
     lora_config,
     save_trained,
 )
-from training.report import CURVE, card_data, code, draw_loss, hardware, origin, write_card
+from training.report import CURVE, code, draw_loss
 from training.scores import Predictions, predict
 from training.splits import SPLITS
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
-USAGE = """from transformers import pipeline
+USAGE = f"""from transformers import pipeline
 
-classify = pipeline("text-classification", model="PATH_OR_HUB_ID", trust_remote_code=True, top_k=None)
-print(classify({text}, truncation=True))"""
+classify = pipeline("text-classification", model="{HERE}", trust_remote_code=True, top_k=None)
+print(classify({{text}}, truncation=True))"""
+
+ADAPTER_USAGE = f"""from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained(
+    "{BASE}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
+)
+model = PeftModel.from_pretrained(model, "{HERE}")"""
 
 EXAMPLES = f"""![{{split}} split]({PICTURE})
 
@@ -274,7 +282,7 @@ def main() -> None:
     for_classification(tokenizer, arguments.base_model, max_length, arguments.lowercase)
 
     # Examples -> ids -> batches. The first process of a machine fills the caches, the others read them.
-    dataset = " ".join(map(short_name, arguments.dataset))
+    dataset = dataset_name(arguments.dataset)
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         examples = read_examples(arguments, arguments.seed)
@@ -356,25 +364,19 @@ def main() -> None:
             (folder / MISTAKES).write_text(mistakes, encoding="utf-8")
             write_card(
                 folder,
-                title=output_dir.name,
+                arguments,
+                accelerator,
+                model,
+                outcome,
                 introduction=introduction(arguments, names, dataset),
                 usage=USAGE.format(text=repr(examples.splits[last][0].text[:80])),
+                adapter_usage=ADAPTER_USAGE.format(num_labels=len(names), pooling=repr(arguments.classifier_pooling)),
                 results=results_table(outcome.before, results, kind),
                 examples=EXAMPLES.format(split=last),
-                data=card_data(
-                    output_dir.name,
-                    dataset,
-                    "text-classification",
-                    {key: value for key, value in results[last].items() if isinstance(value, float)},
-                    arguments.base_model,
-                ),
-                facts={
-                    "Examples": f"{dataset}: " + ", ".join(f"{name} {len(texts[name]):,}" for name in texts),
-                    "Parameters": f"{model.num_parameters():,}, of which {trained:,} were trained",
-                    "Training": str(outcome),
-                    "Hardware": hardware(accelerator.num_processes),
-                },
-                settings={name: value for name, value in vars(arguments).items() if name not in ("predict", "input")},
+                task="text-classification",
+                metrics={key: value for key, value in results[last].items() if isinstance(value, float)},
+                data={"Examples": f"{dataset}: " + ", ".join(f"{name} {len(texts[name]):,}" for name in texts)},
+                settings={},
             )
     accelerator.print(
         f"Trained for {outcome}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"

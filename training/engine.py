@@ -41,7 +41,16 @@ Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
 class EngineArguments:
     """What every recipe can be asked; what `may_differ` names may be asked otherwise when a run goes on."""
 
-    may_differ: ClassVar[set[str]] = {"config", "resume", "report_to", "save_every", "keep_checkpoints", "output_dir"}
+    may_differ: ClassVar[set[str]] = {
+        "config",
+        "resume",
+        "report_to",
+        "save_every",
+        "keep_checkpoints",
+        "license",
+        "language",
+        "output_dir",
+    }
     batch_size: int = option(8, "Rows in a batch, over all processes.")
     gradient_accumulation_steps: int = option(1, "Batches that make up one optimizer step.")
     max_steps: int = option(1000, "Optimizer steps.")
@@ -68,6 +77,8 @@ class EngineArguments:
         "auto", "A tracker of Accelerate, such as trackio or wandb; none; or auto: tensorboard if installed."
     )
     seed: int = option(0, "Decides weights, held-out data, the order of the data and dropout.")
+    license: str = option("", "Licence of the model, for its card: an id of the Hub's, such as apache-2.0 or mit.")
+    language: str = option("", "Language of the texts, for the card: two letters, such as en.")
     output_dir: str = option("outputs/run", "New folder for the model.")
 
 

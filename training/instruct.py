@@ -26,11 +26,11 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from training.arguments import UserError, one_line, option, parse_arguments, printable, run
 from training.cache import appearing_whole
+from training.cards import CARD, CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, without_folders, write_card
 from training.checkpoints import whole_weights, written_whole
 from training.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
 from training.engine import EpochArguments, check_epochs, start, train, with_steps
 from training.flops import flops_per_token
-from training.hub import short_name
 from training.judge import Judge, Verdicts, judge_all
 from training.metrics import Evaluation, evaluate
 from training.padding import BatchesByLength, in_order_of_length
@@ -55,18 +55,7 @@ from training.prompts import (
     style_of,
     teach,
 )
-from training.report import (
-    CARD,
-    CURVE,
-    card_data,
-    code,
-    draw_loss,
-    hardware,
-    origin,
-    plain,
-    without_folders,
-    write_card,
-)
+from training.report import CURVE, code, draw_loss, plain
 from training.responses import (
     PAGE,
     RESPONSES,
@@ -85,11 +74,15 @@ from training.windows import Batches, PackedDocuments, training_loader
 METRICS = "metrics.json"
 NUM_SHOWN, SHOWN_TOKENS, LINE = 3, 64, 200
 
-USAGE = """from transformers import pipeline
+USAGE = f"""from transformers import pipeline
 
-chat = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
-messages = [{{"role": "user", "content": {question}}}]
+chat = pipeline("text-generation", model="{HERE}", trust_remote_code=True)
+messages = [{{{{"role": "user", "content": {{question}}}}}}]
 print(chat(messages)[0]["generated_text"][-1]["content"])"""
+
+EXAMPLES = f"""The answers to the test split stand side by side in [{PAGE}]({PAGE}), all of them in [{RESPONSES}]({RESPONSES}).
+
+"""
 
 
 @dataclass
@@ -256,7 +249,6 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {title} | {it['ended']:.1%} | {it['exact_match']:.1%} | {it['chrf']:.1f} |")
         if it := results.get("judge"):
             lines += ["", f"The judge {code(it['model'])} says: {Verdicts(it['mean'], it['graded'], it['malformed'])}."]
-        lines += ["", f"Side by side they stand in [{PAGE}]({PAGE}), all of them in [{RESPONSES}]({RESPONSES})."]
     return "\n".join(lines)
 
 
@@ -276,7 +268,7 @@ def main() -> None:
     num_new = teach(tokenizer, style, config.max_position_embeddings)
 
     # Conversations -> ids -> batches. The first process of a machine fills the caches, the others read them.
-    dataset = " ".join(map(short_name, arguments.dataset))
+    dataset = dataset_name(arguments.dataset)
     accelerator.print(f"Reading {dataset}")
     with accelerator.local_main_process_first():
         conversations = read_conversations(arguments, arguments.seed, style.input_mark)
@@ -359,20 +351,20 @@ def main() -> None:
             draw_loss(outcome.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,
-                title=output_dir.name,
+                arguments,
+                accelerator,
+                model,
+                outcome,
                 introduction=f"A small GPT, {origin(arguments.base_model)} to answer what it is asked. It does so in the "
                 f"manner of {dataset}; what it says is not to be relied on.",
                 usage=USAGE.format(question=repr(shown[0].prompt[-1]["content"])),
+                adapter_usage=CAUSAL_ADAPTER.format(vocab_size=model.config.vocab_size),
                 results=results_table(results),
-                examples=f"## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{said}```",
-                data=card_data(output_dir.name, dataset, "text-generation", results[last], arguments.base_model),
-                facts={
-                    "Conversations": f"{dataset}: {sizes(texts)}",
-                    "Parameters": trainable_parameters(model),
-                    "Training": str(outcome),
-                    "Hardware": hardware(accelerator.num_processes),
-                },
-                settings={name: value for name, value in vars(arguments).items() if not name.startswith("judge")},
+                examples=f"{EXAMPLES if rows else ''}## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{said}```",
+                task="text-generation",
+                metrics=results[last],
+                data={"Conversations": f"{dataset}: {sizes(texts)}"},
+                settings={},
             )
     accelerator.print(
         f"Trained for {outcome}. The model, its card and its answers are in {output_dir}/:\n"

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from training.arguments import UserError, one_line
-from training.report import without_folders
+from training.cards import without_folders
 
 KEY = "OPENAI_API_KEY"
 MOST_BYTES = 1_000_000

@@ -22,34 +22,24 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
+from training.cards import CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, write_card
 from training.checkpoints import whole_weights, written_whole
 from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
 from training.engine import EngineArguments, check_engine, start, train
 from training.flops import flops_per_token
-from training.hub import short_name
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
 from training.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
-from training.report import (
-    CURVE,
-    beginnings,
-    card_data,
-    draw_loss,
-    format_samples,
-    hardware,
-    origin,
-    sample,
-    write_card,
-)
+from training.report import CURVE, beginnings, draw_loss, format_samples, sample
 from training.tokens import Tokens, tokenize, train_tokenizer
 from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 
-USAGE = """from transformers import pipeline
+USAGE = f"""from transformers import pipeline
 
-generate = pipeline("text-generation", model="PATH_OR_HUB_ID", trust_remote_code=True)
-print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])"""
+generate = pipeline("text-generation", model="{HERE}", trust_remote_code=True)
+print(generate({{prompt}}, max_new_tokens=64)[0]["generated_text"])"""
 
 EXAMPLES = """## What it writes
 
@@ -156,8 +146,7 @@ def main() -> None:
     config, tokenizer = starting_point(arguments)
 
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
-    dataset = " ".join(map(short_name, arguments.dataset))
-    accelerator.print(f"Reading {dataset}")
+    accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
     with accelerator.local_main_process_first():
         corpora = corpora_of(arguments)
         splits = splits_of(arguments, corpora, arguments.seed)
@@ -248,21 +237,21 @@ def main() -> None:
             draw_loss(outcome.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,
-                title=output_dir.name,
+                arguments,
+                accelerator,
+                model,
+                outcome,
                 introduction=f"A small GPT, {origin(arguments.base_model)}. It continues text in the manner of its corpus; it "
                 "knows nothing else, and what it says is not to be relied on.",
                 usage=USAGE.format(prompt=repr(samples[0][0][0])),
+                adapter_usage=CAUSAL_ADAPTER.format(vocab_size=config.vocab_size),
                 results=table_of(evaluations),
                 examples=f"{EXAMPLES}\n\nBefore training:\n\n```text\n{format_samples(samples[0])}```\n\nAfter training:\n\n"
                 f"```text\n{format_samples(samples[-1])}```",
-                data=card_data(output_dir.name, dataset, "text-generation", asdict(result), arguments.base_model),
-                facts={
-                    "Corpus": f"{dataset}: {len(training_texts):,} documents, {num_tokens:,} tokens",
-                    "Parameters": f"{model.num_parameters():,}",
-                    "Training": str(outcome),
-                    "Hardware": hardware(accelerator.num_processes),
-                },
-                settings={**vars(arguments), "model": own_fields(config)},
+                task="text-generation",
+                metrics=asdict(result),
+                data={"Corpus": f"{dataset_name(arguments.dataset)}: {len(training_texts):,} documents, {num_tokens:,} tokens"},
+                settings={"model": own_fields(config)},
             )
     accelerator.print(
         f"Trained for {outcome}. The model, its card and its curve are in {output_dir}/:\n"

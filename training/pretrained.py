@@ -182,7 +182,7 @@ def load_config_and_tokenizer(
 def save_trained(
     folder: Path, model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, first: Callable[[], Any]
 ) -> None:
-    """The model and its tokenizer as a folder that transformers loads; adapters are merged, and stand in it by themselves too.
+    """The model and its tokenizer as a folder that transformers loads; adapters are merged, and stand in one inside it too.
 
     Args:
         model, weights: as trained; the model may be in parts, its weights are whole.
@@ -192,6 +192,7 @@ def save_trained(
         whole = first()
         whole.load_state_dict(weights)
         save_adapter(whole, folder / ADAPTER)
+        tokenizer.save_pretrained(folder / ADAPTER)
         merge_and_unload(whole)
         whole.save_pretrained(folder)
     else:

@@ -1,19 +1,12 @@
-"""What a person sees of a run: samples, the curve, the model card."""
+"""What a person sees of a run: the bar, samples, the curve."""
 
-import platform
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import psutil
 import torch
-import transformers
-import yaml
 from accelerate import Accelerator
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -24,7 +17,7 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.arguments import printable
 from training.loop import Step
 
-CURVE, CARD = "loss.png", "README.md"
+CURVE = "loss.png"
 PROMPT_CHARACTERS = 60
 TEXT = 500  # characters of a text in a file for people
 
@@ -160,125 +153,9 @@ def memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def hardware(num_processes: int) -> str:
-    """What the run was made on, as on a label."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, processes: {num_processes}, threads in each: {torch.get_num_threads()}"
-
-
 def duration(seconds: float) -> str:
     """A time for people."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.1f} seconds"
-
-
-def without_folders(value: Any) -> Any:
-    """A path says where things lie on the author's machine, an address where they were asked for; a card is for others."""
-    if isinstance(value, str):
-        if "://" in value:
-            return f"{value.partition('://')[0]}://..."  # an address can hold a key
-        option, equals, given = value.partition("=")
-        if equals and option.startswith("--"):
-            return f"{option}={without_folders(given)}"
-        return Path(value).name if value.startswith(("/", "~")) else value
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return {name: without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def write_card(
-    folder: Path,
-    title: str,
-    introduction: str,
-    usage: str,
-    results: str,
-    examples: str,
-    data: ModelCardData,
-    facts: dict[str, str],
-    settings: dict[str, Any],
-) -> None:
-    """The model card: what the model is, how to use it, how good it is, and how it was made.
-
-    Args:
-        folder: where the card goes, beside the curve.
-        introduction: what the model is and what it is not, for people.
-        usage: Python that uses it.
-        results: how good it is, as Markdown.
-        examples: sections that show what it does, as Markdown.
-        data: what programs read.
-        facts: the rows of the table "How it was trained".
-        settings: every argument of the run, the model's fields among them.
-    """
-    facts = {
-        **facts,
-        "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
-        "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])}`",
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    text = f"""---
-{data.to_yaml()}
----
-
-# {title}
-
-{introduction}
-
-```python
-{usage}
-```
-
-## How good it is
-
-{results}
-
-![Loss over steps]({CURVE})
-
-{examples}
-
-## How it was trained
-
-| | |
-|---|---|
-{table}
-
-```yaml
-{yaml.safe_dump(without_folders(settings), sort_keys=False, allow_unicode=True)}```
-"""
-    ModelCard(text).save(folder / CARD)
-
-
-def card_data(name: str, dataset: str, task: str, metrics: dict[str, float], base_model: str = "") -> ModelCardData:
-    """What a card says to programs.
-
-    Args:
-        name: the model's, for people.
-        dataset: what was trained on and, held out, measured on, in words.
-        task: the pipeline that runs the model.
-        metrics: numbers by their names.
-        base_model: folder or Hub id of the model that was trained further, if it was.
-    """
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type="text",
-            dataset_name=f"{dataset} (held-out text)",
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in metrics.items()
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=["scratchgpt"],
-        model_name=name,
-        eval_results=results,
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
-    )
-
-
-def origin(base_model: str) -> str:
-    """Where a model comes from, in words."""
-    return f"trained {f'further from {Path(base_model).name}' if base_model else 'from scratch'} with ScratchGPT"
