@@ -1,0 +1,195 @@
+"""Share a model on the Hub: checked first, shown, and then sent in one commit.
+
+    python hub_upload.py outputs/pretrain USER/NAME --dry_run
+    python hub_upload.py outputs/pretrain USER/NAME --private
+    python hub_upload.py outputs/lora USER/NAME --adapter --base_model USER/BASE
+    python hub_upload.py outputs/pretrain USER/NAME --space
+
+It needs a token that may write: `hf auth login`, or HF_TOKEN in the environment. When a connection breaks, the same command
+sends what is missing.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from training.arguments import UserError, one_line, printable, run
+from training.cards import CARD
+from training.pretrained import ADAPTER
+from training.sharing import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    Files,
+    adapter_files,
+    check_loads,
+    check_secrets,
+    check_weights,
+    model_files,
+    prepared_adapter_config,
+    prepared_card,
+)
+
+SPACE = Path(__file__).parent / "space"
+MARK = "(hub_upload.py)"  # ends what our commits say
+SPACE_CARD = """---
+title: {name}
+sdk: gradio
+app_file: app.py
+models:
+- {repository}
+---
+
+A page on which to try [{repository}](https://huggingface.co/{repository}).
+"""
+
+
+def parse() -> argparse.Namespace:
+    """What is asked for.
+
+    Raises:
+        UserError: it makes no sense.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of a finished model, with any head")
+    parser.add_argument("repository", metavar="USER/NAME", help="where it goes; it is made if it is not there")
+    parser.add_argument("--private", action="store_true", help="if it is made: for nobody else to see")
+    parser.add_argument("--revision", default="main", help="the branch; it is made if it is not there (default: main)")
+    parser.add_argument("--adapter", action="store_true", help="send the LoRA adapter alone")
+    parser.add_argument("--base_model", default="", metavar="USER/BASE", help="where the model lies that this one comes from")
+    parser.add_argument("--space", action="store_true", help="make a Space of the same name, too: a page to try the model")
+    parser.add_argument("--overwrite", action="store_true", help="also what others have changed there meanwhile")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the folder that is not this package's")
+    parser.add_argument("--dry_run", action="store_true", help="check and show, and send nothing")
+    arguments = parser.parse_args()
+    for option, name in (("USER/NAME", arguments.repository), ("--base_model", arguments.base_model)):
+        try:
+            validate_repo_id(name or "user/name")
+        except HFValidationError as error:
+            raise UserError(f"{option} {name!r} cannot be a name on the Hub: {one_line(error)}") from error
+        if name and "/" not in name:
+            raise UserError(f"{option} {name!r} lacks a user: give it as USER/NAME.")
+    if arguments.adapter and arguments.space:
+        raise UserError("--space shows a whole model: send the adapter by itself.")
+    if arguments.adapter and not arguments.base_model:
+        raise UserError("--adapter is of use with its base alone: say where that lies, by --base_model USER/BASE.")
+    arguments.folder = arguments.folder.expanduser()
+    if not arguments.folder.is_dir():
+        raise UserError(f"{arguments.folder} is no folder: give the one of a finished model.")
+    return arguments
+
+
+def checked_files(arguments: argparse.Namespace) -> Files:
+    """What is sent, when nothing about it is to be refused."""
+    folder = arguments.folder
+    files: dict[str, Path | bytes]
+    if arguments.adapter:
+        folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+        files = {**adapter_files(folder), ADAPTER_CONFIG: prepared_adapter_config(folder, arguments.base_model)}
+    else:
+        files = {**model_files(folder, arguments.trust_remote_code)}
+    files[CARD] = prepared_card(folder, arguments.repository, arguments.base_model)
+    check_secrets(files)
+    check_weights(folder, files)
+    if not arguments.adapter:
+        check_loads(folder)
+    return files
+
+
+def show(files: Files, arguments: argparse.Namespace) -> None:
+    """What is sent, how large it is, and what stays here."""
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in sorted(files.items())}
+    for name, size in sizes.items():
+        print(f"{size:>15,}  {printable(name)}")
+    print(f"{sum(sizes.values()):>15,}  bytes in all, for {arguments.repository} ({arguments.revision})")
+    stays = sorted(path.name for path in arguments.folder.iterdir() if path.name not in files)
+    print(f"Stays here: {', '.join(map(printable, stays)) or 'nothing'}")
+
+
+def send(api: HfApi, repository: str, kind: str, files: Files, arguments: argparse.Namespace, revision: str) -> CommitInfo:
+    """One commit with all files, to a repository that is made if it is not there.
+
+    Raises:
+        UserError: it may not be written, others have changed it since, or the connection broke.
+    """
+    with hub_errors(repository):
+        sdk = "gradio" if kind == "space" else None
+        api.create_repo(repository, private=arguments.private or None, repo_type=kind, exist_ok=True, space_sdk=sdk)
+        is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, repo_type=kind).branches}
+        if is_new:
+            api.create_branch(repository, branch=revision, repo_type=kind)
+        head = api.list_repo_commits(repository, repo_type=kind, revision=revision)[0]
+        there = set(api.list_repo_files(repository, repo_type=kind, revision=head.commit_id))
+        may_change = is_new or arguments.overwrite or head.title.endswith(MARK) or there <= {".gitattributes"}
+        if not may_change:
+            raise UserError(
+                f"{repository} ({revision}) is ahead: others have changed it, the last time by {head.title!r:.80}. Look at it, "
+                "and pass --overwrite, or another --revision."
+            )
+        # Weights in other parts would be loaded beside the new ones.
+        old = [name for name in there - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        return api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, file) for name, file in files.items()),
+                *(CommitOperationDelete(name) for name in old),
+            ],
+            commit_message=f"{arguments.folder.resolve().name} {MARK}",
+            repo_type=kind,
+            revision=revision,
+            parent_commit=head.commit_id,
+        )
+
+
+@contextmanager
+def hub_errors(repository: str) -> Iterator[None]:
+    """What the Hub refuses, and what does not reach it, as one line."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        said = one_line(ValueError(error.server_message or str(error)))
+        advice = {
+            401: "log in again by `hf auth login`",
+            403: "take a token that may write there",
+            412: "it has changed in this very moment; run the same command again",
+        }.get(error.response.status_code, "no file there has changed")
+        raise UserError(f"the Hub refuses {repository} ({said}): {advice}.") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # the last: a large file that did not get through
+        cause: Any = error.__cause__ or error
+        raise UserError(
+            f"the connection to the Hub broke ({one_line(cause)}): no file there has changed, and the same command sends what "
+            "is missing."
+        ) from error
+
+
+def main() -> None:
+    arguments = parse()
+    name, revision = arguments.repository, arguments.revision
+    files = checked_files(arguments)
+    show(files, arguments)
+    if arguments.dry_run:
+        return
+    if not get_token():
+        raise UserError("there is no token to write with: log in by `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    commit = send(api, name, "model", files, arguments, revision)
+    print(f"It is at {api.endpoint}/{name}. As it is now, for good:")
+    print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
+    if arguments.space:
+        page = {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
+        card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
+        send(api, name, "space", {**page, CARD: card}, arguments, "main")
+        with hub_errors(name):
+            api.add_space_variable(name, "MODEL", name)
+            api.add_space_variable(name, "REVISION", commit.oid)
+        print(f"Its page is at {api.endpoint}/spaces/{name}.")
+
+
+if __name__ == "__main__":
+    run(main)

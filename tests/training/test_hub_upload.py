@@ -1,0 +1,360 @@
+"""Sharing, over real HTTP, with a Hub on the loopback."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import hub_upload
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from tests.conftest import WITHOUT_THE_PACKAGE
+from tests.hub_server import Hub
+from tests.training.conftest import ROOT
+from training import pretrain, sharing
+from training.arguments import UserError
+
+SENT = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "loss.png", "metrics.jsonl", "configuration_scratchgpt.py", "cross_entropy.py", "interchange.py", "modeling_scratchgpt.py",
+    "packed_linear.py", "tokenization_scratchgpt.py",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def model(run, tmp_path) -> Path:
+    """A finished run, with all that lies about there, and a licence."""
+    folder = shutil.copytree(run[0], tmp_path / "book")
+    with_license(folder / "README.md")
+    (folder / ".env").write_text("KEY=1")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "optimizer.pt").write_bytes(b"0")
+    return folder
+
+
+def with_license(card: Path) -> None:
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: apache-2.0\n", 1))
+
+
+def program(hub: Hub, tmp_path: Path, *words: object, token: str = "hf_ann", **environment: str) -> subprocess.CompletedProcess:
+    """`hub_upload.py` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "hub_upload.py"), *map(str, words)],
+        env=environment_of(hub, tmp_path, token) | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def environment_of(hub: Hub, tmp_path: Path, token: str) -> dict[str, str]:
+    known = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    place = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    return {**known, **place, **({"HF_TOKEN": token} if token else {})}
+
+
+@pytest.fixture
+def upload(hub, tmp_path, monkeypatch, capsys):
+    """The same in this process, without loading the model once more in another: quicker."""
+    monkeypatch.setattr(hub_upload, "check_loads", lambda folder: None)
+    for name, value in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("huggingface_hub.utils._http.constants.HF_HUB_OFFLINE", False)
+
+    def start(*words: object, token: str = "hf_ann") -> str:
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(sys, "argv", ["hub_upload.py", *map(str, words)])
+        hub_upload.main()
+        return capsys.readouterr().out
+
+    return start
+
+
+# In a clean process: what a user of the Hub does.
+USE = (
+    WITHOUT_THE_PACKAGE
+    + """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+how = {"revision": sys.argv[2], "trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **how).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **how)
+logits = model(**tokenizer("It was a dark", return_tensors="pt", return_token_type_ids=False)).logits
+print(json.dumps([type(model).__module__, logits[0, -1].tolist()]))
+"""
+)
+
+
+def in_a_clean_process(code: str, hub: Hub, tmp_path: Path, *words: str, token: str = "hf_ann") -> subprocess.CompletedProcess:
+    tmp_path.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment_of(hub, tmp_path, token),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_up_and_down_again(hub, model, tmp_path):
+    """What is loaded from the Hub, pinned, without the package, says what the folder says."""
+    process = program(hub, tmp_path, model, "ann/book", "--private")
+    assert process.returncode == 0, process.stderr
+    assert "Stays here: .env, checkpoints, notes.txt, optimizer.pt" in process.stdout
+    repository = hub.repositories["model", "ann/book"]
+    assert repository.private
+    assert repository.commits[repository.branches["main"]].keys() - {".gitattributes"} == SENT
+    (oid,) = re.findall(r"from_pretrained\('ann/book', revision='(\w{40})', trust_remote_code=True\)", process.stdout)
+    for name in SENT - {"README.md"}:
+        assert hub.content("ann/book", name) == (model / name).read_bytes()
+    card = hub.content("ann/book", "README.md").decode()
+    assert "PATH_OR_HUB_ID" not in card
+    assert 'model="ann/book"' in card
+
+    (model / "README.md").write_text((model / "README.md").read_text() + "\nLater.\n")
+    later = program(hub, tmp_path, model, "ann/book")
+    assert later.returncode == 0, later.stderr
+    assert repository.branches["main"] != oid  # a version after the one that is loaded now
+    process = in_a_clean_process(USE, hub, tmp_path, "ann/book", oid)
+    assert process.returncode == 0, process.stderr
+    module, logits = json.loads(process.stdout.splitlines()[-1])
+    assert module == f"transformers_modules.ann.book.{oid}.modeling_scratchgpt"
+    ours = ScratchGPTForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    with torch.no_grad():
+        expected = ours(**tokenizer("It was a dark", return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected)
+    snippet = re.findall(r"```python\n(.*?)```", card, re.S)[0]
+    process = in_a_clean_process(WITHOUT_THE_PACKAGE + snippet, hub, tmp_path)
+    assert process.returncode == 0, process.stderr
+    strangers = in_a_clean_process(USE, hub, tmp_path / "other", "ann/book", oid, token="")
+    assert strangers.returncode != 0  # it is private
+    assert "ann/book" in strangers.stderr
+
+
+def test_a_dry_run_sends_nothing_and_needs_no_token(hub, model, tmp_path):
+    process = program(hub, tmp_path, model, "ann/book", "--dry_run", token="")
+    assert process.returncode == 0, process.stderr
+    assert not hub.requests
+    for name in SENT:
+        assert re.search(rf"^ *[\d,]+  {re.escape(name)}$", process.stdout, re.M)
+    total = sum((model / name).stat().st_size for name in SENT - {"README.md"})
+    assert int(re.search(r"([\d,]+)  bytes in all", process.stdout)[1].replace(",", "")) == pytest.approx(total, abs=10_000)
+
+
+def test_after_a_cut_connection_the_rest_is_sent(hub, model, upload, tmp_path):
+    size = (model / "model.safetensors").stat().st_size
+    hub.break_upload_after = size - 1000  # the picture goes through, the weights do not
+    with pytest.raises(UserError, match="the connection to the Hub broke .*: no file there has changed, and the same command"):
+        upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
+    hub.break_upload_after, hub.received = None, 0
+    upload(model, "ann/book")
+    assert hub.received == size
+    assert hub.content("ann/book", "model.safetensors") == (model / "model.safetensors").read_bytes()
+    hub.received = 0
+    upload(model, "ann/book")
+    assert hub.received == 0
+
+
+def test_a_download_that_is_cut_goes_on(hub, model, upload, tmp_path):
+    upload(model, "ann/book")
+    hub.break_download_after = 10_000
+    process = in_a_clean_process(USE, hub, tmp_path, "ann/book", "main")
+    assert process.returncode == 0, process.stderr
+    assert hub.break_download_after is None
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "message"),
+    [
+        ("hf_wrong", "ann/book", "the Hub refuses ann/book .*: log in again by `hf auth login`"),
+        ("hf_reads", "ann/book", "the Hub refuses ann/book .*: take a token that may write there"),
+        ("hf_ann", "bob/book", "the Hub refuses bob/book .*: take a token that may write there"),
+    ],
+)
+def test_who_may_not(hub, model, upload, token, repository, message):
+    with pytest.raises(UserError, match=message):
+        upload(model, repository, token=token)
+    assert not hub.repositories
+
+
+def test_nobody_is_logged_in(hub, model, tmp_path):
+    process = program(hub, tmp_path, model, "ann/book", token="")
+    assert process.returncode == 2
+    assert process.stderr.strip().endswith("there is no token to write with: log in by `hf auth login`, or set HF_TOKEN.")
+    assert not hub.requests
+
+
+def test_a_remote_that_is_ahead(hub, model, upload):
+    upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    _, files = repository.files("main")
+    repository.commit("main", files, "Update README.md")
+    with pytest.raises(UserError, match="ann/book .main. is ahead: others have changed it, the last time by 'Update R"):
+        upload(model, "ann/book")
+    upload(model, "ann/book", "--overwrite")
+    upload(model, "ann/book", "--revision", "v2")
+    assert set(repository.branches) == {"main", "v2"}
+
+
+def test_a_commit_in_this_very_moment(hub, model, upload, monkeypatch):
+    upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    send = hub_upload.HfApi.create_commit
+
+    def late(*arguments, **keywords):
+        repository.commit("main", repository.files("main")[1], "Update README.md")
+        return send(*arguments, **keywords)
+
+    monkeypatch.setattr(hub_upload.HfApi, "create_commit", late)
+    (model / "README.md").write_text((model / "README.md").read_text() + "\nNew.\n")
+    with pytest.raises(UserError, match="the Hub refuses ann/book .*: it has changed in this very moment; run the same"):
+        upload(model, "ann/book")
+
+
+def test_weights_in_other_parts_go(hub, model, upload):
+    ours = ScratchGPTForCausalLM.from_pretrained(model)
+    upload(model, "ann/book")
+    (model / "model.safetensors").unlink()
+    ours.save_pretrained(model, max_shard_size="40KB")
+    upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    names = set(repository.files("main")[1])
+    assert "model.safetensors" not in names
+    assert "model.safetensors.index.json" in names
+
+
+def test_a_page_beside_it(hub, model, upload):
+    out = upload(model, "ann/book", "--space")
+    space = hub.repositories["space", "ann/book"]
+    assert {"app.py", "requirements.txt", "README.md"} <= set(space.files("main")[1])
+    assert space.variables == {"MODEL": "ann/book", "REVISION": hub.repositories["model", "ann/book"].branches["main"]}
+    card = ModelCard(hub.content("ann/book", "README.md", kind="space").decode())
+    assert card.data.to_dict()["sdk"] == "gradio"
+    assert f"{hub.address}/spaces/ann/book" in out
+
+
+def spoil_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_at(name: str, text: str, end: bool = True):
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        path.write_text((path.read_text() if end and path.exists() else "") + text)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds a run that did not finish: give the folder of a finished"),
+        (
+            lambda folder: (folder / "cross_entropy.py").unlink(),
+            "cross_entropy.py is missing, which the model",
+        ),
+        (write_at("cross_entropy.py", "# 1\n"), "cross_entropy.py is not the code of this package"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights as safetensors"),
+        (write_at("model.safetensors", "x", end=False), "model.safetensors cannot be read"),
+        (spoil_weights, "model.norm.weight holds numbers that are not finite"),
+        (lambda folder: (folder / "README.md").unlink(), "README.md: a model is shared with a card, and there is none"),
+        (
+            write_at("README.md", "---\nlicense: [\n---\n", end=False),
+            "README.md: a model is shared with a card, and there is none",
+        ),
+        (write_at("README.md", "---\nlicense:\n---\n", end=False), "README.md names no licence: write `license: apache-2.0`"),
+        (
+            write_at("README.md", "---\nlicense: mit\nbase_model: gpt\n---\n", end=False),
+            "names 'gpt' as the base of this model",
+        ),
+        (write_at("metrics.jsonl", '{"key": "hf_' + "a" * 34 + '"}'), "metrics.jsonl holds what looks like a token or a key"),
+        (write_at("README.md", "my-own-secret-value"), "README.md holds what looks like a token or a key"),
+        (write_at("mistakes.md", f"{ROOT}/data.csv"), "mistakes.md holds a path of this machine"),
+    ],
+)
+def test_what_must_not_leave(hub, model, upload, monkeypatch, spoil, message):
+    monkeypatch.setenv("WANDB_API_KEY", "my-own-secret-value")
+    monkeypatch.chdir(ROOT)
+    spoil(model)
+    with pytest.raises(UserError, match=message) as error:
+        upload(model, "ann/book")
+    assert "my-own-secret" not in str(error.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/nowhere", "ann/book"], "/nowhere is no folder"),
+        (["MODEL", "book"], "USER/NAME 'book' lacks a user"),
+        (["MODEL", "ann/bo ok"], "USER/NAME 'ann/bo ok' cannot be a name on the Hub"),
+        (["MODEL", "a/b/c"], "USER/NAME 'a/b/c' cannot be a name on the Hub"),
+        (["MODEL", "ann/book", "--adapter"], "--adapter is of use with its base alone"),
+        (["MODEL", "ann/book", "--adapter", "--base_model", "ann/base"], "holds no adapter_config.json"),
+        (["MODEL", "ann/book", "--adapter", "--space", "--base_model", "ann/base"], "--space shows a whole model"),
+    ],
+)
+def test_what_cannot_be_asked(hub, model, upload, words, message):
+    with pytest.raises(UserError, match=message):
+        upload(*(model if word == "MODEL" else word for word in words))
+    assert not hub.requests
+
+
+def test_a_model_that_would_not_work_for_others(model):
+    """Each of these loads somehow, and says nothing of use."""
+    sharing.check_loads(model)
+    config = json.loads((model / "config.json").read_text())
+    for change, message in (
+        ({"eos_token_id": 5}, "eos_token_id is 5 in config.json and 1 in the tokenizer"),
+        ({"num_hidden_layers": 3}, "missing keys in its weights: model.layers.2."),
+    ):
+        (model / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=f"would not work for others: {message}"):
+            sharing.check_loads(model)
+
+
+def test_an_adapter_and_its_base(hub, model, upload, book, tmp_path, monkeypatch):
+    """Both from the Hub, by the snippet of the adapter's card."""
+    words = ["--base_model", str(model), "--dataset", book, "--output_dir", str(tmp_path / "lora"), "--report_to", "none"]
+    words += ["--lora_r", "2", "--max_steps", "2", "--context_length", "32", "--license", "mit", "--validation_fraction", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    pretrain.main()
+    upload(model, "ann/base")
+    with pytest.raises(UserError, match="names 'book' as the base of this model, which is no place on the Hub"):
+        upload(tmp_path / "lora", "ann/whole")
+    upload(tmp_path / "lora", "ann/whole", "--base_model", "ann/base")
+    assert ModelCard(hub.content("ann/whole", "README.md").decode()).data.base_model == "ann/base"
+    upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/base")
+    repository = hub.repositories["model", "ann/lora"]
+    sent = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert repository.files("main")[1].keys() - {".gitattributes"} == sent
+    assert json.loads(hub.content("ann/lora", "adapter_config.json"))["base_model_name_or_path"] == "ann/base"
+    card = ModelCard(hub.content("ann/lora", "README.md").decode())
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "ann/base", "mit")
+    snippet = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
+    process = in_a_clean_process(WITHOUT_THE_PACKAGE + snippet + "print(model.active_adapters)", hub, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "default" in process.stdout
