@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,11 @@ def finished(request, run, nights, caches, tmp_path_factory):
     process = launch(["accelerate", "launch"], *words, script=script, **caches)
     assert process.returncode == 0, process.stderr
     return folder, process
+
+
+def snippet_of(card: str) -> str:
+    """The program that a card gives first."""
+    return re.findall(r"```python\n(.*?)```", card, re.S)[0]
 
 
 def rows(folder: Path) -> list[dict]:

@@ -23,7 +23,7 @@ from transformers import (
 from modeling_scratchgpt import ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
-from tests.training.conftest import ROOT, TORCHRUN, launch, rows
+from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import classify
 from training.arguments import UserError
 
@@ -95,16 +95,12 @@ def test_the_pipeline_says_what_was_measured(finished):
 
 
 def test_without_the_package(finished):
-    program = (
-        WITHOUT_THE_PACKAGE
-        + """
-from transformers import pipeline
-classify = pipeline("text-classification", model=sys.argv[1], trust_remote_code=True, top_k=None)
-print("RESULT" + json.dumps(classify("It was a dark and stormy night", truncation=True)))
-"""
-    )
+    """The card's own program, and one more line."""
     folder, _ = finished
-    process = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=200)
+    snippet = snippet_of((folder / "README.md").read_text()).replace("PATH_OR_HUB_ID", str(folder))
+    more = 'print("RESULT" + json.dumps(classify("It was a dark and stormy night", truncation=True)))'
+    program = f"{WITHOUT_THE_PACKAGE}\n{snippet}\n{more}"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
     (found,) = json.loads(process.stdout.partition("RESULT")[2])
     (expected,) = pipeline_of(folder)(["It was a dark and stormy night"])

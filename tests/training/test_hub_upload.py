@@ -19,7 +19,7 @@ import hub_upload
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.hub_server import Hub
-from tests.training.conftest import ROOT
+from tests.training.conftest import ROOT, snippet_of
 from training import pretrain, sharing
 from training.arguments import UserError
 
@@ -142,8 +142,7 @@ def test_up_and_down_again(hub, model, tmp_path):
     with torch.no_grad():
         expected = ours(**tokenizer("It was a dark", return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
     torch.testing.assert_close(torch.tensor(logits), expected)
-    snippet = re.findall(r"```python\n(.*?)```", card, re.S)[0]
-    process = in_a_clean_process(WITHOUT_THE_PACKAGE + snippet, hub, tmp_path)
+    process = in_a_clean_process(WITHOUT_THE_PACKAGE + snippet_of(card), hub, tmp_path)
     assert process.returncode == 0, process.stderr
     strangers = in_a_clean_process(USE, hub, tmp_path / "other", "ann/book", oid, token="")
     assert strangers.returncode != 0  # it is private
@@ -354,7 +353,7 @@ def test_an_adapter_and_its_base(hub, model, upload, book, tmp_path, monkeypatch
     assert json.loads(hub.content("ann/lora", "adapter_config.json"))["base_model_name_or_path"] == "ann/base"
     card = ModelCard(hub.content("ann/lora", "README.md").decode())
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "ann/base", "mit")
-    snippet = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
-    process = in_a_clean_process(WITHOUT_THE_PACKAGE + snippet + "print(model.active_adapters)", hub, tmp_path)
+    code = WITHOUT_THE_PACKAGE + snippet_of(card.text) + "print(model.active_adapters)"
+    process = in_a_clean_process(code, hub, tmp_path)
     assert process.returncode == 0, process.stderr
     assert "default" in process.stdout

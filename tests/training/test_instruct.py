@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
-from tests.training.conftest import ROOT, TORCHRUN, launch, rows
+from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import instruct
 from training.arguments import UserError
 from training.prompts import STYLES
@@ -97,15 +97,11 @@ def test_the_pipeline_chats(finished):
 
 
 def test_without_the_package(finished):
-    program = (
-        WITHOUT_THE_PACKAGE
-        + """
-from transformers import pipeline
-chat = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
-print("RESULT" + json.dumps(chat([{"role": "user", "content": "night 77\\ndark"}])))
-"""
-    )
-    process = subprocess.run([sys.executable, "-c", program, str(finished[0])], capture_output=True, text=True, timeout=200)
+    """The card's own program, and one more line."""
+    snippet = snippet_of((finished[0] / "README.md").read_text()).replace("PATH_OR_HUB_ID", str(finished[0]))
+    more = 'print("RESULT" + json.dumps(chat([{"role": "user", "content": "night 77\\ndark"}])))'
+    program = f"{WITHOUT_THE_PACKAGE}\n{snippet}\n{more}"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
     (found,) = json.loads(process.stdout.partition("RESULT")[2])
     assert found["generated_text"][-1] == {"role": "assistant", "content": "stormy"}
