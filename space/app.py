@@ -162,8 +162,8 @@ class Showcase:
         text = text.translate(MARKS)
         return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
-    def write(self, ids: list[int], settings: GenerationConfig) -> Iterator[tuple[str, int]]:
-        """What the model writes after the ids, as far as it is, and in how many tokens. Closing the iterator stops it."""
+    def write(self, ids: list[int], settings: GenerationConfig) -> Iterator[tuple[str, str]]:
+        """What the model has written after the ids so far, and how long it took. Closing the iterator stops it."""
         given, stopped = Ids(), Event()
 
         def generate() -> None:
@@ -184,15 +184,18 @@ class Showcase:
         def text(ids: list[int]) -> str:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+        start, new = time.perf_counter(), list[int]()
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(generate)
             try:
                 given.queue.get()  # the prompt
-                new: list[int] = []
                 while (more := given.queue.get()) is not None:
                     new += more
-                    yield text(ids + new)[len(text(ids)) :].removesuffix("�"), len(new)
+                    # The bytes of a character may come one by one: until the last it is none.
+                    yield text(ids + new)[len(text(ids)) :].rstrip("�"), f"{len(new):,} tokens so far"
                 done.result()
+                seconds = time.perf_counter() - start
+                yield text(ids + new)[len(text(ids)) :], f"{len(new):,} tokens in {seconds:.1f} seconds"
             finally:
                 stopped.set()
 
@@ -220,26 +223,26 @@ class Showcase:
         if not 0 < len(ids) < self.positions:
             yield written(prompt), text, self.no_room(len(ids))
             return
-        for new, note in self.timed(ids, sampling):
+        for new, note in self.write(ids, self.settings(len(ids), *sampling)):
             yield written(prompt + html.escape(new)), text + new, note
 
     def chat(self, message: str, talk: list[dict[str, str]], *sampling: Any) -> Iterator[tuple[str, Any, Any, str]]:
         """The box, emptied; the conversation with the model's answer, to keep and to show; what to say of it."""
         if not message.strip():
-            yield message, talk, talk, "Type something first."
+            yield message, talk, bubbles(talk), "Type something first."
             return
         talk = [*talk, {"role": "user", "content": message}]
         seen = talk
         while len(ids := self.conversation_ids(seen)) + sampling[-1] > self.positions and len(seen) > 2:
             seen = seen[2:]
         if len(ids) >= self.positions:
-            yield message, talk[:-1], talk[:-1], self.no_room(len(ids))
+            yield message, talk[:-1], bubbles(talk[:-1]), self.no_room(len(ids))
             return
-        yield "", talk, talk, ""
+        yield "", talk, bubbles(talk), ""
         forgotten = f"; the first {len(talk) - len(seen)} messages are out of its sight" if seen is not talk else ""
-        for new, note in self.timed(ids, sampling):
+        for new, note in self.write(ids, self.settings(len(ids), *sampling)):
             told = [*talk, {"role": "assistant", "content": new}]
-            yield "", told, told, note + forgotten
+            yield "", told, bubbles(told), note + forgotten
 
     def conversation_ids(self, talk: list[dict[str, str]]) -> list[int]:
         return self.tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
@@ -247,12 +250,6 @@ class Showcase:
     def conversation_text(self, talk: list[dict[str, str]]) -> str:
         """What the model reads of a conversation."""
         return self.tokenizer.apply_chat_template(talk, tokenize=False) if talk else SAMPLE
-
-    def timed(self, ids: list[int], sampling: Any) -> Iterator[tuple[str, str]]:
-        start = time.perf_counter()
-        for new, count in self.write(ids, self.settings(len(ids), *sampling)):
-            seconds = time.perf_counter() - start
-            yield new, f"{count:,} tokens in {seconds:.1f} seconds"
 
     def no_room(self, length: int) -> str:
         if not length:
@@ -331,6 +328,11 @@ def written(content: str) -> str:
     return f'<pre class="written">{content}</pre>'
 
 
+def bubbles(talk: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation as a Chatbot shows it: what looks like markup to it would be lost."""
+    return [{**message, "content": html.escape(message["content"])} for message in talk]
+
+
 def bars(names: list[str], shares: list[float], num_strong: int) -> str:
     """A table of probabilities, the first so many not pale. Names are cells of HTML."""
     rows = [
@@ -376,7 +378,7 @@ def first_tab(show: Showcase, sampling: list[gr.Slider], text: gr.Textbox) -> No
     with gr.Tab("Chat" if show.is_chat else "Completion"):
         state: Any = gr.State([] if show.is_chat else "")
         if show.is_chat:
-            shown: Any = gr.Chatbot(label="Conversation", render_markdown=False, height="60vh", buttons=["copy"])
+            shown: Any = gr.Chatbot(label="Conversation", render_markdown=False, height="60vh", buttons=[])
             box.placeholder = "Enter sends, Shift+Enter begins a line"
         box.render()
         with gr.Row():
