@@ -159,7 +159,8 @@ def test_a_dry_run_sends_nothing_and_needs_no_token(hub, model, tmp_path):
     assert int(re.search(r"([\d,]+)  bytes in all", process.stdout)[1].replace(",", "")) == pytest.approx(total, abs=10_000)
 
 
-def test_after_a_cut_connection_the_rest_is_sent(hub, model, upload, tmp_path):
+def test_after_a_cut_connection_the_rest_is_sent(hub, model, upload, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
     size = (model / "model.safetensors").stat().st_size
     hub.break_upload_after = size - 1000  # the picture goes through, the weights do not
     with pytest.raises(UserError, match="the connection to the Hub broke .*: no file there has changed, and the same command"):
