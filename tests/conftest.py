@@ -2,6 +2,8 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers run side by side: each, and what it starts, has a core
+    os.environ["OMP_NUM_THREADS"] = "1"
 # Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

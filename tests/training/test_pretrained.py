@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.adapter_files import load_adapter
-from tests.training.conftest import TORCHRUN, launch, rows
+from tests.training.conftest import launch, rows
 from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_done
 from training import pretrain
 from training.arguments import UserError
@@ -63,19 +63,18 @@ def test_its_checkpoints_hold_the_adapter_alone(adapted):
         assert all(".lora_" in name for name in load_file(checkpoint / "optimizer.safetensors"))
 
 
-def test_a_killed_run_ends_with_the_same_bits(run, book, caches, tmp_path):
-    """On two processes, and killed after a step at which the held-out data was looked at."""
-    options = ["--dataset", book, "--base_model", str(run[0]), *LORA]
-    environment = {**caches, "ACCELERATE_USE_CPU": "true"}
-    straight = launch(TORCHRUN, *options, "--output_dir", str(tmp_path / "straight"), **environment)
-    assert straight.returncode == 0, straight.stderr
-    killed = start(TORCHRUN, *options, "--output_dir", str(tmp_path / "killed"), **environment)
-    assert kill_when(killed, lambda: steps_done(tmp_path / "killed") >= 10)
-    resumed = launch(TORCHRUN, *options, "--output_dir", str(tmp_path / "killed"), "--resume", **environment)
+def test_a_killed_run_ends_with_the_same_bits(adapted, book, caches, tmp_path):
+    """Killed after a step at which the held-out data was looked at."""
+    base, straight, _ = adapted
+    folder = tmp_path / "killed"
+    options = ["--dataset", book, "--base_model", str(base), *LORA, "--output_dir", str(folder)]
+    killed = start(LAUNCHERS[1], *options, **caches)
+    assert kill_when(killed, lambda: steps_done(folder) >= 10)
+    resumed = launch(LAUNCHERS[1], *options, "--resume", **caches)
     assert resumed.returncode == 0, resumed.stderr
     assert "Going on after step 8" in resumed.stdout
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        ends = [load_file(tmp_path / name / file) for name in ("killed", "straight")]
+        ends = [load_file(run / file) for run in (folder, straight)]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
