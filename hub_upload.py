@@ -188,7 +188,10 @@ def main() -> None:
         with hub_errors(name):
             api.add_space_variable(name, "MODEL", name)
             api.add_space_variable(name, "REVISION", commit.oid)
+            is_private = api.repo_info(name).private
         print(f"Its page is at {api.endpoint}/spaces/{name}.")
+        if is_private:
+            print("The model is private: in the page's settings, add a token that may read it, as the secret HF_TOKEN.")
 
 
 if __name__ == "__main__":

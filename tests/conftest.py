@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers run side by side: each, and w
 # Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 import re
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +83,34 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def on_two_processes(program: str, folder: Path, *words: object, **environment: str) -> None:
-    """Run a program under torchrun on two CPU processes, `os`, `sys`, `torch` and `dist` at hand; both must come to its end."""
-    begin = "import os, sys\nimport torch\nimport torch.distributed as dist\n"
-    begin += 'dist.init_process_group("gloo")\ntorch.set_num_threads(1)\n'
-    # Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
-    end = "dist.barrier()\nprint('DONE', flush=True)\nos._exit(0)\n"
-    (folder / "program.py").write_text(begin + program + end)
+# Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
+EACH_CASE = """
+import json, os, runpy, sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+program, cases = sys.argv[1:]
+for words in json.loads(cases):
+    print(*words, file=sys.stderr, flush=True)
+    sys.argv[1:] = words
+    runpy.run_path(program)
+    dist.barrier()
+print("DONE", flush=True)
+os._exit(0)
+"""
+
+
+def on_two_processes(program: str, folder: Path, *cases: Sequence[object], **environment: str) -> None:
+    """Run a program with the words of each case under torchrun, on two CPU processes that must both come to its end."""
+    assert cases
+    (folder / "program.py").write_text(f"import sys\nimport torch\nimport torch.distributed as dist\n{program}")
+    (folder / "each_case.py").write_text(EACH_CASE)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    words = [str(folder / "program.py"), json.dumps([[str(word) for word in case] for case in cases])]
     process = subprocess.run(
-        [sys.executable, *torchrun, str(folder / "program.py"), *map(str, words)],
+        [sys.executable, *torchrun, str(folder / "each_case.py"), *words],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -119,7 +139,7 @@ def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
 
 def server_program() -> str:
     """`transformers serve`, started as the README says."""
-    (program,) = re.findall(r'python -c "([^"]*)" serve &', (Path(__file__).parents[1] / "README.md").read_text())
+    (program,) = re.findall(r'python -c "([^"]*)" serve &', (Path(__file__).parents[1] / "training" / "README.md").read_text())
     return program
 
 

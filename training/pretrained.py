@@ -128,7 +128,7 @@ def load_base(
         if config:
             add_adapter(model, config)
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
-        raise UserError(f"{name} cannot be trained on ({one_line(error)}).") from error
+        raise UserError(f"--base_model {name} cannot be used ({one_line(error)}).") from error
     return model
 
 

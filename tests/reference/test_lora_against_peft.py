@@ -255,6 +255,5 @@ for tensor in mine.values():  # both processes have the same
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", "rsLoRA", "DoRA"])
-def test_two_processes_train_as_pefts_do(kind, tmp_path):
-    on_two_processes(ON_TWO, tmp_path, kind, tmp_path)
+def test_two_processes_train_as_pefts_do(tmp_path):
+    on_two_processes(ON_TWO, tmp_path, *((kind, tmp_path) for kind in ("plain", "rsLoRA", "DoRA")))

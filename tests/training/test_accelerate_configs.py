@@ -125,10 +125,7 @@ def test_fsdp2_plugin(monkeypatch):
 
 # Accelerate does not enter FSDP on a CPU, but its function that cuts up a model does not mind where it runs.
 PROGRAM = """
-import os, sys
 from types import SimpleNamespace
-import torch
-import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
@@ -159,13 +156,13 @@ for _ in range(3):
 """
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tied, tmp_path):
-    tiny_config.tie_word_embeddings = tied
-    torch.manual_seed(0)
-    ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / "model")
+def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tmp_path):
+    for tied in (True, False):
+        tiny_config.tie_word_embeddings = tied
+        torch.manual_seed(0)
+        ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / f"tied_{tied}")
     environment = {name: value for name, value in prepare_multi_gpu_env(launched("fsdp2")).items() if name.startswith("FSDP_")}
-    on_two_processes(PROGRAM, tmp_path, tmp_path / "model", **environment)
+    on_two_processes(PROGRAM, tmp_path, [tmp_path / "tied_True"], [tmp_path / "tied_False"], **environment)
 
 
 def test_the_cpu_file_runs_the_recipe(tmp_path):

@@ -309,7 +309,7 @@ def test_mistakes_are_refused_before_the_first_step(recipe, tmp_path, words, mes
 @pytest.mark.slow
 def test_preferences_as_the_readme_says(real_data, tmp_path, monkeypatch):
     """The README's own program, on the real data: after it the model likes the chosen answers better than the rejected ones."""
-    (snippet,) = re.findall(r"```python\n([^`]*DPOTrainer[^`]*)```", (ROOT / "README.md").read_text())
+    (snippet,) = re.findall(r"```python\n([^`]*DPOTrainer[^`]*)```", (ROOT / "training" / "README.md").read_text())
     data = real_data / "instructions"
     rows = json.loads((data / "instruction-data.json").read_text())
     tokenizer = ScratchGPTTokenizer.train([row["instruction"] + row["output"] for row in rows], 2000)

@@ -318,7 +318,6 @@ if kind == "fsdp2":
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_step_as_one(tiny_model, tmp_path, kind):
+def test_two_processes_step_as_one(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
-    on_two_processes(PROGRAM, tmp_path, kind, tmp_path / "model")
+    on_two_processes(PROGRAM, tmp_path, ("ddp", tmp_path / "model"), ("fsdp2", tmp_path / "model"))

@@ -104,7 +104,7 @@ with torch.no_grad():
     alone = torch.cat([model(torch.tensor([texts[n]["input_ids"]])).logits for n in range(11)])
 torch.testing.assert_close(torch.from_numpy(together), alone, atol=1e-4, rtol=1e-4)
 """
-    on_two_processes(program, tmp_path, ACCELERATE_USE_CPU="true")
+    on_two_processes(program, tmp_path, (), ACCELERATE_USE_CPU="true")
 
 
 def test_mistakes_are_told_worst_first():

@@ -1,0 +1,44 @@
+"""What the documents point to is there, and their programs are Python."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    if not any(part.startswith(".") for part in path.parts[-2:])
+)
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as they are made on the Hub and on GitHub."""
+    text = re.sub(r"^(```+).*?^\1", "", document.read_text(), flags=re.M | re.S)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_are_python_and_commands_name_files_that_are_there(document):
+    text = document.read_text()
+    for program in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        ast.parse(program)
+    commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    for path in re.findall(r"\b(?:training|space|benchmarks|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
+        assert (ROOT / path).is_file(), path
+    for module in re.findall(r"python -m (modeling_scratchgpt[\w.]*)", commands):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
