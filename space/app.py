@@ -80,8 +80,10 @@ h1 { font-size: 1.6em; font-weight: 600; overflow-wrap: anywhere; margin: 0; }
 .map th { white-space: pre; max-width: 9em; max-height: 9em; overflow: hidden; text-overflow: ellipsis; }
 .map thead th { writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0; text-align: left; }
 .map tbody th { position: sticky; left: 0; padding: 0 6px; text-align: right; background: var(--body-background-fill); }
+.map p { margin: 0 0 8px; }
 .map td { min-width: 18px; height: 18px; border-radius: 2px; }
-.map td[title] { background: color-mix(in srgb, var(--color-accent) var(--weight), var(--background-fill-secondary)); }
+.map i { display: inline-block; width: 18px; height: 18px; border-radius: 2px; margin: 0 4px 0 12px; vertical-align: middle; }
+.map [style] { background: color-mix(in srgb, var(--color-accent) var(--weight), var(--background-fill-secondary)); }
 """
 
 
@@ -292,16 +294,17 @@ class Showcase:
         rows = []
         for row, name in enumerate(names):
             cells = [
-                f'<td title="{name} looks at {names[column]}: {weight:.2%}" style="--weight: {100 * weight**0.5:.0f}%"></td>'
+                f'<td title="{name} looks at {names[column]}: {weight:.2%}" {shade(weight)}></td>'
                 for column, weight in enumerate(weights[row][: row + 1])
             ]
             rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
         columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+        legend = "".join(f"<i {shade(weight)}></i>{weight:.0%}" for weight in (0, 0.04, 0.25, 1))
         cut = f" Mapped are the first {len(mapped)} of {len(ids):,} tokens." if len(mapped) < len(ids) else ""
         return (
             f'<p class="facts">Each row shows how a token divides its attention among those up to itself.{cut}</p>'
-            f'<div class="map" tabindex="0" role="region" aria-label="Attention"><table><thead><tr><td></td>{columns}</tr>'
-            f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+            f'<div class="map" tabindex="0" role="region" aria-label="Attention"><p class="facts">{legend}</p>'
+            f"<table><thead><tr><td></td>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
 
     @torch.no_grad()
@@ -326,6 +329,11 @@ class Showcase:
 
 def written(content: str) -> str:
     return f'<pre class="written">{content}</pre>'
+
+
+def shade(weight: float) -> str:
+    """An attribute that colours by weight, small ones too."""
+    return f'style="--weight: {100 * weight**0.5:.0f}%"'
 
 
 def bubbles(talk: list[dict[str, str]]) -> list[dict[str, str]]:
