@@ -155,7 +155,17 @@ def test_lora_with_the_head_in_full(recipe, run):
     merged = ScratchGPTForSequenceClassification.from_pretrained(folder)
     ids = torch.tensor([[0, 40, 41, 42, 1]])
     with torch.no_grad():
-        torch.testing.assert_close(base.eval()(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-4)
+        expected = merged(ids).logits
+        torch.testing.assert_close(base.eval()(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    # And by the program of its card, where neither package is.
+    snippet = snippet_of((folder / "adapter" / "README.md").read_text())
+    snippet = snippet.replace("PATH_OR_HUB_ID_OF_THE_BASE", str(run[0])).replace("PATH_OR_HUB_ID", str(folder / "adapter"))
+    more = "import torch\nprint('RESULT' + json.dumps(model.eval()(torch.tensor([[0, 40, 41, 42, 1]])).logits.tolist()))"
+    program = f"{WITHOUT_THE_PACKAGE}\n{snippet}\n{more}"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout.partition("RESULT")[2])
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
