@@ -63,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--revision", default="main", help="the branch; it is made if it is not there (default: main)")
     parser.add_argument("--adapter", action="store_true", help="send the LoRA adapter alone")
     parser.add_argument("--base_model", default="", metavar="USER/BASE", help="where the model lies that this one comes from")
+    parser.add_argument("--license", default="", help="that others may use it under, as apache-2.0, if the card names none yet")
     parser.add_argument("--space", action="store_true", help="make a Space of the same name, too: a page to try the model")
     parser.add_argument("--overwrite", action="store_true", help="also what others have changed there meanwhile")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code of the folder that is not this package's")
@@ -91,10 +92,13 @@ def checked_files(arguments: argparse.Namespace) -> Files:
     files: dict[str, Path | bytes]
     if arguments.adapter:
         folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-        files = {**adapter_files(folder), ADAPTER_CONFIG: prepared_adapter_config(folder, arguments.base_model)}
+        files = {
+            **adapter_files(folder, arguments.trust_remote_code),
+            ADAPTER_CONFIG: prepared_adapter_config(folder, arguments.base_model),
+        }
     else:
         files = {**model_files(folder, arguments.trust_remote_code)}
-    files[CARD] = prepared_card(folder, arguments.repository, arguments.base_model)
+    files[CARD] = prepared_card(folder, arguments.repository, arguments.base_model, arguments.license)
     check_secrets(files)
     check_weights(folder, files)
     if not arguments.adapter:
@@ -110,6 +114,12 @@ def show(files: Files, arguments: argparse.Namespace) -> None:
     print(f"{sum(sizes.values()):>15,}  bytes in all, for {arguments.repository} ({arguments.revision})")
     stays = sorted(path.name for path in arguments.folder.iterdir() if path.name not in files)
     print(f"Stays here: {', '.join(map(printable, stays)) or 'nothing'}")
+    if arguments.space:
+        print(f"And a Space of the same name: {', '.join([CARD, *page_files()])}")
+
+
+def page_files() -> dict[str, Path]:
+    return {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
 
 
 def send(api: HfApi, repository: str, kind: str, files: Files, arguments: argparse.Namespace, revision: str) -> CommitInfo:
@@ -178,13 +188,19 @@ def main() -> None:
     if not get_token():
         raise UserError("there is no token to write with: log in by `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
+    if base := arguments.base_model:
+        with hub_errors(base):
+            if not api.repo_exists(base):
+                raise UserError(f"--base_model {base} is not on the Hub, or not for you to see: upload it first.")
     commit = send(api, name, "model", files, arguments, revision)
     print(f"It is at {api.endpoint}/{name}. As it is now, for good:")
-    print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
+    if arguments.adapter:
+        print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base}")
+    else:
+        print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
     if arguments.space:
-        page = {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
         card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
-        send(api, name, "space", {**page, CARD: card}, arguments, "main")
+        send(api, name, "space", {**page_files(), CARD: card}, arguments, "main")
         with hub_errors(name):
             api.add_space_variable(name, "MODEL", name)
             api.add_space_variable(name, "REVISION", commit.oid)

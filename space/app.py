@@ -54,6 +54,8 @@ CSS = """
 .gradio-container .main, .gradio-container .wrap, .gradio-container .tabs { min-width: 0; width: 100%; }
 .gradio-container .html-container { padding: 0; }
 @media (max-width: 640px) { .gradio-container .main { padding: 12px; } }
+.gradio-container :focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px; }
+.gradio-container ::placeholder { color: var(--body-text-color-subdued); opacity: 1; }
 h1 { font-size: 1.6em; font-weight: 600; overflow-wrap: anywhere; margin: 0; }
 .facts { color: var(--body-text-color-subdued); margin: 0; }
 .written { white-space: pre-wrap; overflow-wrap: anywhere; font-family: var(--font-mono); min-height: 8em; margin: 0;
@@ -108,6 +110,11 @@ class Showcase:
     """
 
     def __init__(self, name: str, revision: str | None):
+        folder = Path(name)
+        if not folder.is_dir() and (
+            folder.is_absolute() or folder.exists() or (folder.parent != Path() and folder.parent.is_dir())
+        ):
+            raise ValueError("there is no such folder")
         config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
         code = {"trust_remote_code": "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING}
         architecture = (config.get("architectures") or [""])[0]
@@ -309,9 +316,9 @@ class Showcase:
 
     @torch.no_grad()
     def classify(self, text: str) -> str:
-        ids = self.ids(text)
-        if not ids:
+        if not text.strip():
             return written("Type something first.")
+        ids = self.ids(text)
         cut = f"Only the first {self.positions:,} of {len(ids):,} tokens are read." if len(ids) > self.positions else ""
         config = self.model.config
         logits = self.model(torch.tensor([ids[: self.positions]], device=self.model.device)).logits[0].float()
@@ -378,6 +385,7 @@ def first_tab(show: Showcase, sampling: list[gr.Slider], text: gr.Textbox) -> No
     if show.is_classifier:
         with gr.Tab("Classify"):
             box.render()
+            box.placeholder = "Enter classifies, Shift+Enter begins a line"
             go = gr.Button("Classify", variant="primary")
             classes = gr.HTML(apply_default_css=False)
         run = gr.on([box.submit, go.click], show.classify, box, classes, show_progress="hidden")

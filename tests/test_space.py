@@ -322,6 +322,10 @@ def test_markup_is_shown_and_does_nothing(open_page):
     assert page.evaluate("window.ran") is None
 
 
+def test_a_classifier_does_not_guess_at_nothing(app, folders):
+    assert "Type something first." in app.Showcase(str(folders["one label"]), None).classify(" \n")
+
+
 def test_a_text_that_is_too_long(open_page):
     page = open_page("completion")
     box = page.get_by_label("Text", exact=True).locator("visible=true")
@@ -367,7 +371,7 @@ def test_a_mistake_is_one_line(tmp_path):
     process = run_app("--model", tmp_path / "nothing", log=tmp_path / "log")
     assert process.wait(100) == 2
     (line,) = (tmp_path / "log").read_text().splitlines()
-    assert line.startswith(f"app.py: error: --model {tmp_path / 'nothing'} cannot be shown (")
+    assert line == f"app.py: error: --model {tmp_path / 'nothing'} cannot be shown (there is no such folder)."
 
 
 def test_other_mistakes(app, folders, tmp_path, monkeypatch, capsys):

@@ -88,27 +88,18 @@ def model_files(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
     if not (folder / CONFIG).is_file():
         what = "holds a run that did not finish" if (folder / "metrics.jsonl").is_file() else f"holds no {CONFIG}"
         raise UserError(f"{folder} {what}: give the folder of a finished model.")
-    files = _known_files(folder)
-    code = _code_of(folder)
-    own = Path(modeling_scratchgpt.__file__).parent
-    changed = [path.name for path in code if not _same(path, own / path.name)]
-    if changed and not trust_remote_code:
-        raise UserError(
-            f"{folder}: {', '.join(changed)} is not the code of this package: load the model and save it again, or, if you "
-            "have read it and trust it, pass --trust_remote_code."
-        )
-    return files | {path.name: path for path in code}
+    return _known_files(folder) | _code_of(folder, trust_remote_code)
 
 
-def adapter_files(folder: Path) -> dict[str, Path]:
-    """The same of an adapter."""
+def adapter_files(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
+    """The same of an adapter, its tokenizer's code included."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} holds no {ADAPTER_CONFIG}: give the folder of a run with --lora_r, or that of an adapter.")
-    return _known_files(folder)
+    return _known_files(folder) | _code_of(folder, trust_remote_code)
 
 
-def prepared_card(folder: Path, repository: str, base_model: str) -> bytes:
-    """The card as it is sent: with the places of the model and of its base filled in.
+def prepared_card(folder: Path, repository: str, base_model: str, license: str) -> bytes:
+    """The card as it is sent: with the places of the model and of its base filled in, and its licence if one is given.
 
     Raises:
         UserError: there is none, its head cannot be read, or it does not name the licence, or the base on the Hub.
@@ -116,11 +107,13 @@ def prepared_card(folder: Path, repository: str, base_model: str) -> bytes:
     path = folder / CARD
     try:
         card = ModelCard(path.read_text(encoding="utf-8").replace(BASE, base_model or BASE).replace(HERE, repository))
+        if license:
+            card.data["license"] = license
         head = card.data.to_dict()
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: a model is shared with a card, and there is none to read ({one_line(error)}).") from error
     if not head.get("license"):
-        raise UserError(f"{path} names no licence: write `license: apache-2.0`, or another, below its first line.")
+        raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
     if named := base_model or head.get("base_model"):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):
             raise UserError(
@@ -197,7 +190,7 @@ def _known_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in paths}
 
 
-def _code_of(folder: Path) -> list[Path]:
+def _code_of(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
     """The files of the model's own code: those that its configs name, and what these import of their neighbours."""
     named = set()
     for name in (CONFIG, "tokenizer_config.json"):
@@ -214,7 +207,14 @@ def _code_of(folder: Path) -> list[Path]:
             found |= {path, *map(Path, get_relative_import_files(path))}
         except OSError as error:
             raise UserError(f"{error.filename} is missing, which the model's config asks for: save the model again.") from error
-    return sorted(found)
+    own = Path(modeling_scratchgpt.__file__).parent
+    changed = sorted(path.name for path in found if not _same(path, own / path.name))
+    if changed and not trust_remote_code:
+        raise UserError(
+            f"{folder}: {', '.join(changed)} is not the code of this package: load the model and save it again, or, if you "
+            "have read it and trust it, pass --trust_remote_code."
+        )
+    return {path.name: path for path in found}
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -55,7 +55,8 @@ class Windows(Dataset[Row]):
         if len(tokens.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(tokens.ids)} tokens, fewer than one window of --context_length "
-                f"{context_length} and the token after it: give more text, a shorter context or a larger share of it."
+                f"{context_length} and the token after it: give more text, a shorter context, or a "
+                "larger share of it (--validation_fraction, --test_fraction)."
             )
         self.tokens, self.context_length, self.pad_token_id = tokens, context_length, pad_token_id
         self.stride, self.once = stride or context_length, once

@@ -343,7 +343,7 @@ def write_at(name: str, text: str, end: bool = True):
             write_at("README.md", "---\nlicense: [\n---\n", end=False),
             "README.md: a model is shared with a card, and there is none",
         ),
-        (write_at("README.md", "---\nlicense:\n---\n", end=False), "README.md names no licence: write `license: apache-2.0`"),
+        (write_at("README.md", "---\nlicense:\n---\n", end=False), "README.md names no licence: pass --license apache-2.0"),
         (
             write_at("README.md", "---\nlicense: mit\nbase_model: gpt\n---\n", end=False),
             "names 'gpt' as the base of this model",
@@ -404,14 +404,25 @@ def test_an_adapter_and_its_base(hub, model, upload, book, tmp_path, monkeypatch
         upload(tmp_path / "lora", "ann/whole")
     upload(tmp_path / "lora", "ann/whole", "--base_model", "ann/base")
     assert ModelCard(hub.content("ann/whole", "README.md").decode()).data.base_model == "ann/base"
-    upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/base")
+    with pytest.raises(UserError, match="--base_model ann/nothing is not on the Hub"):
+        upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/nothing")
+    out = upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/base", "--license", "apache-2.0")
     repository = hub.repositories["model", "ann/lora"]
     sent = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    sent |= {"tokenization_scratchgpt.py"}
     assert repository.files("main")[1].keys() - {".gitattributes"} == sent
     assert json.loads(hub.content("ann/lora", "adapter_config.json"))["base_model_name_or_path"] == "ann/base"
     card = ModelCard(hub.content("ann/lora", "README.md").decode())
-    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "ann/base", "mit")
-    code = WITHOUT_THE_PACKAGE + snippet_of(card.text) + "print(model.active_adapters)"
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "ann/base", "apache-2.0")
+    (pinned,) = re.findall(r"^    (peft\..*)  # model: ann/base$", out, re.M)
+    code = f"""{WITHOUT_THE_PACKAGE}
+{snippet_of(card.text)}
+print(model.active_adapters)
+import peft
+from transformers import AutoTokenizer
+model = model.unload()
+print({pinned}.active_adapters, AutoTokenizer.from_pretrained("ann/lora", trust_remote_code=True)("It was")["input_ids"])
+"""
     process = in_a_clean_process(code, hub, tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "default" in process.stdout
+    assert process.stdout.count("default") == 2
