@@ -102,7 +102,7 @@ def checked_files(arguments: argparse.Namespace) -> Files:
     check_secrets(files)
     check_weights(folder, files)
     if not arguments.adapter:
-        check_loads(folder)
+        check_loads(folder, files)
     return files
 
 

@@ -146,7 +146,7 @@ def open_page(browser, addresses):
 
     def open_page(kind: str, width: int = 1280):
         context = browser.new_context(viewport={"width": width, "height": 844})
-        context.set_default_timeout(20000)
+        context.set_default_timeout(60000)
         page = context.new_page()
         hosts, errors = set(), []
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -353,13 +353,15 @@ def test_an_old_message_makes_room(open_page):
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat", "one label"])
-def test_nothing_is_wider_than_a_phone(open_page, kind):
+def test_nothing_is_wider_than_a_phone(open_page, app, kind):
     page = open_page(kind, width=390)
     width = "document.documentElement.scrollWidth"
     page.locator("textarea:visible").first.fill("to be")
     page.keyboard.press("Enter")
     page.get_by_role("tab", name="Look inside").click()
-    page.get_by_label("Text", exact=True).locator("visible=true").fill("to be or not to be, " * 6 + "x" * 30)
+    box = page.get_by_label("Text", exact=True).locator("visible=true")
+    playwright.expect(box).not_to_have_value(app.SAMPLE, timeout=60000)  # what was asked for has come, and is shown here
+    box.fill("to be or not to be, " * 6 + "x" * 30)
     for tab in page.get_by_role("tab").all_inner_texts():
         page.get_by_role("tab", name=tab, exact=True).click()
         assert page.evaluate(width) <= 390, tab

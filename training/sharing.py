@@ -168,19 +168,24 @@ def check_weights(folder: Path, files: Files) -> None:
             raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
 
 
-def check_loads(folder: Path) -> None:
-    """Refuse a model that somebody else could not load and use.
+def check_loads(folder: Path, files: Files) -> None:
+    """Refuse a model that somebody else could not load and use. Loaded is what is sent, and no other code of the folder.
 
     Raises:
         UserError: it does not load, its tokenizer is another model's, or what it says is not finite.
     """
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as sent:
+        for name, file in files.items():
+            if isinstance(file, Path):
+                Path(sent, name).symlink_to(file.resolve())
         environment = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": cache}
         process = subprocess.run(
-            [sys.executable, "-c", LOADS, str(folder.resolve())], env=environment, cwd=cache, capture_output=True, text=True
+            [sys.executable, "-c", LOADS, sent], env=environment, cwd=cache, capture_output=True, text=True
         )
-    wrong = (process.stderr if process.returncode else process.stdout).rstrip("\n").rpartition("\n")[2]
+    wrong = (
+        (process.stderr if process.returncode else process.stdout).rstrip("\n").rpartition("\n")[2].replace(sent, str(folder))
+    )
     if wrong or process.returncode:
         raise UserError(f"{folder} would not work for others: {wrong or f'loading it ends with code {process.returncode}'}.")
 

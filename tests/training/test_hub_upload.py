@@ -75,7 +75,7 @@ def environment_of(hub: Hub, tmp_path: Path, token: str) -> dict[str, str]:
 @pytest.fixture
 def upload(hub, tmp_path, monkeypatch, capsys):
     """The same in this process, without loading the model once more in another: quicker."""
-    monkeypatch.setattr(hub_upload, "check_loads", lambda folder: None)
+    monkeypatch.setattr(hub_upload, "check_loads", lambda *_: None)
     for name, value in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.utils._http.constants.HF_HUB_OFFLINE", False)
@@ -390,7 +390,27 @@ def test_a_model_that_would_not_work_for_others(model):
     ):
         (model / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=f"would not work for others: {message}"):
-            sharing.check_loads(model)
+            sharing.check_loads(model, sharing.model_files(model, False))
+
+
+@pytest.mark.parametrize("way", ["custom_generate", "configuration_files"])
+def test_code_that_is_not_sent_is_not_run(hub, model, tmp_path, way):
+    """Transformers would run both of these from the folder itself."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ngenerate = lambda *_, **__: 0\n"
+    if way == "custom_generate":
+        (model / "custom_generate").mkdir()
+        (model / "custom_generate" / "generate.py").write_text(code)
+    else:
+        config = json.loads((model / "config.json").read_text())
+        config["configuration_files"] = ["config.4.0.0.json"]
+        (model / "config.json").write_text(json.dumps(config))
+        config["auto_map"] = {name: f"evil.{it.rpartition('.')[2]}" for name, it in config["auto_map"].items()}
+        (model / "config.4.0.0.json").write_text(json.dumps(config))
+        (model / "evil.py").write_text(code)
+    process = program(hub, tmp_path, model, "ann/book", "--dry_run")
+    assert process.returncode == (0 if way == "custom_generate" else 2), process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_adapter_and_its_base(hub, model, upload, book, tmp_path, monkeypatch):
