@@ -10,26 +10,27 @@ sends what is missing.
 """
 
 import argparse
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from training.arguments import UserError, one_line, printable, run
 from training.cards import CARD
+from training.leaks import Files, check_leaks
 from training.pretrained import ADAPTER
 from training.sharing import (
     ADAPTER_CONFIG,
     WEIGHTS,
-    Files,
     adapter_files,
     check_loads,
-    check_secrets,
     check_weights,
     model_files,
     prepared_adapter_config,
@@ -37,9 +38,12 @@ from training.sharing import (
 )
 
 SPACE = Path(__file__).parent / "space"
+SILENCE_SECONDS = 120  # of the Hub, before we give up
+ALL_OR_NOTHING = "the files there change all at once or not at all"
 MARK = "(hub_upload.py)"  # ends what our commits say
 SPACE_CARD = """---
-title: {name}
+title: "{name}"
+license: apache-2.0
 sdk: gradio
 app_file: app.py
 models:
@@ -80,7 +84,14 @@ def parse() -> argparse.Namespace:
         raise UserError("--space shows a whole model: send the adapter by itself.")
     if arguments.adapter and not arguments.base_model:
         raise UserError("--adapter is of use with its base alone: say where that lies, by --base_model USER/BASE.")
-    arguments.folder = arguments.folder.expanduser()
+    branch = arguments.revision
+    if (
+        not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", branch, re.ASCII)
+        or ".." in branch
+        or re.match("refs/|[0-9a-f]{40}$", branch)
+    ):
+        raise UserError(f"--revision {branch!r:.80} cannot be a branch: give letters, digits, `-` and `_`, as in v2.")
+    arguments.folder = Path(os.path.expanduser(arguments.folder))
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder} is no folder: give the one of a finished model.")
     return arguments
@@ -99,7 +110,7 @@ def checked_files(arguments: argparse.Namespace) -> Files:
     else:
         files = {**model_files(folder, arguments.trust_remote_code)}
     files[CARD] = prepared_card(folder, arguments.repository, arguments.base_model, arguments.license)
-    check_secrets(files)
+    check_leaks(files)
     check_weights(folder, files)
     if not arguments.adapter:
         check_loads(folder, files)
@@ -122,26 +133,40 @@ def page_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
 
 
-def send(api: HfApi, repository: str, kind: str, files: Files, arguments: argparse.Namespace, revision: str) -> CommitInfo:
-    """One commit with all files, to a repository that is made if it is not there.
+def place(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> str:
+    """The commit that the next one follows, in a repository and a branch that are made if they are not there.
 
     Raises:
-        UserError: it may not be written, others have changed it since, or the connection broke.
+        UserError: it may not be written, others have changed it since, or all can read what is to be private.
     """
     with hub_errors(repository):
         sdk = "gradio" if kind == "space" else None
         api.create_repo(repository, private=arguments.private or None, repo_type=kind, exist_ok=True, space_sdk=sdk)
+        if arguments.private and not api.repo_info(repository, repo_type=kind).private:
+            raise UserError(
+                f"{repository} is there already, and public: make it private in its settings, or leave --private out."
+            )
         is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, repo_type=kind).branches}
         if is_new:
             api.create_branch(repository, branch=revision, repo_type=kind)
         head = api.list_repo_commits(repository, repo_type=kind, revision=revision)[0]
-        there = set(api.list_repo_files(repository, repo_type=kind, revision=head.commit_id))
-        may_change = is_new or arguments.overwrite or head.title.endswith(MARK) or there <= {".gitattributes"}
-        if not may_change:
+        there = api.list_repo_files(repository, repo_type=kind, revision=head.commit_id)
+        if not (is_new or arguments.overwrite or head.title.endswith(MARK) or set(there) <= {".gitattributes"}):
             raise UserError(
                 f"{repository} ({revision}) is ahead: others have changed it, the last time by {head.title!r:.80}. Look at it, "
                 "and pass --overwrite, or another --revision."
             )
+        return head.commit_id
+
+
+def send(api: HfApi, repository: str, kind: str, revision: str, files: Files, title: str, parent: str) -> CommitInfo:
+    """One commit with all files.
+
+    Raises:
+        UserError: others were there in this moment, or the connection broke.
+    """
+    with hub_errors(repository):
+        there = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
         # Weights in other parts would be loaded beside the new ones.
         old = [name for name in there - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         return api.create_commit(
@@ -150,10 +175,10 @@ def send(api: HfApi, repository: str, kind: str, files: Files, arguments: argpar
                 *(CommitOperationAdd(name, file) for name, file in files.items()),
                 *(CommitOperationDelete(name) for name in old),
             ],
-            commit_message=f"{arguments.folder.resolve().name} {MARK}",
+            commit_message=f"{title} {MARK}",
             repo_type=kind,
             revision=revision,
-            parent_commit=head.commit_id,
+            parent_commit=parent,
         )
 
 
@@ -168,13 +193,17 @@ def hub_errors(repository: str) -> Iterator[None]:
             401: "log in again by `hf auth login`",
             403: "take a token that may write there",
             412: "it has changed in this very moment; run the same command again",
-        }.get(error.response.status_code, "no file there has changed")
+        }.get(error.response.status_code, ALL_OR_NOTHING)
         raise UserError(f"the Hub refuses {repository} ({said}): {advice}.") from error
     except (HTTPError, OSError, RuntimeError) as error:  # the last: a large file that did not get through
         cause: Any = error.__cause__ or error
         raise UserError(
-            f"the connection to the Hub broke ({one_line(cause)}): no file there has changed, and the same command sends what "
-            "is missing."
+            f"the connection to the Hub broke ({one_line(cause)}): {ALL_OR_NOTHING}, and the same command sends what is "
+            "missing."
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"what answers as the Hub does not speak as one ({type(error).__name__}): look at HF_ENDPOINT, and at HF_TOKEN."
         ) from error
 
 
@@ -187,12 +216,16 @@ def main() -> None:
         return
     if not get_token():
         raise UserError("there is no token to write with: log in by `hf auth login`, or set HF_TOKEN.")
+    get_session().timeout = SILENCE_SECONDS
     api = HfApi()
     if base := arguments.base_model:
         with hub_errors(base):
             if not api.repo_exists(base):
                 raise UserError(f"--base_model {base} is not on the Hub, or not for you to see: upload it first.")
-    commit = send(api, name, "model", files, arguments, revision)
+    title = arguments.folder.resolve().name
+    head = place(api, name, "model", revision, arguments)
+    space_head = place(api, name, "space", "main", arguments) if arguments.space else ""
+    commit = send(api, name, "model", revision, files, title, head)
     print(f"It is at {api.endpoint}/{name}. As it is now, for good:")
     if arguments.adapter:
         print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base}")
@@ -200,7 +233,7 @@ def main() -> None:
         print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
     if arguments.space:
         card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
-        send(api, name, "space", {**page_files(), CARD: card}, arguments, "main")
+        send(api, name, "space", "main", {**page_files(), CARD: card}, title, space_head)
         with hub_errors(name):
             api.add_space_variable(name, "MODEL", name)
             api.add_space_variable(name, "REVISION", commit.oid)

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -47,6 +48,7 @@ class Hub(ThreadingHTTPServer):
         received: bytes of large files, over all uploads.
         break_upload_after, break_download_after: bytes of a large file; once, the connection ends there.
         requests: method and path of each.
+        instead: what is answered to whatever is asked, if anything; or what to do first.
     """
 
     daemon_threads = True
@@ -60,6 +62,7 @@ class Hub(ThreadingHTTPServer):
         self.break_upload_after: int | None = None
         self.break_download_after: int | None = None
         self.requests: list[str] = []
+        self.instead: bytes | Callable[[], None] | None = None
 
     @property
     def address(self) -> str:
@@ -117,6 +120,10 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if isinstance(self.server.instead, bytes):
+            return self._send(200, self.server.instead)
+        if self.server.instead:
+            self.server.instead()
         self.writer = self.server.tokens.get(token)
         self.reader = self.writer or self.server.readers.get(token)
         if self.command == "PUT":

@@ -200,6 +200,8 @@ def run(main: Callable[[], None]) -> None:
             errno.EACCES,
             errno.EPERM,
             errno.EROFS,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
         ):
             raise
         if os.environ.get("RANK", "0") == "0":

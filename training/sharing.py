@@ -4,7 +4,7 @@ Notable:
 - Only files of known names are sent: no checkpoint, no optimizer state, no log, nothing hidden, no folder inside.
 - The model's code is run only if it is this package's, byte for byte, or if it is trusted; in a process of its own, in which
   this package cannot be imported: what loads there loads for others.
-- A secret, or a path of this machine, stops everything and is not repeated.
+- What leaks.py finds stops everything.
 """
 
 import json
@@ -13,32 +13,30 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
 from training.arguments import UserError, one_line
 from training.cards import BASE, CARD, HERE
+from training.leaks import SECRET_NAMES, Files
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TOKENIZER = ("tokenizer*.json", "*tokens*.json", "vocab.json", "merges.txt", "chat_template.jinja")
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
 RESULTS = ("loss.png", "predictions.png", "mistakes.md", "metrics.json", "metrics.jsonl", "responses.jsonl", "responses.md")
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
-SECRET = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abpr]-[\w-]{10,}"
-    rb"|\bAIza[\w-]{35}|-----BEGIN [A-Z ]*PRIVATE KEY"
-)
-SECRET_NAMES = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
-
-Files = Mapping[str, Path | bytes]  # what is sent: files, or what stands in them
+LOADING_SECONDS = 1800
 
 # Run where neither of our packages can be imported. Says on its last line what is wrong, or nothing.
 LOADS = """
@@ -64,12 +62,16 @@ def problem(folder):
         if report[what]:
             return f"{what.replace('_', ' ')} in its weights: {', '.join(map(str, sorted(report[what])[:3]))}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        return "its tokenizer has special tokens alone"
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
         return f"its tokenizer has {len(tokenizer):,} tokens, the model rows for {config.vocab_size:,}"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ours, theirs = getattr(config, name, None), getattr(tokenizer, name)
         if ours is not None and theirs is not None and ours != theirs:
             return f"{name} is {ours} in config.json and {theirs} in the tokenizer"
+    if tokenizer.chat_template:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     batch = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         logits = model.eval()(**batch).logits
@@ -106,49 +108,27 @@ def prepared_card(folder: Path, repository: str, base_model: str, license: str) 
     """
     path = folder / CARD
     try:
-        card = ModelCard(path.read_text(encoding="utf-8").replace(BASE, base_model or BASE).replace(HERE, repository))
+        card = ModelCard(_text(path).replace(BASE, base_model or BASE).replace(HERE, repository))
         if license:
             card.data["license"] = license
         head = card.data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: a model is shared with a card, and there is none to read ({one_line(error)}).") from error
-    if not head.get("license"):
-        raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
-    if named := base_model or head.get("base_model"):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):
-            raise UserError(
-                f"{path} names {named!r:.80} as the base of this model, which is no place on the Hub: upload that, and pass "
-                "--base_model USER/NAME."
-            )
-        card.data["base_model"] = named
-    return str(card).encode()
+        if not head.get("license"):
+            raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
+        if named := base_model or head.get("base_model"):
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):
+                raise UserError(
+                    f"{path} names {named!r:.80} as the base of this model, which is no place on the Hub: upload that, and "
+                    "pass --base_model USER/NAME."
+                )
+            card.data["base_model"] = named
+        return str(card).encode()
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its head is not one that a card can have ({one_line(error)}).") from error
 
 
 def prepared_adapter_config(folder: Path, base_model: str) -> bytes:
     """The adapter's config as it is sent: with its base on the Hub instead of a folder here."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return json.dumps({**config, "base_model_name_or_path": base_model}, indent=2).encode()
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read ({one_line(error)}).") from error
-
-
-def check_secrets(files: Files) -> None:
-    """Refuse what holds a token, a key, or a path of this machine.
-
-    Raises:
-        UserError: one does; it is named, and what it holds is not repeated.
-    """
-    own = {value.encode() for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 8}
-    own |= {token.encode()} if (token := get_token()) else set()
-    places = {Path.home(), Path.cwd(), *(it.resolve().parents[1] for it in files.values() if isinstance(it, Path))}
-    folders = {f"{place}/".encode() for place in places} - {b"//", b"/root/", b"/home/", b"/tmp/"}
-    for name, file in files.items():
-        content = file if isinstance(file, bytes) else _text_of(file)
-        if SECRET.search(content) or any(secret in content for secret in own):
-            raise UserError(f"{name} holds what looks like a token or a key, so nothing was sent: take it out, and renew it.")
-        if any(folder in content for folder in folders):
-            raise UserError(f"{name} holds a path of this machine, so nothing was sent: take it out.")
+    return json.dumps({**_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": base_model}, indent=2).encode()
 
 
 def check_weights(folder: Path, files: Files) -> None:
@@ -180,38 +160,82 @@ def check_loads(folder: Path, files: Files) -> None:
                 Path(sent, name).symlink_to(file.resolve())
         environment = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": cache}
-        process = subprocess.run(
-            [sys.executable, "-c", LOADS, sent], env=environment, cwd=cache, capture_output=True, text=True
-        )
-    wrong = (
-        (process.stderr if process.returncode else process.stdout).rstrip("\n").rpartition("\n")[2].replace(sent, str(folder))
-    )
+        command = [sys.executable, "-c", LOADS, sent]
+        try:
+            process = subprocess.run(
+                command, env=environment, cwd=cache, capture_output=True, text=True, errors="replace", timeout=LOADING_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"{folder} would not work for others: it does not load in {LOADING_SECONDS // 60} minutes."
+            ) from error
+    said = process.stderr if process.returncode else process.stdout
+    wrong = said.rstrip("\n").rpartition("\n")[2].replace(sent, str(folder))
     if wrong or process.returncode:
         raise UserError(f"{folder} would not work for others: {wrong or f'loading it ends with code {process.returncode}'}.")
 
 
 def _known_files(folder: Path) -> dict[str, Path]:
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, it) for it in FILES))
-    return {path.name: path for path in paths}
+    """Those of known names, of which the JSON is JSON, and none lies elsewhere but where the Hub's cache has it."""
+    files = {path.name: path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
+    for path in files.values():
+        _refuse_elsewhere(path)
+        if path.suffix == ".json":
+            _json(path)
+    return files
+
+
+def _refuse_elsewhere(path: Path) -> None:
+    """Refuse a link out of its folder, but for those of the Hub's cache, and what is no file at all."""
+    folder = path.parent.resolve()
+    if path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+        raise UserError(f"{path} is a link to outside of the folder: put the file itself there, or take the link out.")
+    if not path.is_file():
+        raise UserError(f"{path} is no file: put one there, or take it out.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file holds as one JSON object."""
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}): save the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: save the model again.")
+    return content
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, and a model is shared with one: save the model again.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
 
 
 def _code_of(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
     """The files of the model's own code: those that its configs name, and what these import of their neighbours."""
-    named = set()
+    waiting = set[str]()
     for name in (CONFIG, "tokenizer_config.json"):
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-            for places in content.get("auto_map", {}).values():
-                named |= {place.partition(".")[0] for place in (places if isinstance(places, list) else [places]) if place}
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / name} cannot be read ({one_line(error)}).") from error
-    found = set()
-    for module in named:
+        auto_map = _json(folder / name).get("auto_map") if (folder / name).exists() else None
+        for places in (auto_map or {}).values() if isinstance(auto_map or {}, dict) else [auto_map]:
+            named = places if isinstance(places, list) else [places]  # of a tokenizer: the slow one and the fast one
+            waiting |= {str(place).partition(".")[0] for place in named if place}
+    found = set[Path]()
+    while waiting:
+        module = waiting.pop()
         path = folder / f"{module}.py"
+        if path in found:
+            continue
+        if not re.fullmatch(r"\w{1,100}", module) or not path.exists():
+            raise UserError(f"{path} is missing, which the model's config asks for: save the model again.")
+        _refuse_elsewhere(path)
         try:
-            found |= {path, *map(Path, get_relative_import_files(path))}
-        except OSError as error:
-            raise UserError(f"{error.filename} is missing, which the model's config asks for: save the model again.") from error
+            waiting |= set(get_relative_imports(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
+        found.add(path)
     own = Path(modeling_scratchgpt.__file__).parent
     changed = sorted(path.name for path in found if not _same(path, own / path.name))
     if changed and not trust_remote_code:
@@ -224,11 +248,3 @@ def _code_of(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
 
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _text_of(path: Path) -> bytes:
-    """What a file says in words: all of it, of weights the header."""
-    with open(path, "rb") as file:
-        if path.suffix == ".safetensors":
-            return file.read(min(100_000_000, int.from_bytes(file.read(8), "little")))
-        return file.read()

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -164,7 +165,9 @@ def test_after_a_cut_connection_the_rest_is_sent(hub, model, upload, monkeypatch
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
     size = (model / "model.safetensors").stat().st_size
     hub.break_upload_after = size - 1000  # the picture goes through, the weights do not
-    with pytest.raises(UserError, match="the connection to the Hub broke .*: no file there has changed, and the same command"):
+    with pytest.raises(
+        UserError, match="the connection to the Hub broke .*: the files there change all at once or not at all, and the same"
+    ):
         upload(model, "ann/book")
     repository = hub.repositories["model", "ann/book"]
     assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
@@ -216,6 +219,33 @@ def test_a_remote_that_is_ahead(hub, model, upload):
     upload(model, "ann/book", "--overwrite")
     upload(model, "ann/book", "--revision", "v2")
     assert set(repository.branches) == {"main", "v2"}
+
+
+def test_what_is_private_is_not_sent_where_all_can_read(hub, model, upload):
+    upload(model, "ann/book")
+    requests = len(hub.requests)
+    with pytest.raises(UserError, match="ann/book is there already, and public: make it private in its settings"):
+        upload(model, "ann/book", "--private")
+    assert not any("commit/" in it for it in hub.requests[requests:])
+
+
+def test_a_page_that_is_ahead_stops_the_model_too(hub, model, upload):
+    upload(model, "ann/book", "--space")
+    space = hub.repositories["space", "ann/book"]
+    space.commit("main", space.files("main")[1], "Update app.py")
+    commits = len(hub.repositories["model", "ann/book"].commits)
+    with pytest.raises(UserError, match="ann/book .main. is ahead: .*'Update app.py'"):
+        upload(model, "ann/book", "--space")
+    assert len(hub.repositories["model", "ann/book"].commits) == commits
+
+
+@pytest.mark.parametrize("answer", [b"garbage", b"{}", b"[]", b"null", b'{"url": "x"}', None])
+def test_what_is_no_hub(hub, model, upload, monkeypatch, answer):
+    """Something else answers, or nothing does."""
+    monkeypatch.setattr(hub_upload, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(hub, "instead", answer if answer is not None else lambda: time.sleep(5))
+    with pytest.raises(UserError, match="the connection to the Hub broke" if answer is None else "does not speak as one"):
+        upload(model, "ann/book")
 
 
 def test_a_commit_in_this_very_moment(hub, model, upload, monkeypatch):
@@ -338,11 +368,8 @@ def write_at(name: str, text: str, end: bool = True):
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights as safetensors"),
         (write_at("model.safetensors", "x", end=False), "model.safetensors cannot be read"),
         (spoil_weights, "model.norm.weight holds numbers that are not finite"),
-        (lambda folder: (folder / "README.md").unlink(), "README.md: a model is shared with a card, and there is none"),
-        (
-            write_at("README.md", "---\nlicense: [\n---\n", end=False),
-            "README.md: a model is shared with a card, and there is none",
-        ),
+        (lambda folder: (folder / "README.md").unlink(), "README.md is missing, and a model is shared with one"),
+        (write_at("README.md", "---\nlicense: [\n---\n", end=False), "README.md: its head is not one that a card can have"),
         (write_at("README.md", "---\nlicense:\n---\n", end=False), "README.md names no licence: pass --license apache-2.0"),
         (
             write_at("README.md", "---\nlicense: mit\nbase_model: gpt\n---\n", end=False),
@@ -370,6 +397,9 @@ def test_what_must_not_leave(hub, model, upload, monkeypatch, spoil, message):
         (["MODEL", "book"], "USER/NAME 'book' lacks a user"),
         (["MODEL", "ann/bo ok"], "USER/NAME 'ann/bo ok' cannot be a name on the Hub"),
         (["MODEL", "a/b/c"], "USER/NAME 'a/b/c' cannot be a name on the Hub"),
+        *((["MODEL", "ann/book", f"--revision={it}"], "cannot be a branch") for it in ("", "..", "a..b", "../x", "refs/pr/1")),
+        *((["MODEL", "ann/book", f"--revision={it}"], "cannot be a branch") for it in ("a" * 40, "v1\n", "x?y", "-x", "é")),
+        (["~nosuchuser/x", "ann/book"], "~nosuchuser/x is no folder"),
         (["MODEL", "ann/book", "--adapter"], "--adapter is of use with its base alone"),
         (["MODEL", "ann/book", "--adapter", "--base_model", "ann/base"], "holds no adapter_config.json"),
         (["MODEL", "ann/book", "--adapter", "--space", "--base_model", "ann/base"], "--space shows a whole model"),
@@ -381,8 +411,88 @@ def test_what_cannot_be_asked(hub, model, upload, words, message):
     assert not hub.requests
 
 
+CARDS = [
+    "", "no head", "---\n- a\n---\nx",
+    *(
+        f"---\nlicense: mit\n{more}\n---\n"
+        for more in (
+            "self: x", "1: 2", "x: \0", "x: " + "[" * 3000 + "]" * 3000, "model-index: foo", "model-index: [foo]",
+            "model-index:\n- name: x\n  results:", "eval_results: [1]\nmodel_name: x", "license: {a: b}", "base_model: 3",
+            "? [a]\n: b", "x: 2024-99-99", "a: &a [*a]", 'x: "\\uD800"', 'x: !!binary "@@"', "x: " + "9" * 5000,
+        )
+    ),
+]  # fmt: skip
+JSONS = [
+    "[]", '"x"', "null", "3", "", "{", "[" * 100_000, '{"a": 1}'.encode("utf-16"), '{"x": ' + "9" * 5000 + "}",
+    *(
+        f'{{"auto_map": {it}}}'
+        for it in (
+            '"x"', '{"a": 3}', '{"a": {"b": 1}}', '{"a": "/etc/passwd.x"}', f'{{"a": "{"x" * 5000}.x"}}', '{"a": "\\u0000.x"}',
+            '{"a": "\\ud800.x"}', '{"a": "folder.x"}', '{"a": "binary.x"}', '{"a": "pipe.x"}',
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer_config.json", "adapter_config.json"])
+def test_whatever_stands_in_a_file_is_refused_in_one_line(model, name):
+    """Or taken; never is there another error, and nothing waits for a pipe."""
+    shutil.copy(model / "config.json", model / "adapter_config.json")
+    (model / "folder.py").mkdir()
+    (model / "binary.py").write_bytes(b"\xff\xfe\0")
+    os.mkfifo(model / "pipe.py")
+    refusals = []
+    for content in CARDS if name == "README.md" else JSONS:
+        (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        try:
+            sharing.model_files(model, True)
+            sharing.adapter_files(model, True)
+            sharing.prepared_adapter_config(model, "ann/base")
+            sharing.prepared_card(model, "ann/book", "", "")
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 8
+    assert all("\n" not in it and (name in it or ".py" in it) for it in refusals), refusals
+
+
+def test_only_exact_names_and_no_links_elsewhere(model, tmp_path):
+    known = set(sharing.model_files(model, False))
+    for name in (
+        "optimizer.safetensors",
+        ".x.safetensors",
+        "api_tokens.json",
+        ".tokens.json",
+        "tokenizer-backup.json",
+        "vocab.txt~",
+    ):
+        (model / name).write_text("{}")
+    assert set(sharing.model_files(model, False)) == known
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (model / "vocab.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="vocab.json is a link to outside of the folder"):
+        sharing.model_files(model, False)
+    (model / "vocab.json").unlink()
+    os.mkfifo(model / "LICENSE")
+    with pytest.raises(UserError, match="LICENSE is no file"):
+        sharing.model_files(model, False)
+
+
+def test_a_model_out_of_the_cache_of_the_hub(model, tmp_path):
+    """Its files are links to what is kept once for all its versions."""
+    snapshot, blobs = tmp_path / "models--ann--book" / "snapshots" / "abc", tmp_path / "models--ann--book" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(model, blobs)
+    for name in SENT:
+        (snapshot / name).symlink_to(blobs / name)
+    assert sharing.model_files(snapshot, False).keys() == SENT
+
+
 def test_a_model_that_would_not_work_for_others(model):
     """Each of these loads somehow, and says nothing of use."""
+    (model / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(UserError, match="would not work for others: .*TemplateSyntaxError"):
+        sharing.check_loads(model, sharing.model_files(model, False))
+    (model / "chat_template.jinja").unlink()
     config = json.loads((model / "config.json").read_text())
     for change, message in (
         ({"eos_token_id": 5}, "eos_token_id is 5 in config.json and 1 in the tokenizer"),
