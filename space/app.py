@@ -18,6 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import argparse
 import copy
 import html
+import math
 import textwrap
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ MARKS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
 NUM_NEXT = 20  # tokens in the distribution
 NUM_MAPPED = 40  # tokens along each side of the heat map
 NUM_LOOKED_AT = 1024  # tokens of a text, where the model has more positions
+LONGEST_SECONDS = 600  # that a text may take, should nobody read it any more
 SAMPLE = "It was the best of times, it was the worst of times"
 FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the reader's own system: none is fetched
 CSS = """
@@ -132,7 +134,8 @@ class Showcase:
         self.watched: Any = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
         self.watched.set_attn_implementation("eager")
         self.name = Path(name).name if Path(name).is_dir() else name
-        self.positions: int = getattr(self.model.config, "max_position_embeddings", NUM_LOOKED_AT)
+        positions = getattr(self.model.config, "max_position_embeddings", NUM_LOOKED_AT)
+        self.positions: int = min(positions, self.tokenizer.model_max_length)  # the latter is less where some are set aside
         self.is_chat = not self.is_classifier and bool(self.tokenizer.chat_template)
         self.spells_bytes = "ByteLevel" in repr(self.tokenizer.backend_tokenizer.decoder)
 
@@ -184,11 +187,14 @@ class Showcase:
                     generation_config=settings,
                     streamer=given,
                     stopping_criteria=StoppingCriteriaList(
-                        [lambda tokens, *_, **__: torch.full((1,), stopped.is_set(), device=tokens.device)]
+                        [lambda tokens, *_, **__: torch.full((1,), is_over(), device=tokens.device)]
                     ),
                 )
             finally:
                 given.end()
+
+        def is_over() -> bool:
+            return stopped.is_set() or time.perf_counter() - start > LONGEST_SECONDS
 
         def text(ids: list[int]) -> str:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -209,17 +215,20 @@ class Showcase:
                 stopped.set()
 
     def settings(
-        self, length: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float, max_new_tokens: int
+        self, length: int, temperature: float, top_k: float, top_p: float, repetition_penalty: float, max_new_tokens: float
     ) -> GenerationConfig:
         """How to go on from so many ids; there is room for one more at least."""
+        temperature, top_k, top_p, repetition_penalty, max_new_tokens = numbers(
+            temperature, top_k, top_p, repetition_penalty, max_new_tokens
+        )
         settings = copy.deepcopy(self.model.generation_config)
         settings.update(
             do_sample=temperature > 0,
             temperature=temperature or None,
-            top_k=top_k if temperature else None,
+            top_k=int(top_k) if temperature else None,
             top_p=top_p if temperature else None,
             repetition_penalty=float(repetition_penalty),
-            max_new_tokens=min(max_new_tokens, self.positions - length),
+            max_new_tokens=min(int(max_new_tokens), self.positions - length),
             max_length=None,
             num_beams=1,
         )
@@ -241,8 +250,8 @@ class Showcase:
             yield message, talk, bubbles(talk), "Type something first."
             return
         talk = [*talk, {"role": "user", "content": message}]
-        seen = talk
-        while len(ids := self.conversation_ids(seen)) + sampling[-1] > self.positions and len(seen) > 2:
+        seen, (*_, max_new_tokens) = talk, numbers(*sampling)
+        while len(ids := self.conversation_ids(seen)) + max_new_tokens > self.positions and len(seen) > 2:
             seen = seen[2:]
         if len(ids) >= self.positions:
             yield message, talk[:-1], bubbles(talk[:-1]), self.no_room(len(ids))
@@ -275,13 +284,14 @@ class Showcase:
         return f'<p class="facts">{note}</p><ol class="tokens">{"".join(items)}</ol>'
 
     @torch.no_grad()
-    def next_tokens(self, text: str, temperature: float, top_k: int, top_p: float) -> str:
+    def next_tokens(self, text: str, temperature: float, top_k: float, top_p: float) -> str:
         ids, _ = self.looked_at(text)
+        temperature, top_k, top_p = numbers(temperature, top_k, top_p)
         if not ids:
             return written(self.no_room(0))
         logits = self.watched(torch.tensor([ids], device=self.watched.device), logits_to_keep=1).logits[0, -1].float()
         shares, order = (logits / (temperature or 1)).softmax(-1).sort(descending=True)
-        among = shares[: top_k or None]
+        among = shares[: int(top_k) or None]
         can_be = int((among.cumsum(0) - among < top_p * among.sum()).sum()) if temperature else 1
         names = [f'<th scope="row">{self.spelled(i)}</th><td class="number">{i}</td>' for i in order[:NUM_NEXT].tolist()]
         how = f"{can_be:,} of {len(shares):,} tokens can come next, at temperature {temperature:g}; the others are pale."
@@ -294,22 +304,25 @@ class Showcase:
         ids, _ = self.looked_at(text)
         if not ids:
             return written(self.no_room(0))
-        mapped = ids[:NUM_MAPPED]  # a token sees none after it: those left out change nothing
+        layer, head = map(int, numbers(layer, head))
+        mapped = ids[:NUM_MAPPED]  # where a token sees none after it, those left out change nothing
         outputs = self.watched(torch.tensor([mapped], device=self.watched.device), output_attentions=True)
         weights = outputs.attentions[layer][0, head].tolist()
         names = [self.spelled(index) for index in mapped]
+        is_causal = not outputs.attentions[layer][0, head].triu(1).any()
         rows = []
         for row, name in enumerate(names):
             cells = [
                 f'<td title="{name} looks at {names[column]}: {weight:.2%}" {shade(weight)}></td>'
-                for column, weight in enumerate(weights[row][: row + 1])
+                for column, weight in enumerate(weights[row][: row + 1 if is_causal else None])
             ]
             rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
         columns = "".join(f'<th scope="col">{name}</th>' for name in names)
         legend = "".join(f"<i {shade(weight)}></i>{weight:.0%}" for weight in (0, 0.04, 0.25, 1))
         cut = f" Mapped are the first {len(mapped)} of {len(ids):,} tokens." if len(mapped) < len(ids) else ""
+        among = " among those up to itself" if is_causal else ""
         return (
-            f'<p class="facts">Each row shows how a token divides its attention among those up to itself.{cut}</p>'
+            f'<p class="facts">Each row shows how a token divides its attention{among}.{cut}</p>'
             f'<div class="map" tabindex="0" role="region" aria-label="Attention"><p class="facts">{legend}</p>'
             f"<table><thead><tr><td></td>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
@@ -336,6 +349,17 @@ class Showcase:
 
 def written(content: str) -> str:
     return f'<pre class="written">{content}</pre>'
+
+
+def numbers(*values: Any) -> list[float]:
+    """What sliders say; a temperature, or another number, so small that dividing by it overflows is 0.
+
+    Raises:
+        gr.Error: a field was emptied, or holds no finite number.
+    """
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise gr.Error("Each setting needs a number.", print_exception=False)
+    return [value if abs(value) >= 0.001 else 0 for value in values]
 
 
 def shade(weight: float) -> str:
@@ -478,10 +502,10 @@ def main() -> None:
     logging.disable_progress_bar()
     try:
         show = Showcase(arguments.model, os.environ.get("REVISION"))
+        blocks = page(show)
     except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         parser.error(f"--model {arguments.model} cannot be shown ({reason}).")
-    blocks = page(show)
     theme = gr.themes.Default(primary_hue="blue", font=FONTS[0], font_mono=FONTS[1])
     theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
     try:
@@ -493,6 +517,7 @@ def main() -> None:
             css=CSS,
             footer_links=[],
             ssr_mode=False,
+            max_file_size=0,
         )
     except OSError:
         parser.error(f"--port {arguments.port} is in use: give another.")

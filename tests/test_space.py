@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from modeling_scratchgpt import (
     ScratchGPTConfig,
@@ -210,6 +211,57 @@ def test_stop_stops_the_model(app, folders):
     next(writing)
     writing.close()
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "5"])
+def test_a_setting_that_is_no_number(app, folders, bad):
+    """The sliders cannot say these, but the page's API can."""
+    show = app.Showcase(str(folders["completion"]), None)
+    good = [1.0, 5, 0.9, 1.0, 3]
+    for place in range(len(good)):
+        with pytest.raises(app.gr.Error, match="Each setting needs a number"):
+            list(show.complete("to", *good[:place], bad, *good[place + 1 :]))
+    with pytest.raises(app.gr.Error, match="Each setting needs a number"):
+        show.attention("to be", bad, 0)
+
+
+def test_settings_between_those_of_the_sliders(app, folders):
+    show = app.Showcase(str(folders["completion"]), None)
+    surest = list(show.complete("to", 0, 0, 1, 1, 8))[-1][1]
+    assert list(show.complete("to", 5e-324, 1.5, 0.9, 1, 8.5))[-1][1] == surest
+    assert "At temperature 0" in show.next_tokens("to", 5e-324, 1.5, 0.9)
+
+
+def test_a_text_that_nobody_waits_for_ends(app, folders, monkeypatch):
+    monkeypatch.setattr(app, "LONGEST_SECONDS", -1)
+    show = app.Showcase(str(folders["completion"]), None)
+    assert list(show.write([5], show.settings(1, 1.0, 0, 1.0, 1.0, 60)))[-1][1].startswith("1 tokens in")
+
+
+def test_a_model_that_reads_both_ways(app, tmp_path):
+    """RoBERTa: its map is whole, and two of its positions are none of a text's."""
+    config = RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    torch.manual_seed(0)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    words = tokenizer()
+    words.model_max_length = 510
+    words.save_pretrained(tmp_path)
+    show = app.Showcase(str(tmp_path), None)
+    assert show.positions == 510
+    assert "Only the first 510 of" in show.classify("to be " * 600)
+    shown = show.attention("to be or not", 0, 1)
+    assert "up to itself" not in shown
+    for row in shown.split("<tbody>")[1].split("<tr>")[1:]:
+        assert sum(float(share) for share in re.findall(r'looks at [^"]*: ([\d.]+)%', row)) == pytest.approx(100, abs=0.1)
+
+
+def test_nothing_can_be_left_there(addresses):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"1" * 10 + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{addresses['completion']}/gradio_api/upload", body, kind)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=20)
+    assert error.value.code == 413
 
 
 def test_a_chat_by_keyboard_alone(open_page, folders):
