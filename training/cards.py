@@ -7,7 +7,7 @@ for when the model is uploaded: its licence, and where its base model lies on th
 import platform
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_scratchgpt.lora import trainable_parameters
 from training.engine import Outcome
 from training.hub import is_hub_id, short_name
-from training.pretrained import ADAPTER
-from training.report import CURVE
+from training.pretrained import ADAPTER, LoraArguments
+from training.report import CURVE, block, code, plain
 
 CARD = "README.md"
+BAR = r"\|"  # in a cell of a table
 HERE, BASE = "PATH_OR_HUB_ID", "PATH_OR_HUB_ID_OF_THE_BASE"  # in snippets, until the model has a place on the Hub
 
 CAUSAL_ADAPTER = f"""from peft import PeftModel
@@ -49,12 +50,19 @@ def hardware(num_processes: int) -> str:
 
 def origin(base_model: str) -> str:
     """Where a model comes from, in words."""
-    return f"trained {f'further from {Path(base_model).name}' if base_model else 'from scratch'} with ScratchGPT"
+    if not base_model:
+        return "trained from scratch with ScratchGPT"
+    base = (
+        f"[{base_model}](https://huggingface.co/{base_model})" if is_hub_id(base_model) else plain(Path(base_model).name, 100)
+    )
+    return f"trained further from {base} with ScratchGPT"
 
 
 def dataset_name(dataset: list[str]) -> str:
     """What was learned from, for others: without the folders above it."""
-    return ", ".join("the docstrings of Python and its libraries" if it == "docs" else short_name(it) for it in dataset)
+    return ", ".join(
+        "the docstrings of Python and its libraries" if it == "docs" else plain(short_name(it), 100) for it in dataset
+    )
 
 
 def write_card(
@@ -95,9 +103,11 @@ def write_card(
         "Training": str(outcome),
         "Hardware": hardware(accelerator.num_processes),
         "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
-        "Command": f"`accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])}`",
+        "Command": code(
+            f"accelerate launch training/{shlex.join([Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])}", 2000
+        ),
     }
-    name = Path(arguments.output_dir).name
+    name = plain(Path(arguments.output_dir).resolve().name, 100)
     head: dict[str, Any] = {
         "license": arguments.license or None,
         "language": arguments.language or ("en" if dataset == ["docs"] else None),
@@ -116,9 +126,11 @@ def write_card(
             for metric, value in metrics.items()
         ],
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    chosen = yaml.safe_dump(without_folders({**asdict(arguments), **settings}), sort_keys=False, allow_unicode=True)
-    for place, library, code in ((folder, "transformers", usage), (folder / ADAPTER, "peft", adapter_usage)):
+    rows = "\n".join(f"| {key} | {str(value).replace('|', BAR)} |" for key, value in facts.items())
+    unused = set() if arguments.lora_r else {field.name for field in fields(LoraArguments)}
+    chosen = {key: value for key, value in asdict(arguments).items() if key not in unused} | settings
+    settings_file = yaml.safe_dump(without_folders(chosen), sort_keys=False, allow_unicode=True)
+    for place, library, program in ((folder, "transformers", usage), (folder / ADAPTER, "peft", adapter_usage)):
         if not place.is_dir():
             continue
         tags = ["scratchgpt", "lora"] if library == "peft" else ["scratchgpt"]
@@ -126,15 +138,15 @@ def write_card(
             f"---\n{ModelCardData(library_name=library, tags=tags, **head).to_yaml()}\n---",
             f"# {name}",
             introduction,
-            f"```python\n{code}\n```",
+            block(program, "python"),
             "## How good it is",
             results,
             *([f"![Loss over steps]({CURVE})", examples] if place == folder else []),
             "## Limits and risks",
             LIMITS,
             "## How it was trained",
-            f"| | |\n|---|---|\n{table}",
-            f"```yaml\n{chosen}```",
+            f"| | |\n|---|---|\n{rows}",
+            f"<details><summary>All settings</summary>\n\n{block(settings_file, 'yaml')}\n\n</details>",
         ]
         ModelCard("\n\n".join(parts) + "\n").save(place / CARD)
 
@@ -147,7 +159,7 @@ def without_folders(value: Any) -> Any:
         option, equals, given = value.partition("=")
         if equals and option.startswith("--"):
             return f"{option}={without_folders(given)}"
-        return Path(value).name if value.startswith(("/", "~")) else value
+        return Path(value).name if value.startswith(("/", "~")) or ".." in Path(value).parts else value
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     return {name: without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value

@@ -55,7 +55,7 @@ from training.prompts import (
     style_of,
     teach,
 )
-from training.report import CURVE, code, draw_loss, plain
+from training.report import CURVE, block, code, draw_loss, plain
 from training.responses import (
     PAGE,
     RESPONSES,
@@ -360,7 +360,7 @@ def main() -> None:
                 usage=USAGE.format(question=repr(shown[0].prompt[-1]["content"])),
                 adapter_usage=CAUSAL_ADAPTER.format(vocab_size=model.config.vocab_size),
                 results=results_table(results),
-                examples=f"{EXAMPLES if rows else ''}## What it answers\n\nHeld-out prompts in brackets:\n\n```text\n{said}```",
+                examples=f"{EXAMPLES if rows else ''}## What it answers\n\nHeld-out prompts in brackets:\n\n{block(said)}",
                 task="text-generation",
                 metrics=results[last],
                 data={"Conversations": f"{dataset}: {sizes(texts)}"},

@@ -30,7 +30,7 @@ from training.flops import flops_per_token
 from training.metrics import Evaluation, evaluate
 from training.optimizers import muon_initialization
 from training.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
-from training.report import CURVE, beginnings, draw_loss, format_samples, sample
+from training.report import CURVE, beginnings, block, draw_loss, format_samples, sample
 from training.tokens import Tokens, tokenize, train_tokenizer
 from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
 
@@ -246,11 +246,13 @@ def main() -> None:
                 usage=USAGE.format(prompt=repr(samples[0][0][0])),
                 adapter_usage=CAUSAL_ADAPTER.format(vocab_size=config.vocab_size),
                 results=table_of(evaluations),
-                examples=f"{EXAMPLES}\n\nBefore training:\n\n```text\n{format_samples(samples[0])}```\n\nAfter training:\n\n"
-                f"```text\n{format_samples(samples[-1])}```",
+                examples=f"{EXAMPLES}\n\nBefore training:\n\n{block(format_samples(samples[0]))}\n\n"
+                f"After training:\n\n{block(format_samples(samples[-1]))}",
                 task="text-generation",
                 metrics=asdict(result),
-                data={"Corpus": f"{dataset_name(arguments.dataset)}: {len(training_texts):,} documents, {num_tokens:,} tokens"},
+                data={
+                    "Corpus": f"{dataset_name(arguments.dataset)}: documents: {len(training_texts):,}, tokens: {num_tokens:,}"
+                },
                 settings={"model": own_fields(config)},
             )
     accelerator.print(

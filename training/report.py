@@ -104,11 +104,13 @@ def format_samples(samples: list[tuple[str, str]]) -> str:
 def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     """Training and validation loss over steps, tokens and time, as a PNG."""
     steps = [row for row in rows if "learning_rate" in row]
-    places: dict[str, list[float]] = {"step": [0], "tokens": [0], "minutes of training": [0]}
+    unit_of_time, length = ("minutes", 60) if sum(row["seconds"] for row in steps) >= 120 else ("seconds", 1)
+    time = f"{unit_of_time} of training"
+    places: dict[str, list[float]] = {"step": [0], "tokens": [0], time: [0]}
     for row in steps:
         places["step"].append(row["step"])
         places["tokens"].append(places["tokens"][-1] + row["tokens"])
-        places["minutes of training"].append(places["minutes of training"][-1] + row["seconds"] / 60)
+        places[time].append(places[time][-1] + row["seconds"] / length)
     validation = [(places["step"].index(row["step"]), row["loss"]) for row in rows if "learning_rate" not in row]
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -123,7 +125,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
             label="validation",
         )
         axes.set(xlabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label != "minutes of training"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label != time))
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel=f"loss ({unit})")
     figure.axes[0].legend()
@@ -136,11 +138,17 @@ def plain(text: str, most: int) -> str:
     return line if len(line) <= most else f"{line[:most]}..."
 
 
-def code(text: str) -> str:
+def code(text: str, most: int = TEXT) -> str:
     """A text that Markdown shows as it is."""
-    text = plain(text, TEXT)
+    text = plain(text, most)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def block(text: str, language: str = "text") -> str:
+    """The same of many lines, whatever fences stand in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def cell(text: str) -> str:

@@ -10,7 +10,6 @@ Notable:
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.cache import appearing_whole
 from training.conversations import Conversation, Message
-from training.report import TEXT, code, printable
+from training.report import TEXT, block, code, printable
 
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
 MOST_ON_PAGE = 100
@@ -202,7 +201,6 @@ def _said(who: str, text: str, remark: str = "") -> str:
     """An item of a list: who says what, as it is written."""
     if "\n" not in text:
         return f"- **{who}**{remark}: {code(text) if text else '*(nothing)*'}"
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    shown = printable(text if len(text) <= TEXT else f"{text[:TEXT]}...")
-    body = "\n".join(f"  {line}" for line in (fence, *shown.split("\n"), fence))
+    shown = block(printable(text if len(text) <= TEXT else f"{text[:TEXT]}..."), "")
+    body = "\n".join(f"  {line}" for line in shown.split("\n"))
     return f"- **{who}**{remark}:\n\n{body}\n"

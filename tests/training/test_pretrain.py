@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from training import pretrain
@@ -85,6 +88,28 @@ def test_the_card_tells_the_numbers(run):
     assert "library_name: transformers" in card
     assert "![Loss over steps](loss.png)" in card
     assert (run[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_holds_together_whatever_is_in_it(book, caches, tmp_path):
+    """Fences, bars, back-ticks and ends of lines in texts and names stay what they are."""
+    corpus = tmp_path / "a|b`c\n# d.txt"
+    corpus.write_text("```\n# No heading\n" * 20 + Path(book).read_text()[:6000] + "\n```\n# No heading\n" * 60)
+    output_dir = tmp_path / "x" / ".." / "out|put"
+    process = launch([sys.executable], "--dataset", str(corpus), "--output_dir", str(output_dir), *SMALL, **caches)
+    assert process.returncode == 0, process.stderr
+    card = ModelCard((tmp_path / "out|put" / "README.md").read_text())
+    parsed = MarkdownIt().enable("table").parse(card.text)
+    headings = [parsed[place + 1].content for place, token in enumerate(parsed) if token.type == "heading_open"]
+    assert headings == ["out|put", "How good it is", "What it writes", "Limits and risks", "How it was trained"]
+    rows = [parsed[place + 5].content for place, token in enumerate(parsed) if token.type == "tr_open"]
+    assert any(row.startswith("a|b`c # d.txt: documents: 1, tokens:") for row in rows), rows
+    assert any("--dataset" in row and "--output_dir" in row for row in rows)
+    (settings,) = [token.content for token in parsed if token.info == "yaml"]
+    chosen = yaml.safe_load(settings)
+    assert chosen["dataset"] == [corpus.name]
+    assert chosen["output_dir"] == "out|put"
+    assert "lora_r" not in chosen
+    assert str(tmp_path) not in card.content
 
 
 def test_the_loss_in_the_metrics_is_the_models(run, book):
