@@ -107,6 +107,8 @@ def prepared_card(folder: Path, repository: str, base_model: str, license: str) 
         UserError: there is none, its head cannot be read, or it does not name the licence, or the base on the Hub.
     """
     path = folder / CARD
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a model is shared with a card. Write one, of what it is and how it was made.")
     try:
         card = ModelCard(_text(path).replace(BASE, base_model or BASE).replace(HERE, repository))
         if license:
@@ -206,8 +208,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"{path} is missing, and a model is shared with one: save the model again.")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -368,7 +368,7 @@ def write_at(name: str, text: str, end: bool = True):
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights as safetensors"),
         (write_at("model.safetensors", "x", end=False), "model.safetensors cannot be read"),
         (spoil_weights, "model.norm.weight holds numbers that are not finite"),
-        (lambda folder: (folder / "README.md").unlink(), "README.md is missing, and a model is shared with one"),
+        (lambda folder: (folder / "README.md").unlink(), "README.md is missing: a model is shared with a card"),
         (write_at("README.md", "---\nlicense: [\n---\n", end=False), "README.md: its head is not one that a card can have"),
         (write_at("README.md", "---\nlicense:\n---\n", end=False), "README.md names no licence: pass --license apache-2.0"),
         (
