@@ -23,10 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from training.arguments import UserError, one_line, printable, run
-from training.cards import CARD
-from training.leaks import Files, check_leaks
-from training.pretrained import ADAPTER
-from training.sharing import (
+from training.engine.pretrained import ADAPTER
+from training.results.cards import CARD
+from training.sharing.checks import (
     ADAPTER_CONFIG,
     WEIGHTS,
     adapter_files,
@@ -36,6 +35,7 @@ from training.sharing import (
     prepared_adapter_config,
     prepared_card,
 )
+from training.sharing.leaks import Files, check_leaks
 
 SPACE = Path(__file__).parent / "space"
 SILENCE_SECONDS = 120  # of the Hub, before we give up

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.responses import respond
+from training.results.responses import respond
 
 ROOT = Path(__file__).parents[1]
 WAYS = {

@@ -19,14 +19,14 @@ from torch import nn
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.arguments import model_config, parse_arguments
-from training.engine import optimization
-from training.flops import flops_per_token
-from training.loop import start_accelerator, training_steps
-from training.metrics import MetricsFile
+from training.data.tokens import Tokens
+from training.data.windows import Batches, Windows, training_loader
+from training.engine.flops import flops_per_token
+from training.engine.loop import start_accelerator, training_steps
+from training.engine.metrics import MetricsFile
+from training.engine.report import ProgressBar
+from training.engine.run import optimization
 from training.pretrain import PretrainArguments
-from training.report import ProgressBar
-from training.tokens import Tokens
-from training.windows import Batches, Windows, training_loader
 
 SHAPES = {
     "the first run's, 8 x 256 tokens": "",

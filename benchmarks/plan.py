@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # training/ is not installed everywhere
 from training.arguments import model_config, parse_arguments
-from training.loop import start_accelerator
+from training.engine.loop import start_accelerator
 from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
 from training.pretrain import PretrainArguments
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from training.docstrings import read_docs
+from training.data.docstrings import read_docs
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = "--max_steps 1 --context_length 64 --validation_fraction 0.001 --model num_hidden_layers=1 hidden_size=16"

@@ -26,9 +26,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-from training.examples import ExampleArguments, Examples, read_examples
-from training.files import read_rows
-from training.splits import SPLITS
+from training.data.examples import ExampleArguments, Examples, read_examples
+from training.data.files import read_rows
+from training.data.splits import SPLITS
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["label", "text"]

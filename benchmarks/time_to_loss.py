@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from training.optimizers import make_optimizers, make_schedules, muon_initialization
+from training.engine.optimizers import make_optimizers, make_schedules, muon_initialization
 
 CONTEXT, WIDTH, LAYERS = 64, 128, 4
 # As short as it takes: batch, steps, AdamW's rate and Muon's. A head of 512 ids costs more, and gains more by larger batches.

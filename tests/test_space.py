@@ -28,7 +28,7 @@ from modeling_scratchgpt import (
     ScratchGPTTokenizer,
 )
 from tests.conftest import MODERN, TINY
-from training.prompts import STYLES, teach
+from training.data.prompts import STYLES, teach
 
 pytest.importorskip("gradio", reason="gradio is not installed: there is no page")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: nothing drives the browser")

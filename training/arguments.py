@@ -15,7 +15,8 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from modeling_scratchgpt import ScratchGPTConfig
 
@@ -41,6 +43,17 @@ def one_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """A text with nothing in it that a terminal would obey, but for the ends of its lines."""
     return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Of what transformers has to say, only errors."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def option(default: Any, help: str, **keywords: Any) -> Any:

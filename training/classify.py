@@ -30,18 +30,7 @@ from transformers import AutoModelForSequenceClassification, TextClassificationP
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from training.arguments import UserError, option, parse_arguments, run
-from training.cards import BASE, HERE, dataset_name, hardware, origin, write_card
-from training.checkpoints import whole_weights, written_whole
-from training.classification_report import (
-    UNITS,
-    described,
-    draw_predictions,
-    mistakes_table,
-    results_table,
-    shown,
-)
-from training.engine import EpochArguments, check_epochs, start, train, with_steps
-from training.examples import (
+from training.data.examples import (
     MULTI,
     REGRESSION,
     SINGLE,
@@ -51,11 +40,13 @@ from training.examples import (
     class_weights,
     read_examples,
 )
-from training.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
-from training.flops import flops_per_token
-from training.loop import start_accelerator
-from training.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
-from training.pretrained import (
+from training.data.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
+from training.data.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
+from training.data.splits import SPLITS
+from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.flops import flops_per_token
+from training.engine.loop import start_accelerator
+from training.engine.pretrained import (
     TuningArguments,
     check_model,
     check_tuning,
@@ -68,9 +59,18 @@ from training.pretrained import (
     lora_config,
     save_trained,
 )
-from training.report import CURVE, code, draw_loss
-from training.scores import Predictions, predict
-from training.splits import SPLITS
+from training.engine.report import CURVE, code, draw_loss
+from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
+from training.results.cards import BASE, HERE, dataset_name, hardware, origin, write_card
+from training.results.classification_report import (
+    UNITS,
+    described,
+    draw_predictions,
+    mistakes_table,
+    results_table,
+    shown,
+)
+from training.results.scores import Predictions, predict
 
 PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
 CHUNK = 1024  # texts that are labelled before the first of them is written

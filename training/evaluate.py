@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 import modeling_scratchgpt  # noqa: F401  (teaches the Auto classes our model)
 from training.arguments import UserError, option, parse_arguments, run
-from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
-from training.loop import start_accelerator
-from training.metrics import evaluate
-from training.pretrained import check_model, load_model, load_tokenizer
-from training.tokens import tokenize
-from training.windows import Windows, evaluation_loader
+from training.data.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
+from training.data.tokens import tokenize
+from training.data.windows import Windows, evaluation_loader
+from training.engine.loop import start_accelerator
+from training.engine.metrics import evaluate
+from training.engine.pretrained import check_model, load_model, load_tokenizer
 
 SPLITS = ("all", "train", "validation", "test")
 

@@ -25,26 +25,10 @@ from transformers import GenerationConfig
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from training.arguments import UserError, one_line, option, parse_arguments, printable, run
-from training.cache import appearing_whole
-from training.cards import CARD, CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, without_folders, write_card
-from training.checkpoints import whole_weights, written_whole
-from training.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
-from training.engine import EpochArguments, check_epochs, start, train, with_steps
-from training.flops import flops_per_token
-from training.judge import Judge, Verdicts, judge_all
-from training.metrics import Evaluation, evaluate
-from training.padding import BatchesByLength, in_order_of_length
-from training.pretrained import (
-    TuningArguments,
-    check_tuning,
-    dropout_fields,
-    freeze,
-    load_base,
-    load_config_and_tokenizer,
-    lora_config,
-    save_trained,
-)
-from training.prompts import (
+from training.data.cache import appearing_whole
+from training.data.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
+from training.data.padding import BatchesByLength, in_order_of_length
+from training.data.prompts import (
     STYLES,
     EncodedConversations,
     conversation_loader,
@@ -55,8 +39,27 @@ from training.prompts import (
     style_of,
     teach,
 )
-from training.report import CURVE, block, code, draw_loss, plain
-from training.responses import (
+from training.data.splits import SPLITS
+from training.data.tokens import Tokens
+from training.data.windows import Batches, PackedDocuments, training_loader
+from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.flops import flops_per_token
+from training.engine.metrics import Evaluation, evaluate
+from training.engine.pretrained import (
+    TuningArguments,
+    check_tuning,
+    dropout_fields,
+    freeze,
+    load_base,
+    load_config_and_tokenizer,
+    lora_config,
+    save_trained,
+)
+from training.engine.report import CURVE, block, code, draw_loss, plain
+from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
+from training.results.cards import CARD, CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, without_folders, write_card
+from training.results.judge import Judge, Verdicts, judge_all
+from training.results.responses import (
     PAGE,
     RESPONSES,
     read_responses,
@@ -67,9 +70,6 @@ from training.responses import (
     score_responses,
     write_responses,
 )
-from training.splits import SPLITS
-from training.tokens import Tokens
-from training.windows import Batches, PackedDocuments, training_loader
 
 METRICS = "metrics.json"
 NUM_SHOWN, SHOWN_TOKENS, LINE = 3, 64, 200

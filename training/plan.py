@@ -26,11 +26,11 @@ from accelerate.utils import gather_object
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
 from training.arguments import UserError, parse_arguments, run
-from training.engine import optimization
-from training.flops import flops_per_token, measured_peak, parameters_by_part, widths
-from training.loop import start_accelerator, training_steps
+from training.engine.flops import flops_per_token, measured_peak, parameters_by_part, widths
+from training.engine.loop import start_accelerator, training_steps
+from training.engine.report import duration
+from training.engine.run import optimization
 from training.pretrain import PretrainArguments, starting_point
-from training.report import duration
 
 FLOAT = 4  # bytes
 MAPPED_BYTES = 2**25  # from here on glibc asks the system for each block, and gives it back
@@ -69,7 +69,7 @@ def optimizer_floats(config: ScratchGPTConfig, optimizer: str) -> tuple[int, int
     """Numbers that the optimizer remembers between steps, and those it needs besides while it steps.
 
     Args:
-        optimizer: `"adamw"` or `"muon"`, see training/optimizers.py.
+        optimizer: `"adamw"` or `"muon"`, see training/engine/optimizers.py.
     """
     parameters = sum(parameters_by_part(config).values())
     if optimizer == "adamw":

@@ -22,17 +22,17 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
-from training.cards import CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, write_card
-from training.checkpoints import whole_weights, written_whole
-from training.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
-from training.engine import EngineArguments, check_engine, start, train
-from training.flops import flops_per_token
-from training.metrics import Evaluation, evaluate
-from training.optimizers import muon_initialization
-from training.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
-from training.report import CURVE, beginnings, block, draw_loss, format_samples, sample
-from training.tokens import Tokens, tokenize, train_tokenizer
-from training.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
+from training.data.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
+from training.data.tokens import Tokens, tokenize, train_tokenizer
+from training.data.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
+from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.flops import flops_per_token
+from training.engine.metrics import Evaluation, evaluate
+from training.engine.optimizers import muon_initialization
+from training.engine.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
+from training.engine.report import CURVE, beginnings, block, draw_loss, format_samples, sample
+from training.engine.run import EngineArguments, check_engine, start, train
+from training.results.cards import CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, write_card
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 

@@ -260,7 +260,7 @@ def test_a_run_goes_on_where_it_was(recipe, nights, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.engine.training_steps", stopped)
+        patch.setattr("training.engine.run.training_steps", stopped)
         with pytest.raises(KeyboardInterrupt):
             recipe(*words, output="stopped")
     examples.write_text(Path(nights).read_text().replace("calm", "quiet"))

@@ -16,10 +16,11 @@ from datasets import Dataset
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
 from tests.training.conftest import ROOT, TORCHRUN, rows
-from training import evaluate, metrics
+from training import evaluate
 from training.arguments import UserError
-from training.tokens import tokenize
-from training.windows import Windows, evaluation_loader
+from training.data.tokens import tokenize
+from training.data.windows import Windows, evaluation_loader
+from training.engine import metrics
 
 TEXTS = ["It was a dark and stormy night, naïve reader.\n" * 4, "Nothing else happened. 🙂", "<|eos|> is text here.\n"]
 

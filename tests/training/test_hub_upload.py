@@ -23,8 +23,9 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.hub_server import Hub
 from tests.training.conftest import ROOT, snippet_of
-from training import pretrain, sharing
+from training import pretrain
 from training.arguments import UserError
+from training.sharing import checks as sharing
 
 SENT = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

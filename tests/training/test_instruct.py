@@ -19,8 +19,8 @@ from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import instruct
 from training.arguments import UserError
-from training.prompts import STYLES
-from training.responses import write_responses
+from training.data.prompts import STYLES
+from training.results.responses import write_responses
 
 RECIPE = instruct
 TRAINING = ["--batch_size", "8", "--epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"]
@@ -199,7 +199,7 @@ def test_a_run_goes_on_where_it_was(recipe, monkeypatch, tmp_path):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.engine.training_steps", stopped)
+        patch.setattr("training.engine.run.training_steps", stopped)
         with pytest.raises(KeyboardInterrupt):
             recipe(*words, output="stopped")
     assert not (tmp_path / "stopped" / "config.json").exists()

@@ -15,8 +15,8 @@ from tests.conftest import MODERN, TINY
 from tests.training.conftest import SMALL
 from training import plan
 from training.arguments import UserError
-from training.flops import flops_per_token, measured_peak, parameters_by_part
-from training.optimizers import make_optimizers
+from training.engine.flops import flops_per_token, measured_peak, parameters_by_part
+from training.engine.optimizers import make_optimizers
 from training.pretrain import PretrainArguments
 
 SHAPES = {

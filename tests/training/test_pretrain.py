@@ -13,12 +13,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
+from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows
 from training import pretrain
 from training.arguments import UserError
-from training.engine import Outcome
-from training.tokens import Tokens
-
-from .conftest import ROOT, SMALL, TORCHRUN, launch, rows
+from training.data.tokens import Tokens
+from training.engine.run import Outcome
 
 
 def test_it_leaves_a_complete_model_folder(run):

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows
 from training import pretrain
 from training.arguments import UserError
-
-from .conftest import ROOT, SMALL, TORCHRUN, launch, rows
 
 # Dropout, so that random numbers matter; accumulation, so that a step is more than a batch.
 OPTIONS = [

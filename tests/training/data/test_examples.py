@@ -1,0 +1,275 @@
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+import training.data.examples
+import training.data.hub
+from training.arguments import UserError
+from training.data.examples import (
+    MULTI,
+    REGRESSION,
+    Example,
+    ExampleArguments,
+    as_numbers,
+    check_examples,
+    class_weights,
+    read_examples,
+)
+from training.data.splits import SPLITS
+
+ROWS = [{"text": f"text {number}, or so", "label": "even" if number % 2 == 0 else "odd"} for number in range(40)]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        case ".csv":
+            quoted = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+            path.write_text("\n".join([",".join(rows[0]), *quoted]))
+        case _:
+            path.write_text("".join("\t".join(map(str, row.values())) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(split: list[Example]) -> set[str]:
+    return {example.text for example in split}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
+def test_every_kind_of_file_gives_the_same_examples(tmp_path, ending):
+    read = read_examples(ExampleArguments(dataset=[write(tmp_path / f"rows{ending}", ROWS)]), seed=0)
+    expected = read_examples(ExampleArguments(dataset=[write(tmp_path / "other.jsonl", ROWS)]), seed=0)
+    assert read == expected
+    assert read.names == ["even", "odd"]
+    assert {name: Counter(example.label for example in split) for name, split in read.splits.items()} == {
+        "train": {"even": 14, "odd": 14},
+        "validation": {"even": 2, "odd": 2},
+        "test": {"even": 4, "odd": 4},
+    }
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "Rows"])
+def test_a_table_without_a_header(tmp_path, name):
+    """As the SMS Spam Collection is: tabs, no names of columns, no ending."""
+    arguments = ExampleArguments(dataset=[write(tmp_path / name, ROWS)], columns=["text", "label"])
+    check_examples(arguments)
+    read = read_examples(arguments, seed=0)
+    assert sum(map(len, read.splits.values())) == len(ROWS)
+
+
+def test_the_seed_decides_the_splits_and_the_order_of_the_rows_does_not(tmp_path):
+    one = ExampleArguments(dataset=[write(tmp_path / "one.jsonl", ROWS)])
+    two = ExampleArguments(dataset=[write(tmp_path / "two.jsonl", ROWS[::-1])])
+    test = texts(read_examples(one, seed=0).splits["test"])
+    assert texts(read_examples(two, seed=0).splits["test"]) == test
+    assert texts(read_examples(one, seed=1).splits["test"]) != test
+
+
+def test_copies_stay_on_one_side_and_the_shares_hold(tmp_path):
+    rows = [row for row in ROWS for _ in range(5)]
+    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0)
+    assert read.copies == dict.fromkeys(SPLITS, 0)
+    assert [len(read.splits[name]) for name in SPLITS] == [140, 20, 40]
+
+
+def test_splits_that_are_given_lose_what_stands_in_later_ones(tmp_path):
+    arguments = ExampleArguments(
+        dataset=[write(tmp_path / "train.jsonl", ROWS)],
+        validation_dataset=[write(tmp_path / "validation.jsonl", ROWS[:6])],
+        test_dataset=[write(tmp_path / "test.jsonl", [{**ROWS[0], "text": f" {ROWS[0]['text']}\n"}, *ROWS[4:10]])],
+    )
+    read = read_examples(arguments, seed=0)
+    assert read.copies == {"train": 10, "validation": 3, "test": 0}
+    assert [len(read.splits[name]) for name in SPLITS] == [30, 3, 7]
+
+
+def test_undersampling(tmp_path):
+    rows = [{"text": f"text {number}", "label": "rare" if number % 10 == 0 else "common"} for number in range(100)]
+    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)], balance="undersample"), seed=0)
+    assert read.left_out == 80
+    assert Counter(example.label for split in read.splits.values() for example in split) == {"rare": 10, "common": 10}
+
+
+def test_class_weights_make_all_labels_count_alike():
+    labels = np.eye(3)[[0, 0, 0, 0, 1, 1, 2, 2]]
+    weights = class_weights(labels)
+    np.testing.assert_allclose(weights, [8 / 12, 8 / 6, 8 / 6])  # N / (C x count)
+    np.testing.assert_allclose((labels @ weights).mean(), 1)
+    np.testing.assert_allclose((labels * weights).sum(0), 8 / 3)
+
+
+def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    rows = [{"text": f"text {number}", "label": number % 11} for number in range(110)]
+    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0)
+    assert read.names == [str(number) for number in range(11)]
+    np.testing.assert_array_equal(as_numbers(read.splits["test"][:1], read.names, "single_label_classification").sum(), 1)
+
+
+def test_several_labels_a_text(tmp_path):
+    lists = [{"text": f"text {n}", "label": [name for name, k in (("two", 2), ("three", 3)) if n % k == 0]} for n in range(40)]
+    columns = [{"text": f"text {n}", "three": int(n % 3 == 0), "two": n % 2 == 0} for n in range(40)]
+    arguments = ExampleArguments(dataset=[write(tmp_path / "lists.jsonl", lists)], problem_type=MULTI)
+    by_lists = read_examples(arguments, seed=0)
+    arguments = replace(arguments, dataset=[write(tmp_path / "rows.csv", columns)], label_column=["three", "two"])
+    by_columns = read_examples(arguments, seed=0)
+    assert by_lists.names == by_columns.names == ["three", "two"]
+    for name in SPLITS:
+        one, two = (as_numbers(read.splits[name], read.names, MULTI) for read in (by_lists, by_columns))
+        np.testing.assert_array_equal(one, two)
+        numbers = [int(example.text.split()[1]) for example in by_lists.splits[name]]
+        np.testing.assert_array_equal(one, [[n % 3 == 0, n % 2 == 0] for n in numbers])
+
+
+def test_numbers_to_predict(tmp_path):
+    rows = [{"text": f"text {n}", "stars": n / 4, "likes": n} for n in range(40)]
+    arguments = ExampleArguments(
+        dataset=[write(tmp_path / "rows.csv", rows)], problem_type=REGRESSION, label_column=["stars", "likes"]
+    )
+    read = read_examples(arguments, seed=0)
+    numbers = as_numbers(read.splits["train"], read.names, REGRESSION)
+    np.testing.assert_array_equal(numbers[:, 1], 4 * numbers[:, 0])
+    assert len(numbers) == 28
+
+
+def test_a_dataset_of_the_hub_brings_its_splits_and_the_names_of_its_labels(monkeypatch):
+    features = Features({"sentence": Value("string"), "feeling": ClassLabel(names=["sad", "glad"])})
+    parts = {
+        name: Dataset.from_dict({"sentence": [f"{name} {n}" for n in range(10)], "feeling": [0, 1] * 5}, features=features)
+        for name in ("train", "validation", "unsupervised")
+    }
+    # Labels that are kept secret are -1: such a split is none.
+    parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
+    monkeypatch.setattr(training.data.hub, "load_dataset", lambda *_: DatasetDict(parts))
+    arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
+    read = read_examples(arguments, seed=0)
+    assert read.names == ["glad", "sad"]
+    assert texts(read.splits["validation"]) == {f"validation {n}" for n in range(10)}
+    assert [len(read.splits[name]) for name in SPLITS] == [8, 10, 2]
+    with pytest.raises(UserError, match="someone/feelings has no 'text'; it has sentence, feeling. Set --text_column"):
+        read_examples(replace(arguments, text_column="text"), seed=0)
+
+
+def test_docstrings_keep_the_modules_together(monkeypatch):
+    rows = [
+        {"library": library, "module": f"{library}.{n // 10}", "signature": "", "docstring": f"What {library} says on {n}."}
+        for library in ("numpy", "torch")
+        for n in range(200)
+    ]
+    rows += [{**rows[0], "docstring": "What both say."}, {**rows[-1], "docstring": "What both say."}]
+    monkeypatch.setattr(training.data.examples, "read_docstrings", lambda: Dataset.from_list(rows))
+    read = read_examples(ExampleArguments(), seed=0)
+    assert "What both say." not in set().union(*(texts(split) for split in read.splits.values()))
+    groups = [{example.group for example in read.splits[name]} for name in SPLITS]
+    assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+    assert [len(read.splits[name]) for name in SPLITS] == [280, 40, 80]
+
+
+def rows_with(**changes) -> list[dict]:
+    return [*ROWS[:5], {**ROWS[5], **changes}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([{**row, "label": "same"} for row in ROWS], {}, "every example of the training split has the label 'same'"),
+        (rows_with(text="  "), {}, "rows.jsonl: line 6 has an empty text under 'text': leave this row out"),
+        (rows_with(text=None), {}, "line 6 has an empty text"),
+        (
+            [*rows_with(text=""), {**ROWS[6], "text": ""}],
+            {},
+            "line 6 has an empty text .*, and so have 1 more of its rows",
+        ),
+        (rows_with(label=None), {}, "line 6 has no label under 'label' but None"),
+        (rows_with(label=" "), {}, "line 6 has no label under 'label' but ' '"),
+        (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': give names, or --problem_type regression"),
+        (rows_with(label="\ud800"), {}, "line 6 holds half of a character"),
+        (rows_with(label=["a"]), {}, "line 6 has a list under 'label'.*--problem_type multi_label_classification"),
+        (ROWS, {"text_column": "body"}, "line 1 has no 'body'; it has text, label. Set --text_column"),
+        (ROWS, {"label_column": ["kind"]}, "line 1 has no 'kind'; it has text, label. Set --label_column"),
+        (ROWS, {"problem_type": REGRESSION}, "line 1 has no number under 'label' but 'even'"),
+        (
+            [{**row, "label": 1e30} for row in ROWS],
+            {"problem_type": REGRESSION},
+            r"line 1 has 1e\+30 under 'label', too large to be told: scale the numbers to about 1",
+        ),
+        (
+            [{**row, "label": 10**400} for row in ROWS],
+            {"problem_type": REGRESSION},
+            "line 1 has no number under 'label' but 1000",
+        ),
+        ([{**row, "label": []} for row in ROWS], {"problem_type": MULTI}, "no example of the training split has a label"),
+        (ROWS, {"columns": ["text", "label"]}, "rows.jsonl names its own columns: leave out --columns"),
+        (ROWS, {"problem_type": MULTI}, "line 1 has no list under 'label' but 'even'"),
+        (
+            rows_with(label="new"),
+            {"dataset_rows": ROWS[:4]},
+            "the test split has labels that the training split has not: 'new'",
+        ),
+        (ROWS[:3], {}, "nothing is left for the validation split"),
+        ([], {}, "there is no example in it"),
+    ],
+)
+def test_refusals(tmp_path, rows, changes, message):
+    changes = dict(changes)
+    if train := changes.pop("dataset_rows", None):
+        changes |= {"test_dataset": [write(tmp_path / "rows.jsonl", rows)], "validation_fraction": 0.5}
+        changes["dataset"] = [write(tmp_path / "train.jsonl", [{**row, "text": f"{row['text']}!"} for row in [*train] * 3])]
+    arguments = replace(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), **changes)
+    with pytest.raises(UserError, match=message):
+        read_examples(arguments, seed=0)
+
+
+def test_columns_are_named_once(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label,label\na,b,c\n")
+    with pytest.raises(UserError, match="rows.csv has two columns 'label': give each a name of its own"):
+        check_examples(ExampleArguments(dataset=[str(table)]))
+    table.write_text("text,label\n\na,b\n")
+    check_examples(ExampleArguments(dataset=[str(table)]))  # an empty line is none
+    with pytest.raises(UserError, match="line 1 holds the names of the columns: leave out --columns"):
+        check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
+
+
+def test_odd_numbers_as_labels(tmp_path):
+    rows = [{"text": f"text {n}", "label": ("--5", "3", "²")[n % 3]} for n in range(60)]
+    assert read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0).names == ["--5", "3", "²"]
+
+
+def test_a_csv_of_numbers_is_not_taken_for_names(tmp_path):
+    rows = [{"text": f"text {n}", "label": n / 4} for n in range(40)]
+    with pytest.raises(UserError, match=r"--label_column holds numbers such as 0\.25: give names, or --problem_type"):
+        read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.csv", rows)]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_fraction": 0.0}, "--validation_fraction 0 leaves nothing to choose by"),
+        (
+            {"test_fraction": 0.95},
+            "--validation_fraction 0.1 and --test_fraction 0.95 must be zero or more, and leave",
+        ),
+        ({"test_fraction": -0.1}, "--test_fraction -0.1 must be zero or more"),
+        ({"label_column": []}, "--label_column is empty"),
+        ({"label_column": ["text"]}, "--label_column text and --text_column must be different columns"),
+        ({"label_column": ["a", "b"]}, "several columns are for --problem_type multi_label_classification or regression"),
+        ({"balance": "weights", "problem_type": MULTI}, "--balance weights is for one label a text"),
+        ({"dataset": []}, "--dataset is empty"),
+        ({"dataset": ["docs", "x.csv"]}, "--dataset docs is split by modules: give it alone"),
+        ({"problem_type": REGRESSION}, "--dataset docs brings one label a text"),
+        ({"dataset": ["missing.csv"]}, "missing.csv: no such file or folder"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_read(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_examples(replace(ExampleArguments(), **changes))

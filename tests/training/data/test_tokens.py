@@ -1,0 +1,127 @@
+import os
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from modeling_scratchgpt import ScratchGPTTokenizer
+from training.arguments import UserError
+from training.data import tokens as tokens_module
+from training.data.tokens import cut_into_pieces, tokenize, train_tokenizer
+
+TEXTS = Dataset.from_dict({"text": ["to be or not to be", "that is the question", "größer 🙂"]})
+
+
+def test_token_file_holds_the_documents_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = train_tokenizer(TEXTS, 270, "bpe", context_length=16)
+    tokens = tokenize(TEXTS, tokenizer, "test")
+    expected = []
+    for text in TEXTS["text"]:
+        expected += [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert tokens.ids.tolist() == expected
+    assert tokens.starts.tolist() == [place for place, token in enumerate(expected) if token == tokenizer.bos_token_id]
+    assert tokens.ids.dtype == np.uint16
+    assert tokens.num_bytes == sum(len(text.encode()) for text in TEXTS["text"])
+    assert tokenizer.model_max_length == 16
+    assert not [path for path in (tmp_path / "scratchgpt").iterdir() if path.suffix not in (".json", ".uint16")]
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = ScratchGPTTokenizer.train(["a"], 259)
+    ids = tokenize(Dataset.from_dict({"text": ["a<|eos|>b"]}), tokenizer, "test").ids.tolist()
+    assert ids[1:-1].count(tokenizer.eos_token_id) == 0
+    assert tokenizer.decode(ids[1:-1]) == "a<|eos|>b"
+    assert tokenizer.eos_token_id in tokenizer("a<|eos|>b")["input_ids"]  # elsewhere it means what it says
+
+
+def test_what_is_cached_is_reused_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+
+    def files():
+        return {path.name for path in (tmp_path / "scratchgpt").iterdir()}
+
+    def make(texts, vocab_size):
+        return tokenize(texts, train_tokenizer(texts, vocab_size, "bpe", 16), "test")
+
+    make(TEXTS, 270)
+    first = files()
+    make(TEXTS, 270)
+    assert files() == first
+    make(TEXTS, 265)
+    make(Dataset.from_dict({"text": [*TEXTS["text"][:2], "größer 🙃"]}), 270)
+    assert len(files()) == 3 * len(first)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40])
+def test_a_truncated_token_file_is_made_again(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = train_tokenizer(TEXTS, 270, "bpe", 16)
+    whole = tokenize(TEXTS, tokenizer, "test").ids.tolist()
+    (file,) = (tmp_path / "scratchgpt").glob("*.uint16")
+    os.truncate(file, size)
+    assert tokenize(TEXTS, tokenizer, "test").ids.tolist() == whole
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    train_tokenizer(TEXTS, 270, "bpe", 16)
+    (file,) = (tmp_path / "scratchgpt").glob("*.json")
+    os.truncate(file, 100)
+    with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is damaged .*: delete it"):
+        train_tokenizer(TEXTS, 270, "bpe", 16)
+
+
+def test_nothing_half_made_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    tokenizer = ScratchGPTTokenizer.train(["a"], 259)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "array", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(TEXTS, tokenizer, "test")
+    assert not list((tmp_path / "scratchgpt").iterdir())
+
+
+def test_a_long_document_is_tokenized_as_a_whole_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tokens_module, "PIECE", 20)
+    monkeypatch.setattr(tokens_module, "BATCH", 50)
+    text = "It was 1984.  The clocks,\n\n  struck\tthirteen; naïve größer's 日本語 wasn't   here. " * 20
+    texts = Dataset.from_dict({"text": ["short", text, "", text[5:]]})
+    for kind in ("bpe", "bpe-gpt4"):
+        tokenizer = ScratchGPTTokenizer.train([text], 400, kind=kind)
+        tokens = tokenize(texts, tokenizer, "test")
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        expected = [[bos, *tokenizer(row)["input_ids"], eos] for row in texts["text"]]
+        assert tokens.ids.tolist() == [token for row in expected for token in row]
+        assert np.diff(np.append(tokens.starts, len(tokens.ids))).tolist() == [len(row) for row in expected]
+
+
+@settings(deadline=None)
+@given(text=st.text(st.sampled_from("ab1 \n.,'ü"), max_size=300), size=st.integers(1, 30))
+@example(text="x" * 100, size=3)
+def test_pieces_are_the_text(text, size):
+    original = tokens_module.PIECE, tokens_module.LONGEST_PIECE
+    tokens_module.PIECE, tokens_module.LONGEST_PIECE = size, 4 * size
+    try:
+        pieces = cut_into_pieces(text)
+    finally:
+        tokens_module.PIECE, tokens_module.LONGEST_PIECE = original
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 4 * size for piece in pieces)
+
+
+def test_the_cached_tokenizer_is_the_trained_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    for kind in ("bpe", "word"):
+        first, again = (train_tokenizer(TEXTS, 270, kind, 16) for _ in range(2))
+        trained = ScratchGPTTokenizer.train(TEXTS["text"], 270, kind=kind)
+        for loaded in (first, again):
+            assert loaded.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+            assert loaded.special_tokens_map == trained.special_tokens_map

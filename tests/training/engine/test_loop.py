@@ -1,0 +1,159 @@
+import copy
+import json
+import math
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from training.arguments import UserError
+from training.data.windows import IGNORED
+from training.engine.loop import start_accelerator, training_steps
+from training.engine.metrics import Evaluation, MetricsFile, evaluate
+from training.engine.optimizers import make_optimizers, make_schedules
+
+
+def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Random batches in which rows have different numbers of labels."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(count):
+        ids = torch.randint(3, 300, (rows, length + 1), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[0, : int(torch.randint(0, length, (), generator=generator))] = IGNORED
+        result.append({"input_ids": ids[:, :-1], "shift_labels": labels})
+    return result
+
+
+def train(model: ScratchGPTForCausalLM, loader, accumulation: int = 1, clip: float = 1.0, learning_rate: float = 1e-2):
+    optimizers = make_optimizers(model, "adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.1)
+    schedules = make_schedules(optimizers, "cosine", 2, 10, final_fraction=0.1, decay_fraction=0.2)
+    return list(training_steps(Accelerator(), model, optimizers, schedules, loader, accumulation, clip))
+
+
+def joined(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([batch[name] for batch in group]) for name in group[0]}
+
+
+def test_accumulation_is_one_large_batch(tiny_model):
+    other = copy.deepcopy(tiny_model)
+    small = batches(12)
+    large = [joined(small[index : index + 3]) for index in range(0, 12, 3)]
+    accumulated, at_once = train(tiny_model, small, accumulation=3), train(other, large)
+    assert len(accumulated) == len(at_once) == 4
+    for one, two in zip(accumulated, at_once, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-5)
+        assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-4)
+        assert one.tokens == two.tokens
+    for (name, one), two in zip(tiny_model.named_parameters(), other.parameters(), strict=True):
+        if name.endswith("k_proj.bias"):
+            continue  # softmax does not see it: its gradient is rounding noise, which Adam blows up to full steps
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_step_says_is_true(tiny_model):
+    (batch,) = batches(1)
+    with torch.no_grad():
+        expected = tiny_model(**batch).loss.item()
+    (step,) = train(tiny_model, [batch])
+    assert step.number == 1
+    assert step.loss == pytest.approx(expected, rel=1e-5)
+    assert step.tokens == (batch["shift_labels"] != IGNORED).sum()
+    assert step.learning_rate == 0.005  # the first of two steps of warm-up
+    assert step.gradient_norm > 0
+    assert step.seconds > 0
+
+
+def test_loss_falls(tiny_model):
+    steps = train(tiny_model, batches(1) * 10)
+    assert steps[-1].loss < steps[0].loss - 0.5
+
+
+def test_the_gradient_is_clipped(tiny_model):
+    other = copy.deepcopy(tiny_model)
+    (free,), (clipped,) = train(tiny_model, batches(1), clip=1e9), train(other, batches(1), clip=1e-3)
+    assert free.gradient_norm == pytest.approx(clipped.gradient_norm, rel=1e-5)  # told as it was before clipping
+    assert clipped.gradient_norm > 1e-3
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
+    with torch.no_grad():
+        tiny_model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the loss of step 1 is nan: .* Lower --learning_rate"):
+        train(tiny_model, batches(2))
+
+
+def test_the_dropout_of_a_step_does_not_depend_on_the_steps_before(tiny_config):
+    tiny_config.hidden_dropout = tiny_config.embedding_dropout = 0.5
+    torch.manual_seed(0)
+    start = ScratchGPTForCausalLM(tiny_config)
+    losses = []
+    for before, first_step in ((0, 3), (5, 3), (5, 4)):
+        torch.rand(before)
+        model = copy.deepcopy(start)
+        optimizers = make_optimizers(model, "adamw", 1e-2, 0.02, 0.1)
+        schedules = make_schedules(optimizers, "cosine", 2, 10, 0.1, 0.2)
+        (step,) = training_steps(Accelerator(), model, optimizers, schedules, batches(1), 1, 1.0, 7, first_step)
+        assert step.number == first_step
+        losses.append(step.loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_evaluation_by_hand(tiny_model):
+    data = batches(3)
+    result = evaluate(Accelerator(), tiny_model, data, num_bytes=100)
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in data:
+            scored = batch["shift_labels"] != IGNORED
+            logits = tiny_model(batch["input_ids"]).logits[scored].double()
+            nats -= logits.log_softmax(-1).gather(1, batch["shift_labels"][scored][:, None]).sum().item()
+            tokens += int(scored.sum())
+    assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
+
+
+def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
+    with torch.no_grad():
+        tiny_model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the loss on the text is nan"):
+        evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    with pytest.raises(UserError, match="another run has taken it meanwhile"):
+        MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+
+
+def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    for step in (0, 5, 10):
+        metrics.write(step, Evaluation(float(step), 2.0, 3.0))
+    with open(metrics.path, "ab") as file:
+        file.write(b'{"step": 11, "lo\xff')  # killed here
+    resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
+    assert resumed.rows == metrics.rows[:2]
+    resumed.write(6, Evaluation(6.0, 2.0, 3.0))
+    rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 5, 6]
+    assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=-1).rows == []
+
+
+def test_a_uniform_model_has_the_loss_of_chance(tiny_model):
+    with torch.no_grad():
+        tiny_model.lm_head.weight.zero_()
+    result = evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
+    assert result.loss == pytest.approx(math.log(300), rel=1e-5)
+
+
+def test_all_cores_are_used_when_the_launcher_asked_for_one(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start_accelerator()
+    assert torch.get_num_threads() == psutil.cpu_count(logical=False)
+    torch.set_num_threads(before)
