@@ -45,6 +45,7 @@ SPACE_CARD = """---
 title: "{name}"
 license: apache-2.0
 sdk: gradio
+sdk_version: 6.31.0
 app_file: app.py
 models:
 - {repository}

@@ -358,7 +358,7 @@ def main() -> None:
             save_trained(folder, model, weights, tokenizer, first)
             before = {"before": vars(outcome.before)}
             (folder / METRICS).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
-            draw_loss(outcome.rows, folder / CURVE, UNITS[kind])
+            draw_loss(outcome.metrics.rows, folder / CURVE, UNITS[kind])
             draw_predictions(labels[last], seen[last], folder / PICTURE)
             mistakes = mistakes_table(examples.splits[last], labels[last], seen[last])
             (folder / MISTAKES).write_text(mistakes, encoding="utf-8")

@@ -348,7 +348,7 @@ def main() -> None:
             (folder / METRICS).write_text(json.dumps(results, indent=2), encoding="utf-8")
             if rows:
                 write_responses(folder, rows)
-            draw_loss(outcome.rows, folder / CURVE, "nats per token")
+            draw_loss(outcome.metrics.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,
                 arguments,

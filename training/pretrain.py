@@ -234,7 +234,7 @@ def main() -> None:
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
-            draw_loss(outcome.rows, folder / CURVE, "nats per token")
+            draw_loss(outcome.metrics.rows, folder / CURVE, "nats per token")
             write_card(
                 folder,
                 arguments,

@@ -307,7 +307,8 @@ def test_a_page_beside_it(hub, model, upload, tmp_path):
     assert {"app.py", "requirements.txt", "README.md"} <= set(space.files("main")[1])
     assert space.variables == {"MODEL": "ann/book", "REVISION": hub.repositories["model", "ann/book"].branches["main"]}
     card = ModelCard(hub.content("ann/book", "README.md", kind="space").decode())
-    assert card.data.to_dict()["sdk"] == "gradio"
+    data = card.data.to_dict()
+    assert f"{data['sdk']}=={data['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
     assert f"{hub.address}/spaces/ann/book" in out
     assert "secret" not in out
     assert "add a token that may read it, as the secret HF_TOKEN" in upload(model, "ann/own", "--space", "--private")

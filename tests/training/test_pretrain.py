@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,6 @@ def test_the_default_corpus(caches, tmp_path):
 
 def test_what_a_run_took_is_said_by_a_process_without_rows_too():
     """As others than the first have none when a run goes on after its last step."""
-    assert str(Outcome(None, None, [])) == "0 steps, 0 tokens, 0.0 seconds (evaluations apart)"
+    assert str(Outcome(None, None, Namespace(rows=[]))) == "0 steps, 0 tokens, 0.0 seconds (evaluations apart)"
     rows = [{"step": 0, "loss": 1.0}, *({"step": step, "tokens": 1000, "seconds": 90.0} for step in (1, 2))]
-    assert str(Outcome(None, None, rows)) == "2 steps, 2,000 tokens, 3.0 minutes (evaluations apart)"
+    assert str(Outcome(None, None, Namespace(rows=rows))) == "2 steps, 2,000 tokens, 3.0 minutes (evaluations apart)"

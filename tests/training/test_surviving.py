@@ -133,6 +133,26 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_pat
     assert outcome(folder) == outcome(straight(1))
 
 
+def test_two_runs_into_one_folder(straight, book, caches, tmp_path):
+    folder = tmp_path / "shared"
+    options = ["--dataset", book, *OPTIONS, "--output_dir", str(folder)]
+    first = start([sys.executable], *options, **caches)
+    while steps_done(folder) < 5:
+        assert first.poll() is None
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    for resume in ([], ["--resume"]):
+        second = launch([sys.executable], *options, *resume, **caches)
+        assert second.returncode == 2
+        assert second.stderr.splitlines()[-1].endswith(
+            f"--output_dir {folder}: another run is writing there. Wait for its end, or pass another folder."
+        )
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=100)
+    assert first.returncode == 0
+    assert outcome(folder) == outcome(straight(1))
+
+
 def test_one_process_goes_on_with_what_two_began(run, book, caches, tmp_path):
     folder = tmp_path / "two"
     options = ["--dataset", book, *SMALL, "--save_every", "3", "--output_dir", str(folder)]

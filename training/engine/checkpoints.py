@@ -8,6 +8,7 @@ Notable:
 - Random numbers need no saving: those of a step follow from the seed and the step (see `loop.py`), and so do its windows.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from training.arguments import UserError
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+METRICS = "metrics.jsonl"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = replace(WHOLE, ignore_frozen_params=True)  # of adapters that is little; the rest is where it was read from
 
@@ -38,12 +40,15 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
     """Refuse a folder that holds something, so that no result is ever written over; with `resume`, only a finished model.
 
     Raises:
-        UserError: the folder is not empty, is not a folder, or cannot be written.
+        UserError: the folder is not empty, is not a folder, or cannot be written; another run is writing there.
     """
+    metrics = folder / METRICS
     try:
         str(folder).encode()
         is_there = folder.is_dir()
         in_use = is_there and any(folder.iterdir())
+        if metrics.exists():
+            locked(metrics).close()
         if not in_use:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -59,7 +64,7 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
         raise UserError(
             f"--output_dir {folder} already holds a finished model: pass another --output_dir, or move that folder away."
         )
-    if (folder / "metrics.jsonl").exists():
+    if metrics.exists():
         if not resume:
             raise UserError(
                 f"--output_dir {folder} already holds a run that did not finish: go on with it by --resume, or pass another "
@@ -67,6 +72,25 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
             )
     else:
         raise UserError(f"--output_dir {folder} already holds files: pass another --output_dir, or move that folder away.")
+
+
+def locked(metrics: Path, mode: str = "r+b") -> BinaryIO:
+    """The file that a run writes its metrics into, opened, and no other run's until it is closed.
+
+    Raises:
+        UserError: it is another run's.
+    """
+    file: Any = open(metrics, mode)  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"--output_dir {metrics.parent}: another run is writing there. Wait for its end, or pass another folder."
+        ) from error
+    except OSError:  # a file system that knows no locks: then nothing is known of other runs
+        pass
+    return file
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from training.arguments import UserError
 from training.data.windows import IGNORED
+from training.engine.checkpoints import locked
 
 
 @dataclass(frozen=True)
@@ -83,34 +84,38 @@ def _nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, keeps
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, written as things happen, by the main process.
 
+    The file is locked until this object is gone: no two runs write into one folder.
+
     Args:
         path: must not exist, unless the run goes on.
         accelerator: its trackers, if it has any, are told the same numbers.
         resumed_at: the step after which a run goes on; what the file tells of later ones is dropped. None for a new run.
+
+    Raises:
+        UserError: another run was there first.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resumed_at: int | None = None):
         self.path, self.accelerator = path, accelerator
         self.rows: list[dict[str, Any]] = []
+        size = 0  # of what stays
         if not accelerator.is_main_process:
             return
-        if resumed_at is None:
-            try:
-                path.touch(exist_ok=False)
-            except FileExistsError as error:
-                raise UserError(f"--output_dir {path.parent}: another run has taken it meanwhile, pass another.") from error
-            return
-        for line in path.read_bytes().splitlines():
+        try:
+            self.locked = locked(path, "x+b" if resumed_at is None else "r+b")
+        except FileExistsError as error:
+            raise UserError(f"--output_dir {path.parent}: another run has taken it meanwhile, pass another.") from error
+        for line in self.locked.read().splitlines(keepends=True):
             try:
                 row = json.loads(line)
                 is_later = row["step"] > resumed_at
             except (ValueError, TypeError, LookupError):  # the run was killed while writing this line
                 break
-            if not is_later:
-                self.rows.append(row)
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(temporary, path)
+            if is_later or not line.endswith(b"\n"):
+                break
+            self.rows.append(row)
+            size += len(line)
+        os.truncate(path, size)
 
     def write(self, step: int, values: Any) -> None:
         """Append a dataclass's values under the number of the step."""

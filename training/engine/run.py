@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from training.arguments import UserError, option
 from training.engine.checkpoints import (
+    METRICS,
     StopSignals,
     check_output_folder,
     find_checkpoint,
@@ -176,11 +177,12 @@ class Outcome(Generic[Evaluation]):
 
     before: Evaluation
     after: Evaluation
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    metrics: MetricsFile  # kept open, and so the folder this run's, until its model is there
 
     def __str__(self) -> str:
-        tokens, seconds = (sum(row.get(name, 0) for row in self.rows) for name in ("tokens", "seconds"))
-        steps = max((row["step"] for row in self.rows), default=0)  # a process that only went on for the end has no rows
+        rows = self.metrics.rows
+        tokens, seconds = (sum(row.get(name, 0) for row in rows) for name in ("tokens", "seconds"))
+        steps = max((row["step"] for row in rows), default=0)  # a process that only went on for the end has no rows
         return f"{steps:,} steps, {tokens:,} tokens, {duration(seconds)} (evaluations apart)"
 
 
@@ -234,8 +236,8 @@ def train(
     batches = accelerator.prepare(training_loader(done * arguments.gradient_accumulation_steps))
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    is_new = not (arguments.resume and (output_dir / "metrics.jsonl").exists())
-    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator, None if is_new else done if found else -1)
+    is_new = not (arguments.resume and (output_dir / METRICS).exists())
+    metrics = MetricsFile(output_dir / METRICS, accelerator, None if is_new else done if found else -1)
     accelerator.init_trackers("scratchgpt", {name: str(value) for name, value in asdict(arguments).items()})
     if not found:
         metrics.write(0, before)
@@ -295,7 +297,7 @@ def train(
     if after is None:  # other weights than those of the last evaluation, or it was stopped between its last step and its end
         after = evaluate(prepared_model)
         show()
-    return Outcome(before, after, metrics.rows)
+    return Outcome(before, after, metrics)
 
 
 def patience_lost(losses: list[float], patience: int) -> bool:

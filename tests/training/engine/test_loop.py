@@ -124,9 +124,15 @@ def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    first = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    first.write(1, Evaluation(1.0, 2.0, 3.0))
     with pytest.raises(UserError, match="another run has taken it meanwhile"):
         MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
+    with pytest.raises(UserError, match="another run is writing there. Wait for its end"):
+        MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=0)
+    rows = first.rows
+    del first
+    assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=1).rows == rows
 
 
 def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
@@ -135,11 +141,14 @@ def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
         metrics.write(step, Evaluation(float(step), 2.0, 3.0))
     with open(metrics.path, "ab") as file:
         file.write(b'{"step": 11, "lo\xff')  # killed here
+    rows = metrics.rows
+    del metrics
     resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
-    assert resumed.rows == metrics.rows[:2]
+    assert resumed.rows == rows[:2]
     resumed.write(6, Evaluation(6.0, 2.0, 3.0))
-    rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    rows = [json.loads(line) for line in resumed.path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 5, 6]
+    del resumed
     assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=-1).rows == []
 
 
