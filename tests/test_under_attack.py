@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
@@ -25,6 +26,8 @@ from training.arguments import UserError, option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
 from training.data.corpora import read_corpora
 from training.data.examples import ExampleArguments, check_examples, read_examples
+from training.engine.checkpoints import find_checkpoint, save_checkpoint
+from training.engine.optimizers import make_optimizers
 from training.engine.pretrained import load_base, load_config_and_tokenizer
 
 ODD = [
@@ -132,6 +135,34 @@ def test_gpt2_to_convert(tmp_path, times):
         shutil.rmtree(tmp_path / "out")
 
     attack(tmp_path / "gpt2", tmp_path, times, use, (ValueError, OSError))
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_a_checkpoint(model, tmp_path, times):
+    """What is taken is byte for byte what was written; all else is passed over for the one before."""
+    trained = ScratchGPTForCausalLM.from_pretrained(model)
+    ids = torch.arange(10)[None]
+    trained(ids, labels=ids).loss.backward()
+    optimizers = make_optimizers(trained, "muon", 0.01, 0.02, 0.1)
+    for optimizer in optimizers:
+        optimizer.step()
+    made, passed_over = tmp_path / "made", []
+    for step in (1, 2):
+        save_checkpoint(made, Accelerator(), trained, optimizers, {"step": step, "validation_loss": 1.0}, keep=2)
+    last = made / "step-00000002"
+    contents = {path.name: path.read_bytes() for path in last.iterdir()}
+    assert len(contents) == 4
+    names = sorted(contents)
+    for seed in times:
+        draw = random.Random(seed)
+        name = names[seed % len(names)]
+        (last / name).write_bytes(altered(contents[name], draw))
+        path, state = find_checkpoint(made, passed_over.append)
+        if path == last:  # the same numbers in a manifest that is spelled differently
+            assert all((last / name).read_bytes() == contents[name] for name in names if name != "manifest.json")
+        assert state["step"] == int(path.name[-1])
+        (last / name).write_bytes(contents[name])
+    assert len(passed_over) > 0.9 * len(times)
 
 
 LABELLED = [{"text": f"to be {number}", "label": f"{number % 2}"} for number in range(20)]
