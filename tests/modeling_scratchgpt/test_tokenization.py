@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -59,6 +60,32 @@ def test_any_text_comes_back_unchanged(tokenizer, text):
 def test_every_plane_of_unicode_comes_back_unchanged(tokenizer, start):
     text = "".join(chr(code) for code in range(start, start + 300) if not 0xD800 <= code <= 0xDFFF)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_texts_come_back_unchanged(tokenizer):
+    draw = random.Random(0)
+    blocks = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF)]
+    blocks += [(plane << 16, (plane << 16) + 0xFFFF) for plane in range(1, 17)]
+    for _ in range(100_000):
+        block = draw.choice(blocks)  # and now and then a character from elsewhere
+        places = [draw.choice(blocks) if draw.random() < 0.3 else block for _ in range(draw.randrange(40))]
+        text = "".join(chr(draw.randint(*place)) for place in places)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("piece", ["a", " ", "\n", "🙂", "\u0301", "<|bos|>", "to be "])
+def test_a_line_of_a_megabyte_comes_back_unchanged(tokenizer, piece):
+    text = piece * (2**20 // len(piece.encode()))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("text", ["\ud800", "to \udfff be"])
+def test_half_a_character_is_refused(tokenizer, text):
+    with pytest.raises(TypeError, match="TextEncodeInput"):
+        tokenizer(text)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        ScratchGPTTokenizer.train([text] * 9, vocab_size=300)
 
 
 @pytest.mark.parametrize("text", ["", " ", "  two  spaces ", " .,!? n't 's", "\n\t\r\n", "a<|eos|>b", "\0"])
