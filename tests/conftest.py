@@ -120,6 +120,25 @@ def on_two_processes(program: str, folder: Path, *cases: Sequence[object], **env
     assert process.stdout.count("DONE") == 2
 
 
+@pytest.fixture
+def mount(tmp_path):
+    """Mounts a small disk at a folder, or mounts it again with other options, if we may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def again(options: str) -> Path:
+        words = (
+            [f"remount,{options}", str(folder)] if os.path.ismount(folder) else [options, "-t", "tmpfs", "tmpfs", str(folder)]
+        )
+        if subprocess.run(["mount", "-o", *words], capture_output=True).returncode:
+            pytest.skip("only root may mount a disk")
+        return folder
+
+    yield again
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture(params=["gpt2", "modern"])
 def tiny_config(request) -> ScratchGPTConfig:
     """Both architectures, at a size for tests."""

@@ -276,24 +276,18 @@ def test_weights_in_other_parts_go(hub, model, upload):
     assert "model.safetensors.index.json" in names
 
 
-def test_a_disk_that_fills_on_download(hub, model, upload, book, tmp_path):
+def test_a_disk_that_fills_on_download(hub, model, upload, book, mount, tmp_path):
     upload(model, "ann/book")
-    disk, out = tmp_path / "disk", tmp_path / "out"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("only root may mount a disk that is soon full")
+    disk, out = mount("size=128k"), tmp_path / "out"
     words = ["--base_model", "ann/book", "--dataset", book, "--context_length", "32", "--output_dir", str(out)]
-    try:
-        process = subprocess.run(
-            [sys.executable, "training/pretrain.py", *words, "--validation_fraction", "0.1"],
-            cwd=ROOT,
-            env=environment_of(hub, tmp_path, "hf_ann") | {"HF_HUB_CACHE": str(disk)},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    process = subprocess.run(
+        [sys.executable, "training/pretrain.py", *words, "--validation_fraction", "0.1"],
+        cwd=ROOT,
+        env=environment_of(hub, tmp_path, "hf_ann") | {"HF_HUB_CACHE": str(disk)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert process.returncode == 2
     last = process.stderr.splitlines()[-1]
     assert re.fullmatch(r"pretrain.py: error: --base_model ann/book cannot be used .*No space left on device.*", last), last

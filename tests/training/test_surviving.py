@@ -133,6 +133,23 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_pat
     assert outcome(folder) == outcome(straight(1))
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_again_and_again(straight, book, caches, mount):
+    folder, failures = Path(), 0
+    for kilobytes in (4, 16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1500, 64_000):
+        folder = mount(f"size={kilobytes}k") / "run"
+        options = ["--dataset", book, *OPTIONS, "--output_dir", str(folder)]
+        process = launch([sys.executable], *options, "--resume", **caches)
+        if process.returncode == 0:
+            break
+        assert process.returncode == 2, process.stderr
+        assert "Traceback" not in process.stderr
+        assert "No space left on device" in process.stderr.splitlines()[-1]
+        failures += 1
+    assert failures > 4
+    assert outcome(folder) == outcome(straight(1))
+
+
 def test_two_runs_into_one_folder(straight, book, caches, tmp_path):
     folder = tmp_path / "shared"
     options = ["--dataset", book, *OPTIONS, "--output_dir", str(folder)]

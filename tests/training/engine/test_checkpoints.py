@@ -64,6 +64,15 @@ def test_a_folder_without_permission_is_named(tmp_path):
         check_output_folder(tmp_path / "new")
 
 
+def test_a_disk_that_may_only_be_read_is_named(mount):
+    folder = mount("size=64k")
+    (folder / "metrics.jsonl").write_text("")
+    mount("ro")
+    for name, resume in (("new", False), ("", True)):
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): give the name of a new folder"):
+            check_output_folder(folder / name, resume)
+
+
 def test_all_files_appear_or_none(tmp_path):
     folder = tmp_path / "model"
     with written_whole(folder) as temporary:
