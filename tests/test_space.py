@@ -303,8 +303,11 @@ def test_what_comes_next(open_page, folders, temperature):
     with torch.no_grad():
         logits = loaded(folders, "completion")(**tokenizer()(TEXT, return_tensors="pt")).logits[0, -1]
     shares, ids = (logits / temperature).softmax(-1).topk(20)
+    page.wait_for_function(  # what was typed first may be answered in between
+        "it => String([...document.querySelectorAll('.bars tr td:nth-child(2)')].map(cell => cell.innerText)) === it",
+        arg=",".join(map(str, ids.tolist())),
+    )
     assert percentages(page, 20) == pytest.approx(shares.tolist(), abs=6e-5)
-    assert list(map(int, page.locator(".bars tr td:nth-child(2)").all_inner_texts())) == ids.tolist()
     assert page.locator(".bars .out").count() == 15
 
 
