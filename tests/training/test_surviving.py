@@ -134,6 +134,40 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_struck_at_any_moment(book, tmp_path, number):
+    """Twenty times, from the imports to the card; a run that got through is compared, and another begun."""
+    generator = random.Random(number)
+    options = ["--dataset", book, *OPTIONS, "--resume", "--output_dir"]
+
+    def begin(name: str) -> subprocess.Popen:
+        return start([sys.executable], *options, str(tmp_path / name), HF_HOME=str(tmp_path / f"home-{name}"))
+
+    began = time.monotonic()
+    process = begin("straight")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    whole = time.monotonic() - began
+    strikes, ended = 0, 0
+    while strikes < 20 or not ended:
+        process = begin(f"run-{ended}")
+        strike = strikes < 20
+        try:
+            output, _ = process.communicate(timeout=generator.uniform(0, whole) if strike else 200)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            output, _ = process.communicate(timeout=100)
+            strikes += 1
+        silent = "Reading" not in output  # until then Python imports, and says in its own words what stopped it
+        assert process.returncode in (0, 2, 130, -number) or silent, output
+        assert "Traceback" not in output or silent, output
+        if process.returncode in (0, 2):  # 2: the last strike came after the end
+            assert process.returncode == 0 or "already holds a finished model" in output, output
+            assert outcome(tmp_path / f"run-{ended}") == outcome(tmp_path / "straight")
+            ended += 1
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_again_and_again(straight, book, caches, mount):
     folder, failures = Path(), 0
     for kilobytes in (4, 16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1500, 64_000):
