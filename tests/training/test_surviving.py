@@ -103,10 +103,18 @@ def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path)
     folder = tmp_path / "killed"
     checkpoints = folder / "checkpoints"
 
-    def is_writing() -> bool:
-        return len(list(checkpoints.glob("step-*"))) >= 1 and bool(list(checkpoints.glob(".writing-*/*")))
+    process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
 
-    assert kill_when(start([sys.executable], *options, "--output_dir", str(folder), **caches), is_writing)
+    def is_writing() -> bool:
+        """Looked at while the run stands still: what is half-written then is half-written when it is killed."""
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        found = any(checkpoints.glob("step-*")) and any(checkpoints.glob(".writing-*/*"))
+        if not found:
+            process.send_signal(signal.SIGCONT)
+        return found
+
+    assert kill_when(process, is_writing)
     assert list(checkpoints.glob(".writing-*"))
     os.truncate(max(checkpoints.glob("step-*")) / "model.safetensors", 100)  # and the disk has lost a piece
     final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
