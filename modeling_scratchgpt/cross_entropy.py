@@ -14,7 +14,7 @@ Notable:
 import torch
 from torch.nn import functional
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label that counts for nothing, everywhere in transformers
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small beside a model
 
 
@@ -157,4 +157,4 @@ def _scale(ctx, loss_grad, *_):
 
 _linear_cross_entropy.register_autograd(_scale, setup_context=_remember)
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "reduce_losses"]
+__all__ = ["IGNORE_INDEX", "cross_entropy", "linear_cross_entropy", "reduce_losses"]

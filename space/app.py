@@ -3,7 +3,7 @@
 Notable:
 - The model decides what is there: a chat where its tokenizer has a chat template, a completion where it has none, the
   probability of each class where it is a classifier. All can be looked into: the text as tokens, what comes next, attention.
-- It stands alone: a Space holds this file and its requirements, nothing else of ScratchGPT. A model that transformers does not
+- It stands alone: a Space holds this folder and nothing else of ScratchGPT. A model that transformers does not
   know is run by the code that comes with it (`trust_remote_code`), so name none that you do not trust.
 - Two models share one set of weights: one writes fast, the other writes its attention out. What is asked of the one cannot
   disturb the other, which may be in the middle of a text.
@@ -51,44 +51,6 @@ NUM_LOOKED_AT = 1024  # tokens of a text, where the model has more positions
 LONGEST_SECONDS = 600  # that a text may take, should nobody read it any more
 SAMPLE = "It was the best of times, it was the worst of times"
 FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the reader's own system: none is fetched
-CSS = """
-.gradio-container { width: 100%; max-width: 1200px !important; margin: auto; }
-.gradio-container .main, .gradio-container .wrap, .gradio-container .tabs { min-width: 0; width: 100%; }
-.gradio-container .html-container { padding: 0; }
-@media (max-width: 640px) { .gradio-container .main { padding: 12px; } }
-.gradio-container :focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px; }
-.gradio-container ::placeholder { color: var(--body-text-color-subdued); opacity: 1; }
-h1 { font-size: 1.6em; font-weight: 600; overflow-wrap: anywhere; margin: 0; }
-.facts { color: var(--body-text-color-subdued); margin: 0; }
-.written { white-space: pre-wrap; overflow-wrap: anywhere; font-family: var(--font-mono); min-height: 8em; margin: 0;
-  padding: 12px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-.written .prompt { color: var(--body-text-color-subdued); }
-.tokens { display: flex; flex-wrap: wrap; gap: 6px 4px; padding: 0; margin: 12px 0; list-style: none; }
-.tokens li { display: flex; flex-direction: column; align-items: center; padding: 2px 6px; border-radius: 6px; max-width: 100%;
-  background: hsl(210 90% 50% / .16); }
-.tokens li:nth-child(3n) { background: hsl(30 90% 50% / .2); }
-.tokens li:nth-child(3n + 1) { background: hsl(150 70% 40% / .18); }
-.tokens .special { outline: 1px dashed currentcolor; outline-offset: -1px; }
-.tokens b { white-space: pre-wrap; overflow-wrap: anywhere; }
-.tokens b, .bars th, .map th { font-family: var(--font-mono); font-weight: 500; }
-.tokens small { font-size: 12px; color: var(--body-text-color-subdued); }
-.bars { width: 100%; margin: 12px 0; font-variant-numeric: tabular-nums; }
-.bars th, .bars td { padding: 3px 8px 3px 0; text-align: left; white-space: pre; }
-.bars th { max-width: 40vw; overflow: hidden; text-overflow: ellipsis; }
-.bars .number { text-align: right; }
-.bars .bar { width: 100%; min-width: 60px; }
-.bars i { display: block; height: 14px; min-width: 1px; border-radius: 3px; background: var(--color-accent); }
-.bars .out { opacity: .5; }
-.map { overflow-x: auto; margin: 12px 0; }
-.map table { border-collapse: separate; border-spacing: 1px; font-size: 12px; }
-.map th { white-space: pre; max-width: 9em; max-height: 9em; overflow: hidden; text-overflow: ellipsis; }
-.map thead th { writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0; text-align: left; }
-.map tbody th { position: sticky; left: 0; padding: 0 6px; text-align: right; background: var(--body-background-fill); }
-.map p { margin: 0 0 8px; }
-.map td { min-width: 18px; height: 18px; border-radius: 2px; }
-.map i { display: inline-block; width: 18px; height: 18px; border-radius: 2px; margin: 0 4px 0 12px; vertical-align: middle; }
-.map [style] { background: color-mix(in srgb, var(--color-accent) var(--weight), var(--background-fill-secondary)); }
-"""
 
 
 class Ids(BaseStreamer):
@@ -514,7 +476,7 @@ def main() -> None:
             quiet=True,
             prevent_thread_lock=True,
             theme=theme,
-            css=CSS,
+            css_paths=Path(__file__).with_name("style.css"),
             footer_links=[],
             ssr_mode=False,
             max_file_size=0,

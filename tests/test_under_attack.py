@@ -24,7 +24,7 @@ from modeling_scratchgpt.lora import LoraConfig, add_adapter
 from tests.conftest import TINY
 from training.arguments import UserError, option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
-from training.data.corpora import read_corpora
+from training.data.corpora import CorpusArguments, read_corpora
 from training.data.examples import ExampleArguments, check_examples, read_examples
 from training.engine.checkpoints import find_checkpoint, save_checkpoint
 from training.engine.optimizers import make_optimizers
@@ -191,7 +191,7 @@ def test_data(tmp_path, times, kind):
         for name in files:
             source = [str(folder / name)]
             if kind == "corpora":
-                read_corpora(source)
+                read_corpora(CorpusArguments(source))
             elif kind == "examples":
                 arguments: Any = ExampleArguments(dataset=source, test_fraction=0.2, validation_fraction=0.2)
                 check_examples(arguments)

@@ -61,8 +61,10 @@ from training.engine.pretrained import (
 )
 from training.engine.report import CURVE, code, draw_loss
 from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
-from training.results.cards import BASE, HERE, dataset_name, hardware, origin, write_card
+from training.results.cards import BASE, HERE, SCORES, dataset_name, hardware, origin, write_card
 from training.results.classification_report import (
+    MISTAKES,
+    PICTURE,
     UNITS,
     described,
     draw_predictions,
@@ -72,7 +74,6 @@ from training.results.classification_report import (
 )
 from training.results.scores import Predictions, predict
 
-PICTURE, MISTAKES, METRICS = "predictions.png", "mistakes.md", "metrics.json"
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
 USAGE = f"""from transformers import pipeline
@@ -90,7 +91,7 @@ model = PeftModel.from_pretrained(model, "{HERE}")"""
 
 EXAMPLES = f"""![{{split}} split]({PICTURE})
 
-What it got wrong there stands in [{MISTAKES}]({MISTAKES}), all scores in [{METRICS}]({METRICS})."""
+What it got wrong there stands in [{MISTAKES}]({MISTAKES}), all scores in [{SCORES}]({SCORES})."""
 
 PURPOSES = {"train": "learn from", "validation": "choose by", "test": "look at in the end"}
 
@@ -357,7 +358,7 @@ def main() -> None:
         with written_whole(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
             before = {"before": vars(outcome.before)}
-            (folder / METRICS).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
+            (folder / SCORES).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
             draw_loss(outcome.metrics.rows, folder / CURVE, UNITS[kind])
             draw_predictions(labels[last], seen[last], folder / PICTURE)
             mistakes = mistakes_table(examples.splits[last], labels[last], seen[last])

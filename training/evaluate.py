@@ -24,21 +24,20 @@ from transformers import PreTrainedModel
 
 import modeling_scratchgpt  # noqa: F401  (teaches the Auto classes our model)
 from training.arguments import UserError, option, parse_arguments, run
-from training.data.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
+from training.data.corpora import CorpusArguments, check_corpora, read_corpora, splits_of
+from training.data.splits import SPLITS
 from training.data.tokens import tokenize
 from training.data.windows import Windows, evaluation_loader
 from training.engine.loop import start_accelerator
 from training.engine.metrics import evaluate
 from training.engine.pretrained import check_model, load_model, load_tokenizer
 
-SPLITS = ("all", "train", "validation", "test")
-
 
 @dataclass
 class EvaluateArguments(CorpusArguments):
     config: str = option("", "YAML file with values for any of these arguments.")
     model: str = option("", "Folder or Hub id of a causal language model; the first word means the same.")
-    split: str = option("all", "Part of a corpus that was trained on, cut as training/pretrain.py does.", choices=SPLITS)
+    split: str = option("all", "Part of a corpus, cut as training/pretrain.py cuts it.", choices=["all", *SPLITS])
     seed: int = option(0, "What the training run was given; only read with --split.")
     context_length: int = option(0, "Tokens in a window; 0: as many as the model takes.")
     stride: int = option(0, "Tokens from one window to the next; 0: windows that do not overlap.")
@@ -49,7 +48,7 @@ class EvaluateArguments(CorpusArguments):
 
 def read_documents(arguments: EvaluateArguments) -> Dataset:
     """The documents to score, source by source."""
-    corpora = corpora_of(arguments)
+    corpora = read_corpora(arguments)
     if arguments.split == "all":
         return concatenate_datasets([corpus.documents for corpus in corpora])
     return concatenate_datasets([getattr(split, arguments.split) for split in splits_of(arguments, corpora, arguments.seed)])

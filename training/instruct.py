@@ -57,7 +57,17 @@ from training.engine.pretrained import (
 )
 from training.engine.report import CURVE, block, code, draw_loss, plain
 from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
-from training.results.cards import CARD, CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, without_folders, write_card
+from training.results.cards import (
+    CARD,
+    CAUSAL_ADAPTER,
+    HERE,
+    SCORES,
+    dataset_name,
+    hardware,
+    origin,
+    without_folders,
+    write_card,
+)
 from training.results.judge import Judge, Verdicts, judge_all
 from training.results.responses import (
     PAGE,
@@ -71,7 +81,6 @@ from training.results.responses import (
     write_responses,
 )
 
-METRICS = "metrics.json"
 NUM_SHOWN, SHOWN_TOKENS, LINE = 3, 64, 200
 
 USAGE = f"""from transformers import pipeline
@@ -214,7 +223,7 @@ def judge_responses(judge: Judge, folder: Path) -> None:
     """
     try:
         rows = read_responses(folder)
-        results = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        results = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         card = (folder / CARD).read_text(encoding="utf-8")
         table = results_table(results)
         responses_page(rows)
@@ -228,7 +237,7 @@ def judge_responses(judge: Judge, folder: Path) -> None:
         write_responses(folder, rows)  # the grades so far: the same command goes on with the others
     results["judge"] = {"model": without_folders(judge.model), **asdict(verdicts)}
     card = card.replace(table, results_table(results))
-    for name, text in ((METRICS, json.dumps(results, indent=2)), (CARD, card)):
+    for name, text in ((SCORES, json.dumps(results, indent=2)), (CARD, card)):
         with appearing_whole(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"The judge {judge.model} says: {verdicts}. The grades are in {folder / PAGE} and {folder / RESPONSES}")
@@ -345,7 +354,7 @@ def main() -> None:
     if accelerator.is_main_process:
         with written_whole(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
-            (folder / METRICS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+            (folder / SCORES).write_text(json.dumps(results, indent=2), encoding="utf-8")
             if rows:
                 write_responses(folder, rows)
             draw_loss(outcome.metrics.rows, folder / CURVE, "nats per token")

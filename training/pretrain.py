@@ -22,7 +22,7 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
-from training.data.corpora import CorpusArguments, check_corpora, corpora_of, splits_of
+from training.data.corpora import CorpusArguments, check_corpora, read_corpora, splits_of
 from training.data.tokens import Tokens, tokenize, train_tokenizer
 from training.data.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
 from training.engine.checkpoints import whole_weights, written_whole
@@ -148,7 +148,7 @@ def main() -> None:
     # Corpora -> tokenizer -> token files -> windows. The first process of a machine makes them, the others read its cache.
     accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
     with accelerator.local_main_process_first():
-        corpora = corpora_of(arguments)
+        corpora = read_corpora(arguments)
         splits = splits_of(arguments, corpora, arguments.seed)
         training_texts, validation_texts, test_texts = (
             concatenate_datasets([getattr(split, name) for split in splits]) for name in ("train", "validation", "test")

@@ -298,7 +298,8 @@ def test_a_disk_that_fills_on_download(hub, model, upload, book, mount, tmp_path
 def test_a_page_beside_it(hub, model, upload, tmp_path):
     out = upload(model, "ann/book", "--space")
     space = hub.repositories["space", "ann/book"]
-    assert {"app.py", "requirements.txt", "README.md"} <= set(space.files("main")[1])
+    page_files = {"README.md", "app.py", "requirements.txt", "style.css"}
+    assert page_files <= set(space.files("main")[1])
     assert space.variables == {"MODEL": "ann/book", "REVISION": hub.repositories["model", "ann/book"].branches["main"]}
     card = ModelCard(hub.content("ann/book", "README.md", kind="space").decode())
     data = card.data.to_dict()
@@ -309,7 +310,7 @@ def test_a_page_beside_it(hub, model, upload, tmp_path):
 
     pytest.importorskip("gradio", reason="gradio is not installed: there is no page")
     (tmp_path / "space").mkdir()
-    for name in ("app.py", "README.md"):
+    for name in page_files:
         (tmp_path / "space" / name).write_bytes(hub.content("ann/book", name, kind="space"))
     (model / "README.md").write_text((model / "README.md").read_text() + "\nLater.\n")
     upload(model, "ann/book")  # the page stays with the version that it was made for

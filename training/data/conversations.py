@@ -8,15 +8,16 @@ Notable:
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from training.arguments import UserError, option
 from training.data.docstrings import read_docstrings
-from training.data.files import find_files, read_rows, refuse_empty, text_of
-from training.data.hub import hub_splits, is_hub_id
+from training.data.files import Row, find_files, read_rows, refuse_empty, text_of
+from training.data.sources import hub_splits, is_hub_id
 from training.data.splits import (
     SplitArguments,
     check_splits,
@@ -34,6 +35,7 @@ DOCSTRINGS = 1000  # of each library
 ASKED = "Say what this does."
 SENTENCE = re.compile(r"[A-Z][^\n]{15,200}?\.(?=\s|$)")
 Message = dict[str, str]
+AsMessages = Callable[[str, Row], tuple[Message, ...]]  # the messages of a row, given its place too
 
 
 @dataclass
@@ -87,7 +89,7 @@ def check_conversations(arguments: ConversationArguments) -> None:
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{path} is no file of conversations: give one that ends with {', '.join(ENDINGS)}.")
         for place, row in read_rows(path, {}, arguments.errors):
-            _messages(row, place, arguments.errors, "")
+            _messages(place, row, arguments.errors, input_mark="")
             break
 
 
@@ -100,7 +102,8 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
     Raises:
         UserError: a source cannot be read; a row lacks something or does not end with an answer; a split would be empty.
     """
-    given = read_given(arguments, lambda source: _read_source(source, arguments, input_mark))
+    as_messages = partial(_messages, errors=arguments.errors, input_mark=input_mark)
+    given = read_given(arguments, lambda source: _read_source(source, arguments.errors, as_messages))
     before = sum(map(len, given.values()))
     given = {name: list({_key(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
     duplicates = before - sum(map(len, given.values()))
@@ -124,24 +127,24 @@ def _opening(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
 # Sources ------------------------------------------------------------------------------------------------------------------
 
 
-def _read_source(source: str, arguments: ConversationArguments, input_mark: str) -> dict[str, list[Conversation]]:
+def _read_source(source: str, errors: str, as_messages: AsMessages) -> dict[str, list[Conversation]]:
     """The conversations of a source by their split; all of them are `train` where it has none."""
     if source == "docs":
-        return {"train": _docstrings(input_mark)}
-    rows: dict[str, Iterator[tuple[str, dict[str, Any]]]]
+        return {"train": [Conversation(as_messages("docs", row), module) for module, row in _docstrings()]}
+    rows: dict[str, Iterator[tuple[str, Row]]]
     if is_hub_id(source):
         rows = {
             name: ((f"{source}: {name} row {number}", row) for number, row in enumerate(split, start=1))
             for name, split in hub_splits(source).items()
         }
     else:
-        paths = find_files(source, ENDINGS)
-        rows = {"train": (row for path in paths for row in read_rows(path, {}, arguments.errors))}
-    return {name: _conversations(split, arguments, input_mark) for name, split in rows.items()}
+        rows = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, errors))}
+    return {name: _conversations(split, as_messages) for name, split in rows.items()}
 
 
-def _docstrings(input_mark: str) -> list[Conversation]:
-    """A signature, and the first sentence of its docstring, a thousand of each library; what has several is left out."""
+def _docstrings() -> Iterator[tuple[str, Row]]:
+    """A signature and the first sentence of its docstring, in Alpaca's shape, with the module that they are from: a thousand of
+    each library; what has several is left out."""
     sentences, places = defaultdict(set), {}
     for entry in read_docstrings():
         sentence = SENTENCE.match(" ".join(entry["docstring"].partition("\n\n")[0].split()))
@@ -154,21 +157,16 @@ def _docstrings(input_mark: str) -> list[Conversation]:
         of_library = kept[places[signatures[index]]["library"]]
         if len(of_library) < DOCSTRINGS:
             of_library.append(index)
-    conversations = []
     for index in sorted(index for indices in kept.values() for index in indices):
         signature = signatures[index]
         (sentence_,) = sentences[signature]
-        messages = _alpaca(ASKED, signature, sentence_, input_mark)
-        conversations.append(Conversation(messages, places[signature]["module"]))
-    return conversations
+        yield places[signature]["module"], {"instruction": ASKED, "input": signature, "output": sentence_}
 
 
-def _conversations(
-    rows: Iterable[tuple[str, dict[str, Any]]], arguments: ConversationArguments, input_mark: str
-) -> list[Conversation]:
+def _conversations(rows: Iterable[tuple[str, Row]], as_messages: AsMessages) -> list[Conversation]:
     conversations, empty = [], []
     for place, row in rows:
-        messages = _messages(row, place, arguments.errors, input_mark)
+        messages = as_messages(place, row)
         if messages[-1]["content"]:
             conversations.append(Conversation(messages, repr(_opening(messages))))
         else:
@@ -177,7 +175,7 @@ def _conversations(
     return conversations
 
 
-def _messages(row: dict[str, Any], place: str, errors: str, input_mark: str) -> tuple[Message, ...]:
+def _messages(place: str, row: Row, errors: str, input_mark: str) -> tuple[Message, ...]:
     """The messages of a row, whatever its shape; only the last may be empty."""
     shape = next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape)), None)
     if shape is None:
@@ -185,8 +183,9 @@ def _messages(row: dict[str, Any], place: str, errors: str, input_mark: str) -> 
         there = ", ".join(f"{key} (empty)" if row[key] is None else str(key) for key in row) or "nothing"
         raise UserError(f"{place} must have {wanted}; it has {there:.200}.")
     if shape == ("instruction", "output"):
-        instruction, output = (text_of(row, key, place, errors) for key in shape)
-        messages = _alpaca(instruction, text_of({"input": None, **row}, "input", place, errors), output, input_mark)
+        texts = {"input": None, **row}
+        instruction, given, output = (text_of(texts, key, place, errors).strip() for key in ("instruction", "input", "output"))
+        messages = _exchange(input_mark.join(filter(None, (instruction, given))), output)
     elif all(isinstance(row[key], list) for key in shape):
         messages = tuple(_message(message, place, errors) for key in shape for message in row[key])
     elif shape == ("messages",):
@@ -213,10 +212,6 @@ def _message(message: Any, place: str, errors: str) -> Message:
     if message.get("tool_calls"):
         raise UserError(f"{place} has a message that calls tools, which is not taught here: leave this row out.")
     return {"role": message["role"], "content": text_of(message, "content", place, errors).strip()}
-
-
-def _alpaca(instruction: str, given: str, output: str, input_mark: str) -> tuple[Message, ...]:
-    return _exchange(input_mark.join(filter(None, (instruction.strip(), given.strip()))), output.strip())
 
 
 def _exchange(question: str, answer: str) -> tuple[Message, ...]:

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from training.arguments import UserError, option
 from training.data.cache import appearing_whole, cached
-from training.data.docstrings import TEXT, read_docs, read_docstrings
+from training.data.docstrings import TEXT, read_docs
 from training.data.files import check_columns, check_file, digest_of, find_files, read_file, text_of
-from training.data.hub import hub_errors, is_hub_id
+from training.data.sources import check_sources, hub_errors, is_hub_id
 
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
 NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
@@ -82,37 +82,24 @@ class Splits:
     test: Dataset
 
 
-def read_corpora(
-    sources: list[str],
-    text_column: str = "text",
-    errors: str = "strict",
-    streaming: bool = False,
-    max_documents: int = 0,
-    near_duplicates: float = 0.0,
-) -> list[Corpus]:
+def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     """The documents of every source, in order; blank ones and copies are dropped, and the first of each text stays.
 
-    Args:
-        sources: `docs`; paths or globs of .txt, .md, .jsonl, .parquet and .csv files, or folders of them (a file named as
-            such is text whatever its ending); ids of datasets on the Hub, `owner/name` or `owner/name:configuration`.
-        text_column: the column, or the JSON key, that holds the text.
-        errors: what becomes of bytes that are not UTF-8: `"strict"` refuses, `"replace"` puts � in their place.
-        streaming: download only what is read of a dataset on the Hub.
-        max_documents: most rows to read of a source; 0 for all.
-        near_duplicates: drop a document whose word 5-grams have at least this Jaccard similarity, 0 to 1, with those of one
-            that was kept; 0 looks for exact copies only. Pairs are found by MinHash LSH (Broder, 1997; 99 of 100 that are at
-            the threshold) and then compared. Takes about half a millisecond and 7 kB for a kilobyte.
+    With `near_duplicates`, a document goes whose word 5-grams have at least this Jaccard similarity with those of one that was
+    kept. Pairs are found by MinHash LSH (Broder, 1997; 99 of 100 that are at the threshold) and then compared. Takes about
+    half a millisecond and 7 kB for a kilobyte.
 
     Raises:
         UserError: a source that does not exist or cannot be read, or has no text that was not there before.
     """
-    if near_duplicates:
+    if arguments.near_duplicates:
         _datasketch()
+    sources = arguments.dataset
     shorts = [Path(source).name if os.path.exists(source) else source for source in sources]
     seen: set[int] = set()  # a 128-bit number takes 44 bytes, and its place in the set 27 to 54
     corpora = []
     for source, short in zip(sources, shorts, strict=True):
-        documents = _read_source(source, text_column, errors, streaming, max_documents)
+        documents = _read_source(source, arguments)
         kept, copies = array.array("q"), 0
         for index, text in enumerate(_encoded_texts(documents)):
             if _is_blank(text):
@@ -124,26 +111,14 @@ def read_corpora(
                 seen.add(digest)
                 kept.append(index)
         corpora.append(Corpus(short if shorts.count(short) == 1 else source, _selected(documents, kept), copies))
-    if near_duplicates:
-        corpora = _without_near_copies(corpora, near_duplicates)
+    if arguments.near_duplicates:
+        corpora = _without_near_copies(corpora, arguments.near_duplicates)
     for source, corpus in zip(sources, corpora, strict=True):
         if len(corpus.documents) == 0:
             dropped = corpus.copies + corpus.near_copies
             what = "every text in it stands in a source before it: leave it out" if dropped else "there is no text in it"
             raise UserError(f"{source}: {what}.")
     return corpora
-
-
-def corpora_of(arguments: CorpusArguments) -> list[Corpus]:
-    """The corpora that a run was given: see `read_corpora`."""
-    return read_corpora(
-        arguments.dataset,
-        arguments.text_column,
-        arguments.errors,
-        arguments.streaming,
-        arguments.max_documents,
-        arguments.near_duplicates,
-    )
 
 
 def splits_of(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[Splits]:
@@ -153,7 +128,14 @@ def splits_of(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> l
 
 
 def check_corpora(arguments: CorpusArguments) -> None:
-    """Refuse nonsense, and sources that cannot be read, before any long work."""
+    """Refuse nonsense, and sources that cannot be read, before any long work. Looks at the beginning of every file, and at no
+    network.
+
+    Raises:
+        UserError: fractions that leave nothing; no source, a path that is not there or not readable, a folder or a glob without
+            files to read, a file that is not what its ending says, or has no column of that name, or is not UTF-8 text, as far
+            as its beginning shows.
+    """
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(f"--validation_fraction must be between 0 and 1, got {arguments.validation_fraction}.")
     if not 0 <= arguments.test_fraction < 1 - arguments.validation_fraction:
@@ -165,24 +147,8 @@ def check_corpora(arguments: CorpusArguments) -> None:
         raise UserError(f"--near_duplicates must be between 0 and 1, got {arguments.near_duplicates}.")
     if arguments.max_documents < 0:
         raise UserError(f"--max_documents must be zero or more, got {arguments.max_documents}.")
-    check_sources(arguments.dataset, arguments.text_column, arguments.errors)
-
-
-def check_sources(sources: list[str], text_column: str = "text", errors: str = "strict") -> None:
-    """Refuse at once what cannot be read, before any long work. Looks at the beginning of every file, and at no network.
-
-    Raises:
-        UserError: no source, a path that is not there or not readable, a folder or a glob without files to read, a file that
-            is not what its ending says, or has no column of that name, or is not UTF-8 text, as far as its beginning shows.
-    """
-    if not sources:
-        raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
-    for source in sources:
-        if not source.strip():
-            raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
-        if source != "docs" and not is_hub_id(source):
-            for path in find_files(source):
-                check_file(path, text_column, errors)
+    for path in check_sources(arguments.dataset):
+        check_file(path, arguments.text_column, arguments.errors)
 
 
 def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
@@ -238,16 +204,16 @@ def _ends_held_out(documents: Dataset, validation_fraction: float, test_fraction
 
     key = f"ends {validation_fraction} {test_fraction} {digest.hexdigest()}"
     splits = [_stored(f"{key} {side}", parts(side), "") for side in range(3)]
-    raise_option = "it is too small; give more text or a larger fraction."
+    too_small = "is no text at all: give more text or a larger fraction."
     if len(splits[0]) == 0:
         raise UserError(
             f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} leave no text of this corpus to "
             "train on: give more text or smaller fractions."
         )
     if len(splits[1]) == 0:
-        raise UserError(f"--validation_fraction {validation_fraction} of this corpus is no text at all: {raise_option}")
+        raise UserError(f"--validation_fraction {validation_fraction} of this corpus {too_small}")
     if test_fraction and len(splits[2]) == 0:
-        raise UserError(f"--test_fraction {test_fraction} of this corpus is no text at all: {raise_option}")
+        raise UserError(f"--test_fraction {test_fraction} of this corpus {too_small}")
     return Splits(*splits)
 
 
@@ -265,36 +231,40 @@ def _between_words(text: memoryview, start: int, place: int) -> int:
 # Sources ------------------------------------------------------------------------------------------------------------
 
 
-def _read_source(source: str, text_column: str, errors: str, streaming: bool, max_documents: int) -> Dataset:
+def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
+    column, errors, most = arguments.text_column, arguments.errors, arguments.max_documents
     if source == "docs":
-        return _first(read_docs(), max_documents)
+        return _first(read_docs(), most)
     if is_hub_id(source):
-        return _read_hub(source, text_column, streaming, max_documents)
+        return _streamed(source, column, most) if arguments.streaming else _downloaded(source, column, most)
     files = find_files(source)
     digests = [(path.suffix.lower(), digest_of(path)) for path in files]
-    texts = itertools.chain.from_iterable(read_file(path, text_column, errors) for path in files)
-    key = f"files {text_column} {errors} {max_documents} {digests}"
-    return _stored(key, itertools.islice(texts, max_documents or None), f"Reading {source}")
+    texts = itertools.chain.from_iterable(read_file(path, column, errors) for path in files)
+    key = f"files {column} {errors} {most} {digests}"
+    return _stored(key, itertools.islice(texts, most or None), f"Reading {source}")
 
 
 def _first(documents: Dataset, max_documents: int) -> Dataset:
     return documents.take(max_documents) if max_documents else documents
 
 
-def _read_hub(source: str, text_column: str, streaming: bool, max_documents: int) -> Dataset:
+def _downloaded(source: str, text_column: str, max_documents: int) -> Dataset:
     name, _, configuration = source.partition(":")
-    if not streaming:
-        with hub_errors(source):
-            dataset = load_dataset(name, configuration or None, split="train")
-        check_columns(source, {text_column: "text_column"}, dataset.column_names)
-        documents = dataset.select_columns(text_column)
-        if text_column != "text":
-            documents = documents.rename_column(text_column, "text")
-        kind = getattr(documents.features["text"], "dtype", documents.features["text"])
-        if kind not in ("string", "large_string"):
-            raise UserError(f"{source}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
-        documents = _first(documents, max_documents)
-        return documents if documents.features == TEXT else documents.cast(TEXT)
+    with hub_errors(source):
+        dataset = load_dataset(name, configuration or None, split="train")
+    check_columns(source, {text_column: "text_column"}, dataset.column_names)
+    documents = dataset.select_columns(text_column)
+    if text_column != "text":
+        documents = documents.rename_column(text_column, "text")
+    kind = getattr(documents.features["text"], "dtype", documents.features["text"])
+    if kind not in ("string", "large_string"):
+        raise UserError(f"{source}: the column {text_column!r} holds no text but {kind}. Set --text_column.")
+    documents = _first(documents, max_documents)
+    return documents if documents.features == TEXT else documents.cast(TEXT)
+
+
+def _streamed(source: str, text_column: str, max_documents: int) -> Dataset:
+    name, _, configuration = source.partition(":")
     with hub_errors(source):
         builder = load_dataset_builder(name, configuration or None)
         rows = builder.as_streaming_dataset(split="train")
@@ -416,18 +386,3 @@ def _record_batch(texts: list[bytes]) -> pa.RecordBatch:
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
     return pa.record_batch([column], schema=TEXT.arrow_schema)
-
-
-__all__ = [
-    "Corpus",
-    "CorpusArguments",
-    "Splits",
-    "check_corpora",
-    "check_sources",
-    "corpora_of",
-    "read_corpora",
-    "read_docs",
-    "read_docstrings",
-    "split_documents",
-    "splits_of",
-]

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Sequence
 from training.arguments import UserError, option
 from training.data.docstrings import read_docstrings
 from training.data.files import TABLE_ENDINGS, check_columns, find_files, read_rows, refuse_empty, text_of
-from training.data.hub import hub_splits, is_hub_id
+from training.data.sources import hub_splits, is_hub_id
 from training.data.splits import SplitArguments, check_splits, drawn, filled_up, read_given, refuse_empty_splits, without_copies
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names

@@ -25,9 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError, one_line, quiet
 from training.data.conversations import Conversation, Message
-from training.data.windows import IGNORED, Row
+from training.data.windows import Row
 
 CONTROL = re.compile(r"<\|\w+\|>")
 ANSWER = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
@@ -146,7 +147,7 @@ class EncodedConversations(Dataset[Row]):
     @property
     def labels(self) -> np.ndarray:
         """What each id is as a label."""
-        return np.where(self.learned, self.ids, IGNORED)
+        return np.where(self.learned, self.ids, IGNORE_INDEX)
 
     @property
     def num_bytes(self) -> int:
@@ -157,11 +158,11 @@ class EncodedConversations(Dataset[Row]):
     def __getitem__(self, draw: int) -> Row:
         """The conversation of an index that goes on counting from epoch to epoch; one below zero stands for an empty row."""
         if draw < 0:
-            return {"input_ids": torch.zeros(1, dtype=torch.long), "shift_labels": torch.full((1,), IGNORED)}
+            return {"input_ids": torch.zeros(1, dtype=torch.long), "shift_labels": torch.full((1,), IGNORE_INDEX)}
         start, end = self.starts[draw % len(self)], self.starts[draw % len(self) + 1]
         ids = torch.from_numpy(self.ids[start:end].astype(np.int64))
         is_learned = torch.from_numpy(self.learned[start + 1 : end])
-        return {"input_ids": ids[:-1], "shift_labels": ids[1:].masked_fill(~is_learned, IGNORED)}
+        return {"input_ids": ids[:-1], "shift_labels": ids[1:].masked_fill(~is_learned, IGNORE_INDEX)}
 
 
 def encode(
@@ -265,7 +266,7 @@ def marked(encoded: EncodedConversations, index: int, tokenizer: PreTrainedToken
 
 def collate(rows: Sequence[Row], pad_token_id: int) -> Row:
     """Rows of different lengths as one batch, padded on the right; no label stands on a pad."""
-    fillers = {"input_ids": pad_token_id, "shift_labels": IGNORED}
+    fillers = {"input_ids": pad_token_id, "shift_labels": IGNORE_INDEX}
     return {name: pad_sequence([row[name] for row in rows], True, filler) for name, filler in fillers.items()}
 
 

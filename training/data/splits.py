@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from training.arguments import UserError, option
-from training.data.files import find_files
-from training.data.hub import is_hub_id
+from training.data.sources import check_sources
 
 Thing = TypeVar("Thing")
 
@@ -55,14 +54,10 @@ def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Pa
         raise UserError(f"{given} must be zero or more, and leave something to train on.")
     if fractions.get("validation") == 0:
         raise UserError("--validation_fraction 0 leaves nothing to choose by: give a share, or a --validation_dataset.")
-    if not arguments.dataset:
-        raise UserError("--dataset is empty: give `docs`, files, folders or the id of a dataset on the Hub.")
     sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
     if "docs" in sources and len(sources) > 1:
         raise UserError("--dataset docs is split by modules: give it alone.")
-    if not all(source.strip() for source in sources):
-        raise UserError("--dataset holds an empty name: give `docs`, files, folders or the id of a dataset on the Hub.")
-    return [path for source in sources if source != "docs" and not is_hub_id(source) for path in find_files(source, endings)]
+    return check_sources(sources, endings)
 
 
 def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Thing]]]) -> dict[str, list[Thing]]:

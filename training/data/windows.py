@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError
 from training.data.tokens import Tokens
 
-IGNORED = -100  # the label that counts for nothing, everywhere in transformers
 Row = dict[str, torch.Tensor]
 
 
@@ -68,11 +68,11 @@ class Windows(Dataset[Row]):
         start = index * self.stride
         ids = torch.from_numpy(self.tokens.ids[start : start + self.context_length + 1].astype(np.int64))
         inputs = torch.full((self.context_length,), self.pad_token_id)
-        labels = torch.full((self.context_length,), IGNORED)
+        labels = torch.full((self.context_length,), IGNORE_INDEX)
         inputs[: max(len(ids) - 1, 0)] = ids[:-1]
         labels[: max(len(ids) - 1, 0)] = ids[1:]
         if self.once and index > 0:
-            labels[: self.context_length - self.stride] = IGNORED
+            labels[: self.context_length - self.stride] = IGNORE_INDEX
         return {"input_ids": inputs, "shift_labels": labels}
 
 
@@ -107,7 +107,7 @@ class PackedDocuments(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         inputs = torch.full((self.context_length,), self.pad_token_id)
-        labels = torch.full((self.context_length,), IGNORED)
+        labels = torch.full((self.context_length,), IGNORE_INDEX)
         position_ids = torch.zeros(self.context_length, dtype=torch.long)
         place = 0
         for piece in self.rows[index]:

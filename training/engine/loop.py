@@ -25,8 +25,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from torch import nn
 
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError
-from training.data.windows import IGNORED
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,5 @@ def training_steps(
 def _sizes(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the loss of a batch is the mean over, and its tokens: the labels that count; or the labels, and the tokens read."""
     if "shift_labels" in batch:
-        return (batch["shift_labels"] != IGNORED).sum().repeat(2)
+        return (batch["shift_labels"] != IGNORE_INDEX).sum().repeat(2)
     return torch.stack((torch.tensor(batch["labels"].numel(), device=batch["labels"].device), batch["attention_mask"].sum()))

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError
-from training.data.windows import IGNORED
 from training.engine.checkpoints import locked
 
 
@@ -56,7 +56,7 @@ def evaluate(
                 nats += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()  # / 1: a sum
             else:
                 nats += _nats(model, batch["input_ids"], batch["shift_labels"], "logits_to_keep" in takes)
-            tokens += int((batch["shift_labels"] != IGNORED).sum())
+            tokens += int((batch["shift_labels"] != IGNORE_INDEX).sum())
             speed = tokens * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {nats / max(tokens, 1):.3f}, {speed:,.0f} tokens/s", refresh=False)
     nats, tokens = (sum(column) for column in zip(*gather_object([(nats, tokens)]), strict=True))
@@ -72,12 +72,12 @@ def _nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, keeps
     Args:
         keeps: whether the model takes `logits_to_keep`; what comes before the first label of all rows then costs no logits.
     """
-    first = int((labels != IGNORED).any(0).int().argmax())
+    first = int((labels != IGNORE_INDEX).any(0).int().argmax())
     labels = labels[:, first:]
     logits = model(input_ids, use_cache=False, **({"logits_to_keep": labels.shape[1]} if keeps else {})).logits
     nats = 0.0
     for row, targets in zip(logits[:, -labels.shape[1] :], labels, strict=True):  # one at a time: float32 copies are large
-        nats += functional.cross_entropy(row.float(), targets, ignore_index=IGNORED, reduction="sum").item()
+        nats += functional.cross_entropy(row.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum").item()
     return nats
 
 

@@ -21,7 +21,7 @@ from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.adapter_files import save_adapter
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload
 from training.arguments import UserError, one_line, option, quiet
-from training.data.hub import is_hub_id
+from training.data.sources import is_hub_id
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 ADAPTER = "adapter"  # folder inside that of the merged model

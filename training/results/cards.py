@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_scratchgpt.lora import trainable_parameters
-from training.data.hub import is_hub_id, short_name
+from training.data.sources import is_hub_id, short_name
 from training.engine.pretrained import ADAPTER, LoraArguments
 from training.engine.report import CURVE, block, code, plain
 from training.engine.run import Outcome
 
-CARD = "README.md"
+CARD, SCORES = "README.md", "metrics.json"
 BAR = r"\|"  # in a cell of a table
 HERE, BASE = "PATH_OR_HUB_ID", "PATH_OR_HUB_ID_OF_THE_BASE"  # in snippets, until the model has a place on the Hub
 

@@ -13,6 +13,7 @@ from training.data.examples import MULTI, REGRESSION, SINGLE, Example
 from training.engine.report import cell, plain
 from training.results.scores import Predictions
 
+PICTURE, MISTAKES = "predictions.png", "mistakes.md"
 MOST_MISTAKES = 500
 MOST_IN_PICTURE = 40  # labels whose names and counts can be read
 SHOWN = 4

@@ -25,7 +25,11 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
 from training.arguments import UserError, one_line
-from training.results.cards import BASE, CARD, HERE
+from training.engine.checkpoints import METRICS
+from training.engine.report import CURVE
+from training.results.cards import BASE, CARD, HERE, SCORES
+from training.results.classification_report import MISTAKES, PICTURE
+from training.results.responses import PAGE, RESPONSES
 from training.sharing.leaks import SECRET_NAMES, Files
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -34,7 +38,7 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
-RESULTS = ("loss.png", "predictions.png", "mistakes.md", "metrics.json", "metrics.jsonl", "responses.jsonl", "responses.md")
+RESULTS = (CURVE, METRICS, SCORES, PICTURE, MISTAKES, RESPONSES, PAGE)
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
 LOADING_SECONDS = 1800
 
@@ -88,7 +92,7 @@ def model_files(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
         UserError: it is no finished model, or its code is not all there, or not to be trusted.
     """
     if not (folder / CONFIG).is_file():
-        what = "holds a run that did not finish" if (folder / "metrics.jsonl").is_file() else f"holds no {CONFIG}"
+        what = "holds a run that did not finish" if (folder / METRICS).is_file() else f"holds no {CONFIG}"
         raise UserError(f"{folder} {what}: give the folder of a finished model.")
     return _known_files(folder) | _code_of(folder, trust_remote_code)
 

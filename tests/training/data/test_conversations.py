@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 import training.data.conversations
-import training.data.hub
+import training.data.sources
 from training.arguments import UserError
 from training.data.conversations import Conversation, ConversationArguments, check_conversations, read_conversations
 from training.data.splits import SPLITS
@@ -168,7 +168,7 @@ def test_a_talk_of_several_turns(tmp_path):
 def test_a_dataset_of_the_hub_brings_its_splits(monkeypatch):
     parts = {"train": ALPACA[:30], "test": ALPACA[30:], "extra": ALPACA[:3]}
     monkeypatch.setattr(
-        training.data.hub, "load_dataset", lambda *_: DatasetDict({k: Dataset.from_list(v) for k, v in parts.items()})
+        training.data.sources, "load_dataset", lambda *_: DatasetDict({k: Dataset.from_list(v) for k, v in parts.items()})
     )
     found = read("somebody/instructions")
     assert len(found.splits["test"]) == 10

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from training.arguments import UserError
 from training.data import corpora, docstrings
-from training.data.corpora import check_sources, read_corpora, split_documents
+from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
 
 
 def write(folder, name, text):
@@ -28,8 +28,16 @@ def write(folder, name, text):
     return str(path)
 
 
+def read(sources, **options):
+    return read_corpora(CorpusArguments(sources, **options))
+
+
+def check(sources, **options):
+    check_corpora(CorpusArguments(sources, **options))
+
+
 def texts(source, **options):
-    (corpus,) = read_corpora([str(source)], **options)
+    (corpus,) = read([str(source)], **options)
     return corpus.documents["text"][:]
 
 
@@ -50,7 +58,7 @@ def test_files_and_folders_in_order(tmp_path):
     pq.write_table(pa.table({"text": ["seventh"]}), tmp_path / "folder" / "rows.parquet")
     write(tmp_path, "folder/blank.txt", " \n\u3000")
     write(tmp_path, "folder/picture.png", "not read")
-    first, second = read_corpora([one, str(tmp_path / "folder")])
+    first, second = read([one, str(tmp_path / "folder")])
     assert (first.name, first.documents["text"][:], first.copies) == ("one.txt", ["first"], 0)
     assert second.documents["text"][:] == ["second", "third", "sixth", "fourth", "fifth", "seventh", 'the "eighth"']
     assert (second.name, second.copies, second.near_copies) == ("folder", 0, 0)
@@ -59,7 +67,7 @@ def test_files_and_folders_in_order(tmp_path):
 def test_copies_are_dropped_across_sources_and_counted(tmp_path):
     one = write(tmp_path, "a/rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in ["x", "y", "x", " ", "x"]))
     two = write(tmp_path, "b/rows.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in ["z", "y", "z ", "z"]))
-    first, second = read_corpora([one, two])
+    first, second = read([one, two])
     assert (first.documents["text"][:], first.copies) == (["x", "y"], 2)
     assert (second.documents["text"][:], second.copies) == (["z", "z "], 2)
     assert (first.name, second.name) == (one, two)  # their short names are the same
@@ -68,9 +76,9 @@ def test_copies_are_dropped_across_sources_and_counted(tmp_path):
 def test_a_source_without_a_text_of_its_own_is_named(tmp_path):
     one, two = write(tmp_path, "one.txt", "same"), write(tmp_path, "two.txt", "same")
     with pytest.raises(UserError, match=r"two\.txt: every text in it stands in a source before it: leave it out"):
-        read_corpora([one, two])
+        read([one, two])
     with pytest.raises(UserError, match=r"blank\.txt: there is no text in it"):
-        read_corpora([write(tmp_path, "blank.txt", "\n\n")])
+        read([write(tmp_path, "blank.txt", "\n\n")])
 
 
 @pytest.mark.parametrize("pattern", ["*.txt", "[ab].*", "**/?.txt"])
@@ -151,11 +159,11 @@ def test_max_documents_and_nothing_of_the_rest(tmp_path):
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, name, content, message):
     path = write(tmp_path, name, content)
     with pytest.raises(UserError, match=message) as caught:
-        read_corpora([path])
+        read([path])
     assert "\n" not in str(caught.value)
     if "line 2" not in message and "line 3" not in message:
         with pytest.raises(UserError, match=message):
-            check_sources([path])
+            check([path])
 
 
 def test_parquet_columns_rows_and_nulls(tmp_path):
@@ -163,9 +171,9 @@ def test_parquet_columns_rows_and_nulls(tmp_path):
     pq.write_table(pa.table({"text": pa.array(["a", None, "b"], pa.large_string()), "n": [1, 2, 3]}), path)
     assert texts(path) == ["a", "b"]
     with pytest.raises(UserError, match=r"a\.parquet has no 'txt'; it has text, n"):
-        check_sources([str(path)], text_column="txt")
+        check([str(path)], text_column="txt")
     with pytest.raises(UserError, match="row 1 has no text under 'n' but int"):
-        check_sources([str(path)], text_column="n")
+        check([str(path)], text_column="n")
     wrong = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"ab\xff"))
     pq.write_table(pa.table({"text": wrong}), path)
     with pytest.raises(UserError, match="byte 1 of row 2 is 0xff"):
@@ -179,7 +187,7 @@ def test_parquet_columns_rows_and_nulls(tmp_path):
 def test_errors_replace(tmp_path):
     assert texts(write(tmp_path, "a.txt", b"caf\xe9"), errors="replace") == ["caf�"]
     assert texts(write(tmp_path, "a.jsonl", b'{"text": "caf\xe9 \\ud83d"}'), errors="replace") == ["caf� �"]
-    check_sources([str(tmp_path / "a.txt")], errors="replace")
+    check([str(tmp_path / "a.txt")], errors="replace")
 
 
 def test_a_look_at_the_beginning_is_enough_for_a_check(tmp_path):
@@ -187,11 +195,11 @@ def test_a_look_at_the_beginning_is_enough_for_a_check(tmp_path):
     with open(path, "wb") as file:
         file.write("ü".encode() * 2**19 + b"\n" + "x€\n".encode() * 2**20)
         file.truncate(2**31 - 2)
-    check_sources([str(path)])  # the zeros at its end would take it gigabytes to see
+    check([str(path)])  # the zeros at its end would take it gigabytes to see
     with open(path, "wb") as file:
         file.truncate(2**31)
     with pytest.raises(UserError, match="a document can have 2 GB at most: cut the file"):
-        check_sources([str(path)])
+        check([str(path)])
 
 
 @pytest.mark.parametrize(
@@ -206,15 +214,15 @@ def test_a_look_at_the_beginning_is_enough_for_a_check(tmp_path):
 )
 def test_missing_sources_are_named(source, message):
     with pytest.raises(UserError, match=message):
-        check_sources([source])
+        check([source])
 
 
 def test_nothing_to_read_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"there is no \.txt, \.md, \.jsonl, \.parquet, \.csv, \.tsv file in this folder"):
-        check_sources([str(tmp_path / "empty")])
+        check([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="--dataset is empty"):
-        check_sources([])
+        check([])
 
 
 # The Hub
@@ -223,7 +231,7 @@ def test_nothing_to_read_is_named(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_id_without_network_is_named(streaming):
     with pytest.raises(UserError, match="somebody/something: no such file or folder here, and the Hub did not give it"):
-        read_corpora(["somebody/something"], streaming=streaming)
+        read(["somebody/something"], streaming=streaming)
 
 
 @pytest.fixture
@@ -247,7 +255,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_datasets(hub, streaming):
-    (corpus,) = read_corpora(["owner/name:part"], streaming=streaming, max_documents=3)
+    (corpus,) = read(["owner/name:part"], streaming=streaming, max_documents=3)
     assert hub == [("owner/name", "part")]
     assert (corpus.name, corpus.documents.features) == ("owner/name:part", docstrings.TEXT)
     assert corpus.documents["text"][:] == ["text 0", "text 1", "text 2"]
@@ -300,12 +308,12 @@ def test_near_copies_by_hand(tmp_path):
     assert corpora._jaccard(corpora._shingles(first), corpora._shingles(near)) == 91 / 101
     assert corpora._jaccard(corpora._shingles(first), corpora._shingles(far)) == 46 / 146
     for _ in range(2):  # the second time from the cache
-        one, two = read_corpora([path, other, write(tmp_path, "c.txt", "else")], near_duplicates=0.9)[:2]
+        one, two = read([path, other, write(tmp_path, "c.txt", "else")], near_duplicates=0.9)[:2]
         assert (one.documents["text"][:], one.copies, one.near_copies) == ([first, far, "short"], 1, 1)
         assert (two.documents["text"][:], two.copies, two.near_copies) == ([near + " end"], 0, 1)  # 91 / 102 < 0.9
-    one = read_corpora([path], near_duplicates=0.91)[0]
+    one = read([path], near_duplicates=0.91)[0]
     assert (one.near_copies, len(one.documents)) == (0, 4)
-    one = read_corpora([path], near_duplicates=0.3)[0]
+    one = read([path], near_duplicates=0.3)[0]
     assert (one.near_copies, len(one.documents)) == (2, 2)
 
 
@@ -329,7 +337,7 @@ def test_near_copies_as_comparing_all_pairs_finds_them():
 def test_near_copies_without_the_package_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(UserError, match="--near_duplicates needs another package: pip install datasketch"):
-        read_corpora([write(tmp_path, "a.txt", "a")], near_duplicates=0.8)
+        read([write(tmp_path, "a.txt", "a")], near_duplicates=0.8)
 
 
 # Splitting
@@ -403,8 +411,8 @@ def test_the_ends_of_any_book_make_the_whole(text, test):
 @pytest.mark.parametrize(
     ("count", "validation", "test", "message"),
     [
-        (1, 0.01, 0.0, "--validation_fraction 0.01 of this corpus is no text at all: it is too small"),
-        (1, 0.5, 0.01, "--test_fraction 0.01 of this corpus is no text at all: it is too small"),
+        (1, 0.01, 0.0, "--validation_fraction 0.01 of this corpus is no text at all: give more text"),
+        (1, 0.5, 0.01, "--test_fraction 0.01 of this corpus is no text at all: give more text"),
         (1, 0.99, 0.0, "leave no text of this corpus to train on"),
         (3, 0.5, 0.45, "of 3 documents leave none to train on: lower one of them"),
         (3, 0.0, 0.1, "make the first positive"),
@@ -458,10 +466,10 @@ def test_docs_are_a_source_like_any_other(tmp_path, monkeypatch):
     own = write(tmp_path, "own.txt", "module c\n\nAbout c.\n")
     monkeypatch.setattr(docstrings, "DOCS_LIBRARIES", ())
     monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "library")})
-    first, docs = read_corpora([own, "docs"])
+    first, docs = read([own, "docs"])
     assert docs.documents["text"][:] == ["module a\n\nAbout a.\n\ndef f():\n    Does this.\n", "module b\n\nAbout b.\n"]
     assert (docs.name, docs.copies, docs.documents.features) == ("docs", 1, first.documents.features)
-    assert len(read_corpora(["docs"], max_documents=1)[0].documents) == 1
+    assert len(read(["docs"], max_documents=1)[0].documents) == 1
 
 
 def test_nothing_of_the_harvest_is_run(tmp_path):

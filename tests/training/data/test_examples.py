@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import training.data.examples
-import training.data.hub
+import training.data.sources
 from training.arguments import UserError
 from training.data.examples import (
     MULTI,
@@ -149,7 +149,7 @@ def test_a_dataset_of_the_hub_brings_its_splits_and_the_names_of_its_labels(monk
     }
     # Labels that are kept secret are -1: such a split is none.
     parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
-    monkeypatch.setattr(training.data.hub, "load_dataset", lambda *_: DatasetDict(parts))
+    monkeypatch.setattr(training.data.sources, "load_dataset", lambda *_: DatasetDict(parts))
     arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
     read = read_examples(arguments, seed=0)
     assert read.names == ["glad", "sad"]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from tests.conftest import MODERN, TINY
 from training.arguments import UserError
 from training.data.conversations import Conversation
@@ -24,7 +25,7 @@ from training.data.prompts import (
     teach,
 )
 from training.data.tokens import Tokens
-from training.data.windows import IGNORED, PackedDocuments
+from training.data.windows import PackedDocuments
 
 TEXTS = ["What is two and two?", "It is four, of course.", "### Response:", "Below is an instruction. Write a response."]
 
@@ -144,9 +145,9 @@ def test_the_golden_case():
 
 def test_the_mask_stops_where_the_answer_starts():
     encoded = rows_of([[1, 2, 3, 4, 5], [6, 7, 8]], [[0, 0, 0, 1, 1], [0, 1, 1]])
-    assert encoded[0]["shift_labels"].tolist() == [IGNORED, IGNORED, 4, 5]
+    assert encoded[0]["shift_labels"].tolist() == [IGNORE_INDEX, IGNORE_INDEX, 4, 5]
     assert encoded[3]["shift_labels"].tolist() == [7, 8]  # the indices go on counting
-    assert encoded[-1] == {"input_ids": torch.tensor([0]), "shift_labels": torch.tensor([IGNORED])}
+    assert encoded[-1] == {"input_ids": torch.tensor([0]), "shift_labels": torch.tensor([IGNORE_INDEX])}
     assert encoded.lengths.tolist() == [4, 2]
 
 
@@ -156,7 +157,7 @@ def loss_of(model: ScratchGPTForCausalLM, batches) -> tuple[float, int]:
     for batch in batches:
         with torch.no_grad():
             total += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()
-        count += int((batch["shift_labels"] != IGNORED).sum())
+        count += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return total, count
 
 
@@ -175,10 +176,10 @@ def test_padded_packed_and_alone_is_the_same_loss(shape):
     expected, expected_count = 0.0, 0
     for start, end in pairwise(encoded.starts.tolist()):
         ids = torch.from_numpy(encoded.ids[start:end].astype(np.int64))[None]
-        labels = ids.masked_fill(~torch.from_numpy(encoded.learned[start:end])[None], IGNORED)
+        labels = ids.masked_fill(~torch.from_numpy(encoded.learned[start:end])[None], IGNORE_INDEX)
         with torch.no_grad():
             expected += model(ids, labels=labels, num_items_in_batch=1).loss.item()
-        expected_count += int((labels[:, 1:] != IGNORED).sum())
+        expected_count += int((labels[:, 1:] != IGNORE_INDEX).sum())
     padded = loss_of(model, conversation_loader(encoded, tokenizer, batch_size=3, sampler=[4, 2, 0, 1, 3, -1]))
     assert padded == (pytest.approx(expected, rel=1e-5), expected_count)
     packed = PackedDocuments(Tokens(encoded.ids, 0, encoded.starts[:-1]), 120, tokenizer.pad_token_id, encoded.labels)

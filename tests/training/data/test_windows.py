@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError
 from training.data.tokens import Tokens
-from training.data.windows import IGNORED, Batches, PackedDocuments, Windows, best_fit, evaluation_loader, training_loader
+from training.data.windows import Batches, PackedDocuments, Windows, best_fit, evaluation_loader, training_loader
 
 NO_STARTS = np.zeros(0, dtype=np.int64)
 
@@ -22,7 +23,7 @@ def test_every_token_but_the_first_is_predicted_once(length, context_length, bat
     for batch in batches:
         shape = (min(batch_size, len(windows)), context_length)
         assert batch["input_ids"].shape == batch["shift_labels"].shape == shape
-        scored = batch["shift_labels"] != IGNORED
+        scored = batch["shift_labels"] != IGNORE_INDEX
         assert torch.equal(batch["input_ids"][scored] + 1, batch["shift_labels"][scored])
         assert (batch["input_ids"][~scored] == 2).all()
         predicted += batch["shift_labels"][scored].tolist()
@@ -39,7 +40,7 @@ def test_overlapping_windows_predict_each_token_once_from_the_context_promised(l
     windows = Windows(Tokens(ids, 0, NO_STARTS), context_length, 2, "test", stride, once=True)
     predicted = []
     for number, row in enumerate(row for batch in evaluation_loader(windows, batch_size) for row in batch["shift_labels"]):
-        places = (row != IGNORED).nonzero().flatten().tolist()
+        places = (row != IGNORE_INDEX).nonzero().flatten().tolist()
         assert number == 0 or not places or places[0] == context_length - stride
         predicted += row[places].tolist()
     assert predicted == ids[1:].tolist()
@@ -50,8 +51,8 @@ def test_windows_by_hand():
     assert len(windows) == 2
     assert [{name: tensor.tolist() for name, tensor in window.items()} for window in (windows[0], windows[1], windows[2])] == [
         {"input_ids": [5, 6, 7], "shift_labels": [6, 7, 8]},
-        {"input_ids": [8, 9, 2], "shift_labels": [9, 10, IGNORED]},
-        {"input_ids": [2, 2, 2], "shift_labels": [IGNORED] * 3},
+        {"input_ids": [8, 9, 2], "shift_labels": [9, 10, IGNORE_INDEX]},
+        {"input_ids": [2, 2, 2], "shift_labels": [IGNORE_INDEX] * 3},
     ]
 
 
@@ -93,7 +94,7 @@ def test_a_sliding_window_is_the_books(length, context_length, data):
     ours = [(windows[index]["input_ids"].tolist(), windows[index]["shift_labels"].tolist()) for index in range(len(windows))]
     assert ours[: len(book)] == book
     assert len(ours) - len(book) in (0, 1)
-    predicted = {label for _, labels in ours for label in labels if label != IGNORED}
+    predicted = {label for _, labels in ours for label in labels if label != IGNORE_INDEX}
     assert predicted == set(ids[1:].tolist())
 
 
@@ -121,7 +122,7 @@ def test_packing_predicts_each_token_after_the_first_of_its_document_once(length
     predicted = []
     for index in range(len(packed)):
         row = packed[index]
-        scored = row["shift_labels"] != IGNORED
+        scored = row["shift_labels"] != IGNORE_INDEX
         assert torch.equal(row["input_ids"][scored] + 1, row["shift_labels"][scored])
         assert (row["input_ids"][~scored] == 2).all()
         predicted += row["shift_labels"][scored].tolist()

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.arguments import UserError
-from training.data.windows import IGNORED
 from training.engine.loop import start_accelerator, training_steps
 from training.engine.metrics import Evaluation, MetricsFile, evaluate
 from training.engine.optimizers import make_optimizers, make_schedules
@@ -22,7 +22,7 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
     for _ in range(count):
         ids = torch.randint(3, 300, (rows, length + 1), generator=generator)
         labels = ids[:, 1:].clone()
-        labels[0, : int(torch.randint(0, length, (), generator=generator))] = IGNORED
+        labels[0, : int(torch.randint(0, length, (), generator=generator))] = IGNORE_INDEX
         result.append({"input_ids": ids[:, :-1], "shift_labels": labels})
     return result
 
@@ -60,7 +60,7 @@ def test_what_a_step_says_is_true(tiny_model):
     (step,) = train(tiny_model, [batch])
     assert step.number == 1
     assert step.loss == pytest.approx(expected, rel=1e-5)
-    assert step.tokens == (batch["shift_labels"] != IGNORED).sum()
+    assert step.tokens == (batch["shift_labels"] != IGNORE_INDEX).sum()
     assert step.learning_rate == 0.005  # the first of two steps of warm-up
     assert step.gradient_norm > 0
     assert step.seconds > 0
@@ -107,7 +107,7 @@ def test_evaluation_by_hand(tiny_model):
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for batch in data:
-            scored = batch["shift_labels"] != IGNORED
+            scored = batch["shift_labels"] != IGNORE_INDEX
             logits = tiny_model(batch["input_ids"]).logits[scored].double()
             nats -= logits.log_softmax(-1).gather(1, batch["shift_labels"][scored][:, None]).sum().item()
             tokens += int(scored.sum())

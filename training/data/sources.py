@@ -1,4 +1,4 @@
-"""Sources that are datasets on the Hub."""
+"""What `--dataset` can name: `docs`, files and folders here, datasets on the Hub."""
 
 import glob
 import os
@@ -11,7 +11,25 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from training.arguments import UserError, one_line
-from training.data.files import FILE_ENDINGS
+from training.data.files import FILE_ENDINGS, find_files
+
+
+def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
+    """Refuse sources that are not there; looks at no network.
+
+    Args:
+        endings: of the files that a folder stands for.
+
+    Returns:
+        The files, which nobody has looked into yet.
+
+    Raises:
+        UserError: there is no source, or no file where one names files.
+    """
+    if not sources or not all(source.strip() for source in sources):
+        what = "holds an empty name" if sources else "is empty"
+        raise UserError(f"--dataset {what}: give `docs`, files, folders or the id of a dataset on the Hub.")
+    return [path for source in sources if source != "docs" and not is_hub_id(source) for path in find_files(source, endings)]
 
 
 def is_hub_id(source: str) -> bool:
