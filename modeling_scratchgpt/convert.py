@@ -23,10 +23,10 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, TokenizersBackend
 
-from .gguf_export import TYPES, check_gguf, write_gguf
-from .onnx_export import FILE as ONNX_FILE
-from .onnx_export import onnx_logits, write_onnx
-from .sources import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
+from .formats.gguf import TYPES, check_gguf, write_gguf
+from .formats.onnx import FILE as ONNX_FILE
+from .formats.onnx import onnx_logits, write_onnx
+from .formats.reading import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
 
 TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}

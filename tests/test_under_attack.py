@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from modeling_scratchgpt.adapter_files import load_adapter, save_adapter
 from modeling_scratchgpt.convert import convert
-from modeling_scratchgpt.lora import LoraConfig, add_adapter
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, save_adapter
 from tests.conftest import TINY
 from training.arguments import UserError, option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations

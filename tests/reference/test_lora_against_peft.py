@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
-from modeling_scratchgpt.adapter_files import WEIGHTS, load_adapter, save_adapter
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, merge_and_unload, save_adapter
+from modeling_scratchgpt.lora.files import WEIGHTS
 from tests.conftest import MODERN, TINY, on_two_processes
-from tests.test_interchange import QWEN3
+from tests.modeling_scratchgpt.test_interchange import QWEN3
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -222,7 +222,7 @@ import peft
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from modeling_scratchgpt.lora import LoraConfig, add_adapter
-from modeling_scratchgpt.adapter_files import save_adapter
+from modeling_scratchgpt.lora.files import save_adapter
 from tests.reference.test_lora_against_peft import apart, base, gradients
 
 kind, folder = sys.argv[1:]

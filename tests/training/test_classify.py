@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification, ScratchGPTTokenizer
-from modeling_scratchgpt.adapter_files import load_adapter
+from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import classify

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TextGenerationPipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from modeling_scratchgpt.adapter_files import load_adapter
+from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import instruct

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from modeling_scratchgpt import ScratchGPTConfig
-from modeling_scratchgpt.adapter_files import save_adapter
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload, save_adapter
 from training.arguments import UserError, one_line, option, quiet
 from training.data.sources import is_hub_id
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
-from modeling_scratchgpt.adapter_files import load_adapter
+from modeling_scratchgpt.lora import load_adapter
 from tests.training.conftest import launch, rows
 from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_done
 from training import pretrain

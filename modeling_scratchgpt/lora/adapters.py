@@ -1,24 +1,11 @@
-"""LoRA, written out: a frozen linear layer learns by what two thin matrices add to it.
-
-    y = W x + b + scale * B A x          A: (r, in), B: (out, r), scale = lora_alpha / r
-
-B starts at zero, so that at first nothing changes. Only A and B are trained: with r = 16 on all linear layers of GPT-2 124M
-that is 2,654,208 numbers instead of 124 million. Afterwards W + scale * B A is one matrix again.
-
-    add_adapter(model, LoraConfig(r=16))                           # then train as ever
-    merge_and_unload(model).save_pretrained("outputs/merged")
+"""The adapters of a model: added, chosen, added up, merged, taken away.
 
 Notable:
-- It works on the `nn.Linear` layers of any model. How an adapter lies on disk is in adapter_files.py.
+- It works on the `nn.Linear` layers of any model.
 - What is trained in full (a new head, biases) takes the place of the base's parameters while its adapter is active. So the
   base stays bit for bit what it was, and tied weights stay tied.
-- Merging computes in float32 and keeps the weight it replaces: unmerging restores every bit.
-
-LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685. rsLoRA: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732.
-DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353. The names are those of PEFT, https://github.com/huggingface/peft.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,106 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lora_config import LoraConfig, parameters_in_full, targets_of
-
-
-class LoraLinear(nn.Module):
-    """A linear layer, and what adapters add to it.
-
-    Args:
-        base_layer: an `nn.Linear`, or what a quantizer has made of one.
-    """
-
-    def __init__(self, base_layer: nn.Linear):
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by adapter
-        self.lora_magnitude_vector = nn.ParameterDict()  # of those with DoRA
-        self.scale: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
-        self.active: list[str] = []
-        self.unmerged_weight: nn.Parameter | None = None  # while merged: the weight as it was before
-        self.train(base_layer.training)
-
-    def add(self, adapter_name: str, rank: int, scale: float, config: LoraConfig) -> None:
-        """A new adapter, not yet active."""
-        weight = self.base_layer.weight
-        # Small steps would be lost in half precision: the adapter of such a layer has float32.
-        options: Any = {"device": weight.device, "dtype": weight.dtype if weight.dtype == torch.float64 else torch.float32}
-        a = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        b = nn.Parameter(torch.zeros(self.out_features, rank, **options))
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
-        self.scale[adapter_name], self.dropout[adapter_name] = scale, config.lora_dropout
-        if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = nn.Parameter(self._row_lengths(adapter_name).to(options["dtype"]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
-        output = self.base_layer(x)
-        if self.unmerged_weight is None:
-            for name in self.active:
-                output = self._adapted(name, x, output)
-        return output
-
-    def _adapted(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        a, b, scale = self.lora_A[name], self.lora_B[name], self.scale[name]
-        dropout = self.dropout[name] if self.training else 0.0
-        x = nn.functional.dropout(x.to(a.dtype), dropout)
-        low = nn.functional.linear(x, a)  # (..., r); B A itself, as large as W, is never made
-        if name not in self.lora_magnitude_vector:
-            rows = output.reshape(-1, self.out_features).to(low.dtype)
-            # One product that adds to what is there, instead of a product, a scaling and a sum.
-            return torch.addmm(rows, low.reshape(-1, len(a)), b.t(), alpha=scale).view_as(output).to(output.dtype)
-        # DoRA: m (W + scale B A) / |W + scale B A|, row by row. The lengths are taken for constants, as in the paper (4.3).
-        factor = self.lora_magnitude_vector[name] / self._row_lengths(name)  # (out,)
-        bias = self.base_layer.bias
-        if dropout:
-            base = nn.functional.linear(x, self.base_layer.weight.to(x.dtype))
-        else:
-            base = output if bias is None else output - bias
-        added = (factor - 1) * base + factor * scale * nn.functional.linear(low, b)
-        return (output + added).to(output.dtype)
-
-    def delta(self, name: str) -> torch.Tensor:
-        """What an adapter adds to the weight: (out, in), float32 or, where that is, float64."""
-        return self.scale[name] * (_precise(self.lora_B[name]) @ _precise(self.lora_A[name]))
-
-    @torch.no_grad()
-    def _row_lengths(self, name: str) -> torch.Tensor:
-        return torch.linalg.vector_norm(_precise(self.base_layer.weight) + self.delta(name), dim=1)  # (out,)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Make what the active adapters add part of the weight."""
-        weight: Any = self.base_layer.weight
-        if self.unmerged_weight is None and self.active:
-            merged = _precise(weight) + sum(self.delta(name) for name in self.active)
-            for name in self.active:
-                if name in self.lora_magnitude_vector:
-                    merged *= (self.lora_magnitude_vector[name] / self._row_lengths(name))[:, None]
-            # Another parameter, not other numbers in this one: the embeddings may hold it as well.
-            self.unmerged_weight = weight
-            self.base_layer.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
-
-    def unmerge(self) -> None:
-        """Put the weight back."""
-        if self.unmerged_weight is not None:
-            _replace(self.base_layer, "weight", self.unmerged_weight)
-            self.unmerged_weight = None
-
-
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-# The adapters of a model --------------------------------------------------------------------------------------------------
+from .config import LoraConfig, parameters_in_full, targets_of
+from .layer import LoraLinear, is_plain, replace_parameter
 
 
 @dataclass
@@ -233,7 +122,7 @@ def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -
     for name, parameter in adapters.base.items():
         own = [adapters.full[adapter][name] for adapter in adapter_names if name in adapters.full[adapter]]
         parent, _, child = name.rpartition(".")
-        _replace(model.get_submodule(parent), child, own[0] if own else parameter)
+        replace_parameter(model.get_submodule(parent), child, own[0] if own else parameter)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.active = [name for name in adapter_names if name in layer.lora_A]
@@ -348,19 +237,8 @@ def trainable_parameters(model: nn.Module) -> str:
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer holds its weight as numbers, not as what a quantizer or a sharding has made of them."""
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
-
-
 def _form(layer: Any) -> str:
     return f"it is quantized, sharded, or of a kind of its own ({type(layer).__name__} with a {type(layer.weight).__name__})"
-
-
-def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter where another is, on its device and in its precision: the model may have moved meanwhile."""
-    parameter.data = parameter.data.to(getattr(module, name).data)
-    setattr(module, name, parameter)
 
 
 def _unload(model: nn.Module) -> None:
@@ -387,12 +265,13 @@ def _refuse_more_than_matrices(adapters: Adapters, names: Iterable[str]) -> None
 
 __all__ = [
     "Adapters",
-    "LoraConfig",
-    "LoraLinear",
+    "adapters_of",
     "add_adapter",
+    "add_adapter_of_any_rank",
     "combine_adapters",
     "delete_adapter",
     "disabled",
+    "lora_layers",
     "merge",
     "merge_and_unload",
     "set_adapter",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_scratchgpt import ScratchGPTConfig
-from .interchange import as_stock, gpt2_state
+from ..configuration_scratchgpt import ScratchGPTConfig
+from ..interchange import as_stock, gpt2_state
 
 TYPES = ("f32", "f16", "q8_0")
 ACTIVATIONS = {"gpt2": "gelu_pytorch_tanh", "qwen3": "silu"}  # what programs compute that read `gpt2` or `qwen3`

@@ -23,10 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert, sources
-from modeling_scratchgpt.tensorflow_checkpoint import crc32c, read_tensorflow_checkpoint
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
+from modeling_scratchgpt.formats import reading
+from modeling_scratchgpt.formats.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
-from tests.test_interchange import GPT2, QWEN3, difference, shaken
+from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, shaken
 
 
 def run(monkeypatch, capsys, *words: object) -> str:
@@ -220,9 +221,9 @@ def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypa
 def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
-    assert sources._plain_content(pickle.dumps(table, protocol)) == table
+    assert reading._plain_content(pickle.dumps(table, protocol)) == table
     with pytest.raises(ValueError, match="it holds more than dictionaries, strings and whole numbers"):
-        sources._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
+        reading._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
 
 
 class Explosive:

@@ -24,8 +24,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from .lora import LoraLinear, adapters_of, add_adapter_of_any_rank, delete_adapter, is_plain, lora_layers, set_adapter
-from .lora_config import LoraConfig, matches, modules_in_full
+from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter
+from .config import LoraConfig, matches, modules_in_full
+from .layer import LoraLinear, is_plain
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 TASKS = {

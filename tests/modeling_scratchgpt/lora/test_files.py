@@ -8,12 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_scratchgpt.adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
-from modeling_scratchgpt.lora import (
-    LoraConfig,
-    add_adapter,
-)
-from tests.modeling_scratchgpt.test_lora import logits, model_of, shake
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, save_adapter
+from modeling_scratchgpt.lora.files import CONFIG, WEIGHTS
+from tests.modeling_scratchgpt.lora.test_adapters import logits, model_of, shake
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from transformers import (
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
 from tests.conftest import IS_CURRENT, MODERN, TINY
-from tests.test_convert import refused, run
-from tests.test_interchange import difference, shaken
+from tests.modeling_scratchgpt.test_convert import refused, run
+from tests.modeling_scratchgpt.test_interchange import difference, shaken
 
 # --to gguf --------------------------------------------------------------------------------------------------------------
 

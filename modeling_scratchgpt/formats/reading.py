@@ -28,12 +28,12 @@ from transformers.activations import ACT2FN
 
 import modeling_scratchgpt
 
-from .configuration_scratchgpt import ScratchGPTConfig
-from .interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
-from .modeling_scratchgpt import ScratchGPTForCausalLM
-from .onnx_export import check_onnx
-from .tensorflow_checkpoint import read_tensorflow_checkpoint
-from .tokenization_scratchgpt import ScratchGPTTokenizer
+from ..configuration_scratchgpt import ScratchGPTConfig
+from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
+from ..modeling_scratchgpt import ScratchGPTForCausalLM
+from ..tokenization_scratchgpt import ScratchGPTTokenizer
+from .onnx import check_onnx
+from .tensorflow import read_tensorflow_checkpoint
 
 State = dict[str, torch.Tensor]
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask of older files
