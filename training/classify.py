@@ -59,7 +59,7 @@ from training.engine.pretrained import (
     lora_config,
     save_trained,
 )
-from training.engine.report import CURVE, code, draw_loss
+from training.engine.report import CURVE, draw_loss
 from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
 from training.results.cards import BASE, HERE, SCORES, dataset_name, hardware, origin, write_card
 from training.results.classification_report import (
@@ -72,6 +72,7 @@ from training.results.classification_report import (
     results_table,
     shown,
 )
+from training.results.markdown import code
 from training.results.scores import Predictions, predict
 
 CHUNK = 1024  # texts that are labelled before the first of them is written

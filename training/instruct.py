@@ -55,7 +55,7 @@ from training.engine.pretrained import (
     lora_config,
     save_trained,
 )
-from training.engine.report import CURVE, block, code, draw_loss, plain
+from training.engine.report import CURVE, draw_loss
 from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
 from training.results.cards import (
     CARD,
@@ -69,6 +69,7 @@ from training.results.cards import (
     write_card,
 )
 from training.results.judge import Judge, Verdicts, judge_all
+from training.results.markdown import block, code, plain
 from training.results.responses import (
     PAGE,
     RESPONSES,

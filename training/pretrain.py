@@ -30,9 +30,10 @@ from training.engine.flops import flops_per_token
 from training.engine.metrics import Evaluation, evaluate
 from training.engine.optimizers import muon_initialization
 from training.engine.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
-from training.engine.report import CURVE, beginnings, block, draw_loss, format_samples, sample
+from training.engine.report import CURVE, beginnings, draw_loss, format_samples, sample
 from training.engine.run import EngineArguments, check_engine, start, train
 from training.results.cards import CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, write_card
+from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 

@@ -1,6 +1,5 @@
 """What a person sees of a run: the bar, samples, the curve."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.arguments import printable
 from training.engine.loop import Step
 
 CURVE = "loss.png"
 PROMPT_CHARACTERS = 60
-TEXT = 500  # characters of a text in a file for people
 
 
 class ProgressBar:
@@ -130,30 +127,6 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     figure.axes[0].set(ylabel=f"loss ({unit})")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
-
-
-def plain(text: str, most: int) -> str:
-    """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= most else f"{line[:most]}..."
-
-
-def code(text: str, most: int = TEXT) -> str:
-    """A text that Markdown shows as it is."""
-    text = plain(text, most)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-def block(text: str, language: str = "text") -> str:
-    """The same of many lines, whatever fences stand in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def cell(text: str) -> str:
-    """The same in a table."""
-    return code(text.replace("|", "\\|"))
 
 
 def memory() -> int:

@@ -21,8 +21,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_scratchgpt.lora import trainable_parameters
 from training.data.sources import is_hub_id, short_name
 from training.engine.pretrained import ADAPTER, LoraArguments
-from training.engine.report import CURVE, block, code, plain
+from training.engine.report import CURVE
 from training.engine.run import Outcome
+from training.results.markdown import block, code, plain
 
 CARD, SCORES = "README.md", "metrics.json"
 BAR = r"\|"  # in a cell of a table

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
-from training.engine.report import cell, plain
+from training.results.markdown import cell, plain
 from training.results.scores import Predictions
 
 PICTURE, MISTAKES = "predictions.png", "mistakes.md"

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.arguments import printable
 from training.data.cache import appearing_whole
 from training.data.conversations import Conversation, Message
-from training.engine.report import TEXT, block, code
+from training.results.markdown import TEXT, block, code
 
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
 MOST_ON_PAGE = 100

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from tests.conftest import on_two_processes
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
-from training.engine.report import cell, plain
 from training.results.classification_report import draw_predictions, mistakes_table
 from training.results.scores import Predictions, calibration_error
 
@@ -112,13 +111,6 @@ def test_mistakes_are_told_worst_first():
     lines = mistakes_table(examples, LABELS, Predictions(LOGITS, NAMES, SINGLE)).splitlines()
     assert lines[0] == "Mistakes: 2 of 4 texts, the worst first."
     assert lines[4:] == [r"| `a 60.0%` | `b` | `a\|b <i>` |", "| `b 50.0%` | `c` | `four 4` |"]
-
-
-def test_what_would_be_obeyed_is_shown():
-    assert plain("a\x1b[2J b\n\nc\u202ed", 100) == "a�[2J b c�d"
-    assert plain("long " * 9, 10) == "long long ..."
-    assert cell("`x` and ``y``") == "``` `x` and ``y`` ```"
-    assert cell("# $1$ ~~no~~ &lt; *a* | @you") == r"`# $1$ ~~no~~ &lt; *a* \| @you`"
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
