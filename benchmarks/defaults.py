@@ -8,12 +8,11 @@ Every row trains on as many tokens, from scratch, and is measured on the same he
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from measuring import run_recipe
+
 BATCH = 8  # the recipe's
 GPT2 = "--model preset=124M hidden_size=256 num_hidden_layers=6 num_attention_heads=4"
 CHANGES = {
@@ -38,11 +37,8 @@ def measure(words: list[str], num_steps: int) -> tuple[float, float]:
     batch_size = int(words[words.index("--batch_size") + 1]) if "--batch_size" in words else BATCH
     steps = str(num_steps * BATCH // batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "training/pretrain.py", "--output_dir", f"{folder}/model", "--report_to", "none", *words]
-        command += ["--max_steps", steps, "--eval_every", steps, "--save_every", steps]
-        process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if process.returncode:
-            raise SystemExit(process.stderr)
+        often = ["--max_steps", steps, "--eval_every", steps, "--save_every", steps]
+        run_recipe("pretrain", "--output_dir", f"{folder}/model", *words, *often)
         rows = [json.loads(line) for line in Path(folder, "model", "metrics.jsonl").read_text().splitlines()]
     return rows[-1]["bits_per_byte"], sum(row.get("seconds", 0) for row in rows) / 60
 

@@ -9,40 +9,24 @@ is made by `accelerate launch training/pretrain.py`. Speed is counted in tokens 
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from measuring import run_recipe
 from transformers import AutoTokenizer
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.results.responses import respond
 
-ROOT = Path(__file__).parents[1]
 WAYS = {
     "everything trained": "",
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
     "the last block trained": "--train_blocks 1 --learning_rate 0.003",
 }
 BATCH = 32
-
-
-def run(*words: str) -> tuple[float, float]:
-    """Run the recipe: the minutes it took, and the most memory it held, in GB."""
-    command = [sys.executable, "training/instruct.py", *words, "--report_to", "none"]
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            said.seek(0)
-            raise SystemExit(said.read().decode())
-    return (time.perf_counter() - start) / 60, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def speeds(folder: Path) -> dict[int, float]:
@@ -82,11 +66,11 @@ def main() -> None:
             to = Path(name, title.replace(" ", "-"))
             words = ["--dataset", str(source), "--base_model", str(arguments.base_model.resolve()), "--output_dir", str(to)]
             words += ["--seed", str(arguments.seed), *change.split()]
-            minutes, memory = run(*words)
+            minutes, memory = run_recipe("instruct", *words)
             found = json.loads((to / "metrics.json").read_text(encoding="utf-8"))
             if title == "everything trained":
                 print(row("the base", found["before"], None, found["base"], "", ""))
-            used = f"{minutes:.1f}", f"{memory:.2f} GB"
+            used = f"{minutes:.1f}", f"{memory / 1e9:.2f} GB"
             print(row(title, found["validation"], found["test"], found["test"], *used), flush=True)
         one, many = speeds(Path(name, "everything-trained")).values()
     print(f"\nAnswers to the test split: one at a time {one:,.0f} tokens/s, {BATCH} at once {many:,.0f}: {many / one:.1f} x")

@@ -11,17 +11,16 @@ into memory is only read when it is used; the memory is the most that the proces
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import apart, peak_bytes
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 
@@ -40,14 +39,14 @@ def make(folder: Path) -> None:
 
 def load(name: str, folder: Path) -> dict[str, float]:
     """Seconds until there is a model, seconds until there are logits, and bytes."""
+    disable_progress_bar()
     model_class, form = LOADED[name]
     start = time.perf_counter()
     model: Any = model_class.from_pretrained(folder / form)
     loaded = time.perf_counter() - start
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"loaded": loaded, "logits": time.perf_counter() - start, "memory": peak}
+    return {"loaded": loaded, "logits": time.perf_counter() - start, "memory": peak_bytes()}
 
 
 def main() -> None:
@@ -66,11 +65,7 @@ def main() -> None:
         making.join()
         for _ in range(arguments.runs):
             for name in LOADED:
-                command = [sys.executable, __file__, "--one", name, folder]
-                output = subprocess.run(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-                ).stdout
-                taken[name].append(json.loads(output.splitlines()[-1]))
+                taken[name].append(apart("--one", name, folder))
     print("| GPT-2 124M, float32 | loaded | first logits | peak memory |\n|---|---|---|---|")
     medians = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in taken.items()}
     for name, median in medians.items():

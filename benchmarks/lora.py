@@ -9,13 +9,11 @@ makes two steps of one of them.
 """
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
+from measuring import apart, peak_bytes
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
@@ -62,10 +60,7 @@ def peak_gigabytes(side: str, arguments: argparse.Namespace) -> float:
     training = Training(side, arguments)
     training.step()
     training.step()
-    if training.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    # kilobytes on Linux, bytes on a Mac
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return peak_bytes() / 1e9
 
 
 @torch.no_grad()
@@ -98,10 +93,7 @@ def main() -> None:
     if arguments.side:
         print(peak_gigabytes(arguments.side, arguments))
         return
-    memory = {}
-    for side in SIDES:
-        process = subprocess.run([sys.executable, *sys.argv, "--side", side], stdout=subprocess.PIPE, text=True, check=True)
-        memory[side] = float(process.stdout.splitlines()[-1])
+    memory = {side: apart("--side", side) for side in SIDES}
     trainings = {side: Training(side, arguments) for side in SIDES}
     for _ in range(arguments.steps + 1):
         for training in trainings.values():

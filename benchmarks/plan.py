@@ -8,15 +8,10 @@ torch has allocated) and the mean step of a longer run.
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
-import torch
+from measuring import apart, peak_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # training/ is not installed everywhere
 from training.arguments import model_config, parse_arguments
 from training.engine.loop import start_accelerator
 from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
@@ -48,13 +43,9 @@ def look(shape: str, seconds: float) -> dict[str, float]:
     _, libraries, reuses = device_memory(accelerator.device)
     predicted = peak_memory(config, arguments, arguments.batch_size, libraries, reuses)
     taken = probe(accelerator, arguments, config, seconds)
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:  # kilobytes on Linux, bytes on a Mac
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "predicted": sum(predicted.values()),
-        "peak": peak,
+        "peak": peak_bytes(),
         "median": statistics.median(taken),
         "mean": statistics.mean(taken),
     }
@@ -70,17 +61,7 @@ def main() -> None:
         return
     print("| | memory: predicted | measured | | step: predicted | measured | |\n|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        before, after = (
-            json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, "--shape", shape, "--seconds", str(seconds)],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                ).stdout.splitlines()[-1]
-            )
-            for seconds in (PROBE_SECONDS, MEASURED_SECONDS)
-        )
+        before, after = (apart("--shape", shape, "--seconds", seconds) for seconds in (PROBE_SECONDS, MEASURED_SECONDS))
         memory, time = before["predicted"] / after["peak"] - 1, before["median"] / after["mean"] - 1
         print(
             f"| {shape} | {before['predicted'] / 1e9:.2f} GB | {after['peak'] / 1e9:.2f} GB | {memory:+.0%} "

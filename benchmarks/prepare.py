@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import psutil
+from measuring import ROOT
 
 from training.data.docstrings import read_docs
 
-ROOT = Path(__file__).parents[1]
 SMALLEST = "--max_steps 1 --context_length 64 --validation_fraction 0.001 --model num_hidden_layers=1 hidden_size=16"
 
 

@@ -11,16 +11,14 @@ Minutes are those of a whole command, from its start to its end.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import run_recipe
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -30,12 +28,11 @@ from training.data.examples import ExampleArguments, Examples, read_examples
 from training.data.files import read_rows
 from training.data.splits import SPLITS
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = ["label", "text"]
 BASE = "the base, pretrained"
 PRETRAIN = "--vocab_size 4000 --model num_hidden_layers=1 hidden_size=256 --max_steps 120 --batch_size 8 --windows packed"
 CLASSIFY = (
-    "--columns label text --balance undersample --classifier_pooling mean --lowercase True --subword_dropout 0.1 "
+    "--columns label text --balance undersample --classifier_pooling mean --lowercase --subword_dropout 0.1 "
     "--token_dropout 0.2 --label_smoothing 0.05 --learning_rate 0.001 --epochs 14"
 )
 WAYS = {
@@ -67,16 +64,6 @@ def write_left_over(path: Path, splits: Examples, to: Path) -> None:
     to.write_text("".join(json.dumps({"text": text}) + "\n" for text in left), encoding="utf-8")
 
 
-def run(script: str, *words: str) -> float:
-    """Run a recipe; the minutes it took."""
-    start = time.perf_counter()
-    command = [sys.executable, f"training/{script}.py", *words, "--report_to", "none"]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise SystemExit(process.stderr)
-    return (time.perf_counter() - start) / 60
-
-
 def peer_accuracy(make: Callable[[], Any], splits: Examples) -> float:
     """On the test split, from the training split."""
     (texts, labels), (test_texts, test_labels) = (
@@ -100,11 +87,11 @@ def main() -> None:
             folder, shared = Path(name), ["--seed", str(seed)]
             write_left_over(path, splits, folder / "ham.jsonl")
             words = ["--dataset", f"{folder}/ham.jsonl", "--output_dir", f"{folder}/base", *shared]
-            minutes[BASE].append(run("pretrain", *words, *PRETRAIN.split()))
+            minutes[BASE].append(run_recipe("pretrain", *words, *PRETRAIN.split())[0])
             for title, change in WAYS.items():
                 to = folder / title.replace(" ", "-")
                 words = ["--dataset", str(path), "--base_model", f"{folder}/base", "--output_dir", str(to), *shared]
-                minutes[title].append(run("classify", *words, *CLASSIFY.split(), *change.split()))
+                minutes[title].append(run_recipe("classify", *words, *CLASSIFY.split(), *change.split())[0])
                 accuracies[title].append(json.loads((to / "metrics.json").read_text(encoding="utf-8"))["test"]["accuracy"])
         found = ", ".join(f"{title} {values[-1]:.2%}" for title, values in accuracies.items())
         print(f"Seed {seed}: {found}", flush=True)

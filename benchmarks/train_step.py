@@ -9,13 +9,11 @@ quoted.
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
+from measuring import apart, peak_bytes
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -60,11 +58,7 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:  # kilobytes on Linux, bytes on a Mac
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"tokens_per_second": ids.numel() / statistics.median(seconds[1:]), "peak_gigabytes": peak / 1e9}
+    return {"tokens_per_second": ids.numel() / statistics.median(seconds[1:]), "peak_gigabytes": peak_bytes() / 1e9}
 
 
 def main() -> None:
@@ -84,8 +78,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(arguments.rounds):
         for side in SIDES:
-            process = subprocess.run([sys.executable, *sys.argv, "--side", side], stdout=subprocess.PIPE, text=True, check=True)
-            results[side].append(json.loads(process.stdout.splitlines()[-1]))
+            results[side].append(apart("--side", side))
     medians = {
         side: {name: statistics.median(result[name] for result in results[side]) for name in results[side][0]} for side in SIDES
     }
