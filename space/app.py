@@ -313,6 +313,11 @@ def written(content: str) -> str:
     return f'<pre class="written">{content}</pre>'
 
 
+def when_stopped(note: str | None) -> str:
+    """What is said of a text after a click on Stop, be it on its way, not yet begun or at its end."""
+    return (note or "").replace("so far", "when it was stopped")
+
+
 def numbers(*values: Any) -> list[float]:
     """What sliders say; a temperature, or another number, so small that dividing by it overflows is 0.
 
@@ -399,7 +404,8 @@ def first_tab(show: Showcase, sampling: list[gr.Slider], text: gr.Textbox) -> No
         run = gr.on(triggers, show.complete, [box, *sampling], [shown, state, note], show_progress="hidden")
         after = str
     run.then(after, state, text)
-    stop.click(after, state, text, cancels=[run])
+    cancelled = stop.click(None, cancels=[run])  # what it had yielded by then may still be on its way to the page
+    cancelled.then(lambda state, note: (after(state), when_stopped(note)), [state, note], [text, note])
     empty = ("", [], [], "") if show.is_chat else ("", "", written(""), "")
     clears: Any = [clear.click, shown.clear] if show.is_chat else [clear.click]  # a Chatbot has a button of its own
     gr.on(clears, lambda: empty, None, [box, state, shown, note], cancels=[run])

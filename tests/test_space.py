@@ -211,6 +211,9 @@ def test_stop_stops_the_model(app, folders):
     next(writing)
     writing.close()
     assert threading.active_count() == threads
+    assert app.when_stopped("3 tokens so far") == "3 tokens when it was stopped"
+    assert app.when_stopped("9 tokens in 0.1 seconds") == "9 tokens in 0.1 seconds"
+    assert app.when_stopped(None) == ""
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "5"])
