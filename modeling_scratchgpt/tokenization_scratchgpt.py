@@ -11,6 +11,7 @@ Notable:
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,17 @@ def special_tokens(kind: str) -> dict[str, str]:
 def min_vocab_size(kind: str) -> int:
     """The fewest tokens a kind can do with: the special ones and every byte, or one character (alone and inside a word)."""
     return len(special_tokens(kind)) + (256 if kind in BYTE_LEVEL else 2 if kind == "wordpiece" else 1)
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Some damaged files make `tokenizers` panic, which is no `Exception` in Python: a `ValueError` instead."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tokenizers panics: {error}") from error
 
 
 class ScratchGPTTokenizer(TokenizersBackend):
@@ -122,7 +134,8 @@ class ScratchGPTTokenizer(TokenizersBackend):
             lines = Path(merges_file).read_text(encoding="utf-8").splitlines()
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             tokenizer = _untrained("bpe")
-            tokenizer.model = models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # pairs, or refused
+            with panics_as_errors():
+                tokenizer.model = models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # pairs, or refused
         except OSError:
             raise
         except Exception as error:  # `tokenizers` raises bare exceptions

@@ -471,7 +471,9 @@ def main() -> None:
     try:
         show = Showcase(arguments.model, os.environ.get("REVISION"))
         blocks = page(show)
-    except Exception as error:  # transformers, safetensors, torch and the Hub each have their own
+    except BaseException as error:  # transformers, safetensors, torch and the Hub each have their own, and tokenizers can panic
+        if isinstance(error, KeyboardInterrupt):
+            raise
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         parser.error(f"--model {arguments.model} cannot be shown ({reason}).")
     theme = gr.themes.Default(primary_hue="blue", font=FONTS[0], font_mono=FONTS[1])

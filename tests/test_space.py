@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -440,14 +441,18 @@ def test_other_mistakes(app, folders, tmp_path, monkeypatch, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
+        shutil.copytree(folders["completion"], tmp_path / "panics")
+        content = json.loads((tmp_path / "panics" / "tokenizer.json").read_text())
+        content["model"]["continuing_subword_prefix"] = "longer than a token"
+        (tmp_path / "panics" / "tokenizer.json").write_text(json.dumps(content))
         mistakes = {
             (): "no model is named: give its folder or Hub id by --model.",
             ("--model", str(tmp_path)): f"--model {tmp_path} cannot be shown (",
+            ("--model", str(tmp_path / "panics")): f"--model {tmp_path / 'panics'} cannot be shown (range end index",
             ("--model", str(folders["completion"]), "--port", port): f"--port {port} is in use: give another.",
         }
         for words, said in mistakes.items():
             monkeypatch.setattr(sys, "argv", ["app.py", *words])
             with pytest.raises(SystemExit, match="2"):
                 app.main()
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith(f"app.py: error: {said}")
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {said}")

@@ -31,7 +31,7 @@ import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
 from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
-from ..tokenization_scratchgpt import ScratchGPTTokenizer
+from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
 from .onnx import check_onnx
 from .tensorflow import read_tensorflow_checkpoint
 
@@ -354,7 +354,8 @@ def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     if folder.is_dir() and not any((folder / name).is_file() for name in files):
         return None, f"{source} holds none"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
             return None, f"{source} holds none"
     except Exception as error:  # transformers, tokenizers and the Hub each have their own

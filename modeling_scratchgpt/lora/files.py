@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter
-from .config import LoraConfig, matches, modules_in_full
+from .config import LoraConfig, matches, modules_in_full, targets_of
 from .layer import LoraLinear, is_plain
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -108,8 +108,10 @@ def load_adapter(
     # PEFT names heads that a model may have; those that this one lacks mean nothing.
     names = [name for name, _ in model.named_modules()]
     there = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
+    config = replace(config, modules_to_save=there)
+    _check_ranks(model, config, tensors, file)
     active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
-    add_adapter_of_any_rank(model, replace(config, modules_to_save=there), adapter_name)
+    add_adapter_of_any_rank(model, config, adapter_name)
     try:
         _check(model, tensors, _tensors(model, adapter_name), file)
         _check_base(lora_layers(model, adapter_name), trained_on, file)
@@ -172,6 +174,17 @@ def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor put together from all processes if it is sharded over them, which then all have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _check_ranks(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], file: str) -> None:
+    """Refuse ranks that are not those of the matrices, while none has been made: a damaged one could take all memory."""
+    for name in targets_of(model, config):
+        matrix, rank = tensors.get(f"{name}.lora_A.weight"), config.rank(name)
+        if matrix is None:
+            raise ValueError(f"{file} lacks {name}.lora_A.weight: it is damaged, or belongs to another base.")
+        if matrix.shape[:1] != (rank,):
+            shape = tuple(matrix.shape)
+            raise ValueError(f"{file}: {name}.lora_A.weight is {shape}, and r is {rank} in {CONFIG}: one of them is damaged.")
 
 
 def _check(model: nn.Module, tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], file: str) -> None:

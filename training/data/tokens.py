@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
+from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.arguments import UserError
 from training.data.cache import appearing_whole, cached
 
@@ -63,11 +64,9 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
             temporary.write_text(json.dumps(content))
     try:
         content = json.loads(path.read_text())
-        return ScratchGPTTokenizer(
-            tokenizer_object=Tokenizer.from_str(content["tokenizer"]),
-            model_max_length=context_length,
-            **content["special_tokens"],
-        )
+        with panics_as_errors():
+            backend = Tokenizer.from_str(content["tokenizer"])
+        return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=context_length, **content["special_tokens"])
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise UserError(f"the cached tokenizer {path} is damaged ({error}): delete it.") from error
 

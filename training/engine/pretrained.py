@@ -19,6 +19,7 @@ from transformers import (
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload, save_adapter
+from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.arguments import UserError, one_line, option, quiet
 from training.data.sources import is_hub_id
 
@@ -223,7 +224,8 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
         UserError: there is none, or none that `tokenizers` runs.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers and the Hub each have their own
         raise UserError(f"{name}: its tokenizer cannot be loaded ({one_line(error)}).") from error
     # Where a folder holds no vocabulary, transformers may make a tokenizer without one.

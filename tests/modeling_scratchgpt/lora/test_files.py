@@ -93,3 +93,10 @@ def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
 def test_the_same_base_in_any_precision_is_known(saved):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         load_adapter(model_of().to(dtype), saved)
+
+
+@pytest.mark.parametrize("rank", [3, 2**31, 10**30])
+def test_a_rank_that_is_not_that_of_the_matrices_takes_no_memory(saved, rank):
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, "r": rank}))
+    refused(saved, rf"q_proj.lora_A.weight is \(2, 32\), and r is {rank} in adapter_config.json: one of them is damaged")

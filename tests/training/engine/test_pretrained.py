@@ -18,6 +18,7 @@ from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_don
 from training import pretrain
 from training.arguments import UserError
 from training.engine.checkpoints import frozen_digest
+from training.engine.pretrained import load_tokenizer
 
 FURTHER = [
     "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_every", "8", "--save_every", "4",
@@ -134,3 +135,14 @@ def test_mistakes_end_in_one_line(words, expected, run, book, tmp_path, monkeypa
     with pytest.raises(UserError, match=re.escape(expected)):
         pretrain.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(run, tmp_path):
+    """A panic of Rust's is no `Exception` in Python."""
+    shutil.copytree(run[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoints"))
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "longer than a token"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model: its tokenizer cannot be loaded \(tokenizers panics: "):
+        load_tokenizer(str(tmp_path / "model"), trust_remote_code=False)
