@@ -144,7 +144,7 @@ def _check_files(folder: Path) -> None:
 def _openai(folder: Path) -> Found:
     """OpenAI's own files."""
     try:
-        hparams = json.loads((folder / "hparams.json").read_text())
+        hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
         if not all(
             type(hparams[name]) is int and hparams[name] > 0 for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head")
         ):

@@ -142,7 +142,7 @@ def _file(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> str:
 
 def _read_config(file: str) -> LoraConfig:
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
         known = {item.name for item in fields(LoraConfig)}
         if content.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {content.get('peft_type')!r}: only LORA is read here.")

@@ -8,7 +8,6 @@ Notable:
 - Random numbers need no saving: those of a step follow from the seed and the step (see `loop.py`), and so do its windows.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -29,6 +29,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 from training.arguments import UserError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 METRICS = "metrics.jsonl"
@@ -75,12 +81,14 @@ def check_output_folder(folder: Path, resume: bool = False) -> None:
 
 
 def locked(metrics: Path, mode: str = "r+b") -> BinaryIO:
-    """The file that a run writes its metrics into, opened, and no other run's until it is closed.
+    """The file that a run writes its metrics into, opened, and no other run's until it is closed, where there are such locks.
 
     Raises:
         UserError: it is another run's.
     """
     file: Any = open(metrics, mode)  # noqa: SIM115
+    if fcntl is None:
+        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -232,6 +240,8 @@ def _digest(path: Path) -> str:
 
 def _to_disk(path: Path) -> None:
     """Wait until the file, or the folder's list of names, has reached the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens none, and writes such lists by itself
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

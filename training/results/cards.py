@@ -160,7 +160,8 @@ def without_folders(value: Any) -> Any:
         option, equals, given = value.partition("=")
         if equals and option.startswith("--"):
             return f"{option}={without_folders(given)}"
-        return Path(value).name if value.startswith(("/", "~")) or ".." in Path(value).parts else value
+        path = Path(value)
+        return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     return {name: without_folders(item) for name, item in value.items()} if isinstance(value, dict) else value

@@ -10,6 +10,7 @@ Notable:
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,7 +164,10 @@ def check_loads(folder: Path, files: Files) -> None:
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as sent:
         for name, file in files.items():
             if isinstance(file, Path):
-                Path(sent, name).symlink_to(file.resolve())
+                try:
+                    Path(sent, name).symlink_to(file.resolve())
+                except OSError:  # Windows allows links to few
+                    shutil.copy(file, Path(sent, name))
         environment = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": cache}
         command = [sys.executable, "-c", LOADS, sent]

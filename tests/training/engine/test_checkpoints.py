@@ -1,6 +1,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from tests.training.conftest import ROOT
 from training.arguments import UserError
 from training.engine import checkpoints
 from training.engine.checkpoints import (
@@ -49,6 +52,21 @@ def test_only_an_unfinished_run_can_go_on(tmp_path):
     (tmp_path / "config.json").write_text("")
     with pytest.raises(UserError, match="a finished model"):
         check_output_folder(tmp_path, resume=True)
+
+
+def test_a_system_without_posix_locks(tmp_path):
+    """As Windows is; there a folder is anybody's. (What instruct.py uses asks for other locks on Windows, not for these.)"""
+    program = f"""import pathlib, sys
+sys.modules["fcntl"] = None
+import training.classify, training.evaluate, training.plan, training.pretrain
+from training.engine.checkpoints import check_output_folder, locked
+path = pathlib.Path({str(tmp_path)!r}, "metrics.jsonl")
+first = locked(path, "x+b")
+locked(path).close()
+check_output_folder(path.parent, resume=True)
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_file_is_no_folder(tmp_path):
