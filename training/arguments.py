@@ -29,6 +29,7 @@ from transformers.utils import logging
 from modeling_scratchgpt import ScratchGPTConfig
 
 Arguments = TypeVar("Arguments")
+HELP = "(--help lists all arguments)"
 
 
 class UserError(Exception):
@@ -79,7 +80,17 @@ class _Parser(HfArgumentParser):
     """transformers' dataclass parser, with errors that are one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all arguments)")
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        options = [word for word in words.split() if word.startswith("--")]
+        known = [name for name in self._option_string_actions if "-" not in name[2:]]  # as they are told everywhere else
+        raise UserError(message + _hint(options, known) if unknown else f"{message} {HELP}")
+
+
+def _hint(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What may have been meant, or where all names are listed."""
+    close = [difflib.get_close_matches(name.partition("=")[0], known, n=1) for name in unknown]
+    meant = " and ".join(dict.fromkeys(names[0] for names in close if names))
+    return f": did you mean {meant}?" if meant else f" {HELP}"
 
 
 def parse_arguments(arguments_class: type[Arguments], description: str, argv: Sequence[str] | None = None) -> Arguments:
@@ -103,9 +114,9 @@ def parse_arguments(arguments_class: type[Arguments], description: str, argv: Se
     config_file = first_look.parse_known_args(typed)[0].config
     try:
         content = _read_yaml(config_file) if config_file else {}
-        unknown = content.keys() - {field.name for field in dataclasses.fields(arguments_class)} | content.keys() & {"config"}  # type: ignore[arg-type]
-        if unknown:
-            raise UserError(f"unrecognized names: {', '.join(sorted(unknown))} (--help lists all arguments)")
+        names = {field.name for field in dataclasses.fields(arguments_class)} - {"config"}  # type: ignore[arg-type]
+        if unknown := sorted(content.keys() - names):
+            raise UserError(f"unrecognized names: {', '.join(unknown)}{_hint(unknown, sorted(names))}")
         from_file = parser.parse_args(_as_options(content))
     except UserError as error:
         raise UserError(f"--config {config_file}: {error}") from error

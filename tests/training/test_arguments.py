@@ -36,11 +36,12 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "typed", "message"),
     [
-        ("numbr: 7", (), r"config\.yaml: unrecognized names: numbr \(--help lists all"),
+        ("numbr: 7", (), r"config\.yaml: unrecognized names: numbr: did you mean number\?"),
         ("number: many", (), r"config\.yaml: argument --number: invalid int value: 'many'"),
         ("- a\n- b", (), "must hold `name: value` lines"),
         ("a: [", (), "not YAML"),
-        ("number: 7", ("--numbr", "8"), "unrecognized arguments: --numbr 8"),
+        ("number: 7", ("--numbr", "8", "--rat=1"), r"arguments: --numbr 8 --rat=1: did you mean --number and --rate\?"),
+        ("number: 7", ("--quantity", "8"), r"unrecognized arguments: --quantity 8 \(--help lists all arguments\)"),
         ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
         ("number: 7", ("stray",), "unrecognized arguments: stray"),
         (
