@@ -18,6 +18,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import on_two_processes
+from tests.training.conftest import SMALL, launch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "training" / "configs" / "accelerate"
@@ -29,6 +30,9 @@ MEANT = {
     "fsdp2": (DistributedType.FSDP, 8, 1, "bf16"),
     "two_nodes": (DistributedType.MULTI_GPU, 16, 2, "bf16"),
 }
+
+
+CONFIG = ["--config_file", "training/configs/accelerate/ddp.yaml"]
 
 
 def launched(name: str, *words: str) -> argparse.Namespace:
@@ -100,6 +104,17 @@ def test_two_nodes_find_each_other(tmp_path):
 
 def test_fewer_gpus_on_the_command_line():
     assert launched("ddp", "--num_processes", "4").num_processes == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
+def test_processes_for_gpus_that_are_not_here(book, caches, tmp_path):
+    """Each would train by itself, all of them into one folder."""
+    words = [*("--dataset", book, "--output_dir", str(tmp_path / "out")), *SMALL]
+    process = launch(["accelerate", "launch", *CONFIG, "--num_processes", "2"], *words, **caches)
+    assert process.returncode
+    line = "pretrain.py: error: 2 processes were started for GPUs that are not here: start one, or, on the CPU, several by"
+    assert process.stderr.count(line) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def fsdp_plugin(monkeypatch) -> FullyShardedDataParallelPlugin:

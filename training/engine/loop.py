@@ -49,7 +49,7 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         output_dir: trackers that write files do so in its folder `logs`.
 
     Raises:
-        UserError: there is no such tracker, or it is not installed.
+        UserError: there is no such tracker, or it is not installed; several processes were started where Accelerate sees one.
     """
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("auto", "none", *installed):
@@ -63,6 +63,12 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir=str(output_dir / "logs") if output_dir else None),
     )
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > accelerator.num_processes:
+        # Without GPUs, Accelerate takes each of them for one that is alone: all would train the same, and write to one place.
+        raise UserError(
+            f"{started} processes were started for GPUs that are not here: start one, or, on the CPU, several by "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
+        )
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # The launchers ask for one thread a process when nobody said otherwise; share out all cores instead.
         cores = psutil.cpu_count(logical=False) or 1
