@@ -25,6 +25,8 @@ from huggingface_hub.utils import validate_repo_id
 from training.arguments import UserError, one_line, printable, run
 from training.engine.pretrained import ADAPTER
 from training.results.cards import CARD
+from training.results.classification_report import MISTAKES
+from training.results.responses import PAGE, RESPONSES
 from training.sharing.checks import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -124,6 +126,8 @@ def show(files: Files, arguments: argparse.Namespace) -> None:
     for name, size in sizes.items():
         print(f"{size:>15,}  {printable(name)}")
     print(f"{sum(sizes.values()):>15,}  bytes in all, for {arguments.repository} ({arguments.revision})")
+    if told := sorted(files.keys() & {MISTAKES, RESPONSES, PAGE}):
+        print(f"Of these {', '.join(told)} and {CARD} hold texts of the data that it was tested on.")
     stays = sorted(path.name for path in arguments.folder.iterdir() if path.name not in files)
     print(f"Stays here: {', '.join(map(printable, stays)) or 'nothing'}")
     if arguments.space:
@@ -203,6 +207,8 @@ def hub_errors(repository: str) -> Iterator[None]:
             "missing."
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if type(error) is ValueError:  # what the Hub says of a card
+            raise UserError(f"the Hub refuses {repository} ({one_line(error)}): {ALL_OR_NOTHING}.") from error
         raise UserError(
             f"what answers as the Hub does not speak as one ({type(error).__name__}): look at HF_ENDPOINT, and at HF_TOKEN."
         ) from error
@@ -227,7 +233,7 @@ def main() -> None:
     head = place(api, name, "model", revision, arguments)
     space_head = place(api, name, "space", "main", arguments) if arguments.space else ""
     commit = send(api, name, "model", revision, files, title, head)
-    print(f"It is at {api.endpoint}/{name}. As it is now, for good:")
+    print(f"It is at {api.endpoint}/{name}. To load this version, whatever comes after it:")
     if arguments.adapter:
         print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base}")
     else:

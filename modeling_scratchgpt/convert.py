@@ -75,8 +75,8 @@ def main() -> None:
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
     parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="turn a ScratchGPT into this")
     parser.add_argument("--type", choices=TYPES, help="of the matrices in a GGUF file (default: f16)")
-    parser.add_argument("--num_attention_heads", type=int, help="of bare weights, which do not tell")
-    parser.add_argument("--hidden_act", help="the same; nanoGPT's is gelu (default: gelu_new, as GPT-2's)")
+    parser.add_argument("--num_attention_heads", type=int, help="needed for bare weights, which do not say it")
+    parser.add_argument("--hidden_act", help="activation of bare weights (default: gelu_new, as GPT-2's; nanoGPT's is gelu)")
     parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, where the source brings none")
     arguments = parser.parse_args()
     try:
@@ -133,7 +133,9 @@ def convert(arguments: argparse.Namespace) -> None:
             print(f"{destination / ONNX_FILE} is for onnxruntime and what is built on it.")
         case to:
             name, trust = (type(found.stock).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
-            print(f"{destination}/ is a complete {name}: AutoModelForCausalLM.from_pretrained({str(destination)!r}{trust})")
+            what = f"a complete {name}" if found.tokenizer else f"a {name} without a tokenizer"
+            auto_class = f"Auto{type(found.ours).__name__.replace('ScratchGPT', 'Model').replace('ModelModel', 'Model')}"
+            print(f"{destination}/ is {what}: {auto_class}.from_pretrained({str(destination)!r}{trust})")
 
 
 def _write(found: Found, folder: Path, arguments: argparse.Namespace) -> None:

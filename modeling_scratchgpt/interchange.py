@@ -16,7 +16,8 @@ from transformers.core_model_loading import Chunk, Transpose, WeightConverter, W
 
 SHARED = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# What each is of all that a ScratchGPT can be; what its fields are called; the fields that must be left as they are.
+# What each is of all that a ScratchGPT can be (dropout, which is for training alone, may differ); what its fields are called;
+# the fields that must be left as they are.
 ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt2": {
         "position_embedding_type": "learned",
@@ -32,8 +33,6 @@ ARCHITECTURE: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "mlp_type": "gated",
         "mlp_bias": False,
-        "hidden_dropout": 0.0,
-        "embedding_dropout": 0.0,
     },
 }
 NAMES: dict[str, dict[str, str]] = {  # ours to theirs

@@ -445,14 +445,14 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        """Also refuse, before the first token, to go past the learned positions."""
+        """Also refuse, before the first token, to go past the learned positions; the last token that is written is not read."""
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit:
+        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
             raise ValueError(
                 f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones are "
                 f"more than the {limit} positions that this model has learned: pass max_new_tokens="
-                f"{max(limit - input_ids_length, 0)} or less, or shorten the prompt."
+                f"{max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
             )
 
 

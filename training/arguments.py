@@ -42,8 +42,8 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """A text with nothing in it that a terminal would obey, but for the ends of its lines."""
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+    """A text with nothing in it that a terminal would obey, but for tabs and the ends of lines."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
 
 
 @contextmanager

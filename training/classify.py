@@ -94,7 +94,7 @@ EXAMPLES = f"""![{{split}} split]({PICTURE})
 
 What it got wrong there stands in [{MISTAKES}]({MISTAKES}), all scores in [{SCORES}]({SCORES})."""
 
-PURPOSES = {"train": "learn from", "validation": "choose by", "test": "look at in the end"}
+PURPOSES = {"train": "Training examples", "validation": "Validation examples", "test": "Test examples"}
 
 
 @dataclass
@@ -291,7 +291,7 @@ def main() -> None:
     names, kind = examples.names, arguments.problem_type
     labels = {name: as_numbers(split, names, kind) for name, split in examples.splits.items()}
     for name in SPLITS:
-        accelerator.print(f"To {PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
+        accelerator.print(f"{PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
     copies = " and ".join(f"{examples.copies[name]:,} of {name}" for name in SPLITS[:2])
     accelerator.print(f"Dropped as copies of texts in a later split: {copies}")
     if arguments.balance == "undersample":
@@ -350,7 +350,7 @@ def main() -> None:
     )
     outcome = train(accelerator, arguments, model, batches_from, examples.digest(), look, show, flops)
     if "test" in loaders:
-        accelerator.print(f"\nOn the test split, looked at only now: {look(model, 'test')}\n")
+        accelerator.print(f"\nOn the test split, used only now: {look(model, 'test')}\n")
     results = {split: predictions.all_scores(labels[split]) for split, predictions in seen.items()}
     last = list(seen)[-1]
 
@@ -382,7 +382,7 @@ def main() -> None:
             )
     accelerator.print(
         f"Trained for {outcome}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"
-        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True, top_k=None)"
+        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True, top_k=None, truncation=True)"
     )
     accelerator.end_training()
 

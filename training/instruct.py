@@ -250,9 +250,9 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
     for name, title in {"before": "validation, before", "validation": "validation", "test": "test"}.items():
         if it := results.get(name):
             lines.append(f"| {title} | {it['loss']:.3f} | {it['perplexity']:,.1f} | {it['bits_per_byte']:.3f} |")
-    lines += ["", "The loss is that of the answers alone. The validation split was looked at in training."]
+    lines += ["", "The loss is that of the answers alone. The validation split was used in training, to follow it."]
     if "test" in results:
-        lines[-1] += " The test split was looked at once, at the end."
+        lines[-1] += " The test split was used once, at the end."
         lines += ["", "| answers to the test split | ended by itself | word for word as expected | chrF |", "|---|---|---|---|"]
         for name, title in {"base": "the base", "test": "this model"}.items():
             it = results[name]
@@ -348,7 +348,7 @@ def main() -> None:
         scores, base_scores = (score_responses(answers, test.conversations) for answers in (tuned, base))
         results |= {"test": {**vars(result), **vars(scores)}, "base": vars(base_scores)}
         rows = response_rows(test.conversations, base, tuned)
-        accelerator.print(f"On the test split, looked at only now: {result}\nIt {scores}; the base {base_scores}\n")
+        accelerator.print(f"On the test split, used only now: {result}\nAnswers: {scores}; of the base: {base_scores}\n")
 
     last = "test" if rows else "validation"
     weights = whole_weights(model)

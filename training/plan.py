@@ -214,7 +214,7 @@ def main() -> None:
     parts = parameters_by_part(config)
     parameters = sum(parts.values())
     shown = {name: f"{count:,}" for name, count in parts.items() if count}
-    accelerator.print(table(f"Parameters: {parameters:,}", shown))
+    accelerator.print(table(f"Parameters: {parameters:,} (with a vocabulary of {config.vocab_size:,})", shown))
     flops = flops_per_token(config, arguments.context_length)
     step_tokens = arguments.batch_size * arguments.gradient_accumulation_steps * arguments.context_length
     accelerator.print(
@@ -238,7 +238,7 @@ def main() -> None:
         f"Speed: {speed:,.0f} tokens/s, {flops * speed / best:.0%} of the {best / 1e9:,.0f} GFLOP/s of a large matrix product\n"
         f"The run: {arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in all, besides "
         f"evaluations; {run_tokens:,} tokens\n"
-        f"Tokens a parameter: {run_tokens / parameters:.2g}. Arithmetic is best spent at about {CHINCHILLA} (Chinchilla): "
+        f"Tokens a parameter: {run_tokens / parameters:.2g}. Compute-optimal would be about {CHINCHILLA} (Chinchilla), after "
         f"{duration(CHINCHILLA * parameters / speed)}"
     )
     accelerator.end_training()

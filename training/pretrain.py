@@ -58,7 +58,7 @@ class PretrainArguments(EngineArguments, CorpusArguments, LoraArguments):
     base_model: str = option(
         "",
         "Folder or Hub id of a model to train further: ours, GPT-2's or Qwen3's. It brings its shape and its tokenizer; "
-        "--model, --tokenizer and --vocab_size then say nothing.",
+        "--model, --tokenizer and --vocab_size are then ignored.",
     )
     context_length: int = option(256, "Tokens the model sees at once.")
     windows: str = option(
@@ -229,7 +229,7 @@ def main() -> None:
         )
         result = evaluate(accelerator, model, test_batches, test_tokens.num_bytes)
         evaluations["after training, on the test text"] = result
-        accelerator.print(f"On the test text, looked at only now: {result}\n")
+        accelerator.print(f"On the test text, used only now: {result}\n")
 
     weights = whole_weights(model)
     if accelerator.is_main_process:

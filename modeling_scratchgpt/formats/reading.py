@@ -65,7 +65,12 @@ def read(source: str, to: str | None, num_attention_heads: int | None, hidden_ac
     """
     try:
         return _ours(source, to) if to else _others(source, num_attention_heads, hidden_act)
-    except (OSError, ValueError):
+    except OSError as error:
+        if Path(source).expanduser().exists():
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise OSError(f"{source} is no file or folder here, and the Hub did not give it ({said}).") from error
+    except ValueError:
         raise
     except Exception as error:  # other people's files can make a reader stumble in every way
         said = " ".join(str(error).split())[:200]
@@ -74,7 +79,8 @@ def read(source: str, to: str | None, num_attention_heads: int | None, hidden_ac
 
 def _others(source: str, num_attention_heads: int | None, hidden_act: str | None) -> Found:
     path = Path(source).expanduser()
-    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and not (len(path.parts) > 1 and path.parent.is_dir())
+    if not path.exists() and not is_id:
         raise ValueError(f"{source} is not there, and is no id of a repository on the Hub.")
     if hidden_act is not None and hidden_act not in ACT2FN:
         raise ValueError(
@@ -247,6 +253,10 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        with open(file, "rb") as opened:
+            begins_as_pickle = opened.read(1) == pickle.PROTO
+        if not begins_as_pickle and not zipfile.is_zipfile(file):
+            raise ValueError("it is neither a file of PyTorch's nor of safetensors")
         if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"{bad} in it has changed since it was written")
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -323,6 +333,8 @@ def _ours(source: str, to: str) -> Found:
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
+    if (architecture := (fields.get("architectures") or [""])[0]) and not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"{source} is a {architecture}: --to takes a language model, a ScratchGPTForCausalLM.")
     if Path(source, "adapter_config.json").is_file():
         raise ValueError(f"{source} also holds an adapter, which would be left out: merge it into the model first.")
     _check_files(Path(source))

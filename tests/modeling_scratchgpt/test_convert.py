@@ -23,7 +23,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
+from modeling_scratchgpt import (
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTTokenizer,
+    convert,
+)
 from modeling_scratchgpt.formats import reading
 from modeling_scratchgpt.formats.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
@@ -370,6 +376,32 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
         assert torch.equal(tensor, ours.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("target", "fields"), [("gpt2", {}), ("qwen3", MODERN), ("gguf", MODERN), ("onnx", MODERN)])
+def test_a_model_that_was_tuned_with_dropout_goes_out(target, fields, tmp_path, monkeypatch, capsys):
+    """What is left out in training says nothing about what the model computes."""
+    dropouts = dict.fromkeys(("hidden_dropout", "embedding_dropout", "attention_dropout"), 0.1)
+    words = ScratchGPTTokenizer.train(["to be or not to be"] * 9, 280)
+    shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields, **dropouts}))).save_pretrained(tmp_path / "ours")
+    words.save_pretrained(tmp_path / "ours")
+    assert "Largest difference from" in run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
+
+
+def test_a_classifier_does_not_go_out(tmp_path, monkeypatch, capsys):
+    ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
+    said = refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    assert "is a ScratchGPTForSequenceClassification: --to takes a language model" in said
+
+
+def test_what_is_no_file_of_weights_or_not_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.json").write_text("{}")
+    said = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
+    assert "is no file of weights (it is neither a file of PyTorch's nor of safetensors)" in said
+    said = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
+    assert "nothing is not there, and is no id of a repository on the Hub" in said
+    said = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
+    assert "someone/nothing is no file or folder here, and the Hub did not give it (" in said
+
+
 @pytest.mark.parametrize(
     ("fields", "target", "expected"),
     [
@@ -377,7 +409,6 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
         ({}, "qwen3", "position_embedding_type is 'learned', and a qwen3 model has only 'rotary'"),
         ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, and a gpt2 model has only 4"),
         ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, and a qwen3 model has only True"),
-        ({**MODERN, "hidden_dropout": 0.1}, "qwen3", "hidden_dropout is 0.1, and a qwen3 model has only 0.0"),
     ],
 )
 def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
@@ -525,7 +556,8 @@ def test_all_that_a_tokenizer_knows_comes_along_both_ways(tmp_path, monkeypatch,
 def test_a_classifier_needs_no_padding(pad_token_id, tmp_path, monkeypatch, capsys):
     theirs = transformers.GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "vocab_size": 4}, pad_token_id=pad_token_id))
     theirs.save_pretrained(tmp_path / "gpt2")
-    assert "is a complete ScratchGPT" in run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    said = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    assert "is a ScratchGPT without a tokenizer: AutoModelForSequenceClassification.from_pretrained(" in said
 
 
 def test_a_head_of_its_own_under_a_config_that_says_tied(gpt2, tmp_path, monkeypatch, capsys):

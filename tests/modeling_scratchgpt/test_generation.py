@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StaticCache, TextIteratorStreamer
+from transformers import GPT2Config, GPT2LMHeadModel, StaticCache, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer
@@ -214,13 +214,18 @@ def test_stop_strings(tiny_model, tokenizer):
 def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatch):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     monkeypatch.setattr(ScratchGPTModel, "forward", None)  # not to be called
-    with pytest.raises(ValueError, match=r"7 tokens and 58 new ones are more than the 64 positions .* max_new_tokens=57"):
-        generate(model, prompts(), max_new_tokens=58)
+    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones are more than the 64 positions .* max_new_tokens=58"):
+        generate(model, prompts(), max_new_tokens=59)
 
 
 def test_up_to_the_last_learned_position():
+    """The last token is written, but no longer read, so that there is one more than positions: as transformers' GPT-2 does."""
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
-    assert generate(model, prompts(), max_new_tokens=57).shape == (2, 64)
+    longest = generate(model, prompts(), max_new_tokens=58)
+    assert longest.shape == (2, 65)
+    shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    assert generate(stock, prompts(), max_new_tokens=58).shape == (2, 65)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_it_learns_and_says_so(finished):
     assert found["before"]["accuracy"] < 1
     assert found["test"]["examples"] == 24
     assert found["test"]["confusion_matrix"] == [[12, 0], [0, 12]]
-    for line in ("To learn from: 84 (bright 42, dark 42)", "To look at in the end: 24 (bright 12, dark 12)", "true: dark]"):
+    for line in ("Training examples: 84 (bright 42, dark 42)", "Test examples: 24 (bright 12, dark 12)", "true: dark]"):
         assert line in process.stdout
     card = (folder / "README.md").read_text()
     for part in ("pipeline_tag: text-classification", "value: 1.0", "| `bright` | 1.0000 | 1.0000 | 1.0000 | 12 |", "loss.png"):

@@ -70,7 +70,7 @@ def test_it_learns_to_answer_and_says_so(finished, run):
         "Conversations: train 64, validation 8, test 8",
         "New tokens: 3. A conversation, with what is learned in brackets:\n\n<|bos|><|user|>night ",
         "<|assistant|>[stormy<|eos|>]" if "<|assistant|>[stormy<|eos|>]" in process.stdout else "<|assistant|>[calm<|eos|>]",
-        "It ended 100.0% of the answers, 100.0% word for word as expected, chrF 100.0; the base ended",
+        "Answers: 100.0% ended by themselves, 100.0% word for word as expected, chrF 100.0; of the base: ",
     ):
         assert line in process.stdout
     card = (folder / "README.md").read_text()

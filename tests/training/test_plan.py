@@ -199,7 +199,7 @@ def test_what_it_prints(monkeypatch, capsys, tmp_path, more):
         r"^    libraries +[\d,]+ MB$",
         r"^Speed: [\d,]+ tokens/s, \d+% of the [\d,]+ GFLOP/s of a large matrix product$",
         rf"^The run: 1,000 steps of [\d.e-]+ s, .* in all, besides evaluations; {4 * 32 * steps * 1000:,} tokens$",
-        r"^Tokens a parameter: [\d.]+\. Arithmetic is best spent at about 20 \(Chinchilla\): ",
+        r"^Tokens a parameter: [\d.]+\. Compute-optimal would be about 20 \(Chinchilla\), after ",
     ):
         assert re.search(pattern, printed, re.MULTILINE), (pattern, printed)
     assert list(tmp_path.iterdir()) == []

@@ -212,7 +212,7 @@ def test_whatever_else_can_be_asked(windows, book, tmp_path, monkeypatch, capsys
     pretrain.main()
     said = capsys.readouterr().out
     assert "copies dropped: 1" in said
-    assert "On the test text, looked at only now: loss" in said
+    assert "On the test text, used only now: loss" in said
     assert ("none is lost" in said) is (windows == ["packed"])
     losses = [row["loss"] for row in rows(tmp_path / "out") if "perplexity" in row]
     assert losses[-1] < losses[0] - 0.5

@@ -26,6 +26,7 @@ from training.data.splits import SplitArguments, check_splits, drawn, filled_up,
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # a number to predict; the square of its error has to fit
 DOCSTRINGS = 1000  # of each library
+FEW = 20  # examples, of which every other may have a label of its own
 
 
 @dataclass
@@ -270,11 +271,16 @@ def _as_number(value: Any) -> float | None:
 
 
 def _check_names(examples: list[Example]) -> None:
-    """Refuse a column of numbers, which a file of text holds as text."""
+    """Refuse columns of numbers, which a file of text holds as text, and of what are no labels."""
     labels = dict.fromkeys(example.label for example in examples)
     fractions = [label for label in labels if (_as_number(label) or 0) % 1]
     if fractions and all(_as_number(label) is not None for label in labels):
         raise UserError(f"--label_column holds numbers such as {fractions[0]}: give names, or --problem_type {REGRESSION}.")
+    if len(examples) >= FEW and len(labels) > len(examples) / 2:
+        raise UserError(
+            f"--label_column holds {len(labels):,} different labels for {len(examples):,} texts, such as "
+            f"{next(iter(labels))!r:.80}: name the right column (and --text_column)."
+        )
 
 
 def _stratum(example: Example) -> str | None:

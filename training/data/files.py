@@ -78,14 +78,16 @@ def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
             yield _text_file(path, errors)
 
 
-def read_rows(path: Path, columns: dict[str, str], errors: str, header: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: Path, columns: dict[str, str], errors: str, header: Sequence[str] | None = None
+) -> Iterator[tuple[str, Row]]:
     """The rows of a table, each with its place, which an error about it says first.
 
     Args:
         path: a file whose ending is that of no table is taken for tab-separated.
         columns: those to read, and of each the option that names it; with none, whatever a row holds.
         errors: as in `read_file`.
-        header: names of the columns of a CSV or TSV file that begins without them.
+        header: names of the columns of a CSV or TSV file that begins without them; none where `--columns` could give them.
 
     Raises:
         UserError: the file cannot be read, is not what its ending says, or lacks a column.
@@ -157,12 +159,12 @@ def refuse_empty(places: list[str], what: str) -> None:
         raise UserError(f"{places[0]} has an empty {what}{others} out.")
 
 
-def check_columns(place: str, columns: dict[str, str], there: Iterable[str]) -> None:
+def check_columns(place: str, columns: dict[str, str], there: Iterable[str], advice: str = "") -> None:
     """Refuse what lacks one of the columns, which are given with the option that names each."""
     for column, option in columns.items():
         if column not in there:
             names = ", ".join(map(str, there)) or "nothing"
-            raise UserError(f"{place} has no {column!r}; it has {names:.200}. Set --{option}.")
+            raise UserError(f"{place} has no {column!r}; it has {names:.200}. Set --{option}{advice}.")
 
 
 @contextmanager
@@ -220,7 +222,7 @@ def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tu
         yield place, row
 
 
-def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str] | None) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
     is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes are characters as any other
     lines = (line for _, line in read_lines(path, errors))
@@ -228,7 +230,8 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
     reader = csv.reader(lines, **form)
     try:
         header = names or next(reader, [])
-        check_columns(f"{path}", columns, header)
+        advice = ", or, if these are no names but the first row, name the columns by --columns" if names == [] else ""
+        check_columns(f"{path}", columns, header, advice)
         if twice := [column for column in columns if list(header).count(column) > 1]:
             raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own.")
         for row in reader:
@@ -238,7 +241,7 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts that hold "
                     f"{what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
                 )
-            if row and row == list(names):
+            if row and row == names:
                 raise UserError(f"{path}: line {reader.line_num} holds the names of the columns: leave out --columns.")
             if row:
                 yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -279,6 +280,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
+        if not self.received and self.accelerator.is_main_process:
+            print("\nStopping after this step, which is then saved. Ctrl-C ends it at once.", file=sys.stderr, flush=True)
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

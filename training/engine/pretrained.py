@@ -22,6 +22,7 @@ from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.arguments import UserError, one_line, option, quiet
 from training.data.sources import is_hub_id
+from training.engine.checkpoints import METRICS
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 ADAPTER = "adapter"  # folder inside that of the merged model
@@ -212,8 +213,11 @@ def _check_place(name: str) -> None:
     folder = Path(name)
     if not name or (not folder.is_dir() and not is_hub_id(name)):
         missing = f"{name} is no folder" if name else "no model is named"
-        raise UserError(f"{missing}: give the folder or the Hub id of a model.")
+        train = ", or train it first, by training/pretrain.py" if name == TuningArguments.base_model else ""
+        raise UserError(f"{missing}: give the folder or the Hub id of a model{train}.")
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / METRICS).is_file():
+            raise UserError(f"{name} holds a run that did not finish: go on with it first, by --resume.")
         raise UserError(f"{name} holds no config.json: it is no model folder.")
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
+from training.arguments import printable
 from training.engine.loop import Step
 
 CURVE = "loss.png"
@@ -31,7 +32,7 @@ class ProgressBar:
 
     def __init__(self, num_steps: int, accelerator: Accelerator, flops_per_token: float, peak: float, done: int = 0):
         show = accelerator.is_main_process
-        self.bar = tqdm(total=num_steps, initial=done, desc="Training", unit=" steps", disable=not show)
+        self.bar = tqdm(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, disable=not show)
         self.loss = self.speed = 0.0
         self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
 
@@ -95,7 +96,7 @@ def sample(
 
 def format_samples(samples: list[tuple[str, str]]) -> str:
     """Samples as plain text, the prompt set off from what the model wrote."""
-    return "\n".join(f"[{prompt.lstrip()}]{continuation.rstrip()}\n" for prompt, continuation in samples)
+    return printable("\n".join(f"[{prompt.lstrip()}]{continuation.rstrip()}\n" for prompt, continuation in samples))
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str) -> None:

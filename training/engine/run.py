@@ -213,12 +213,7 @@ def train(
     optimizers, schedules = optimization(arguments, model)
     frozen = frozen_digest(model)
     prepared_model, *prepared_optimizers = accelerator.prepare(model, *optimizers)
-    before = evaluate(prepared_model)
-    accelerator.print(f"\nBefore training: {before}.\n\n{show()}")
-
     found = find_checkpoint(checkpoints, accelerator.print) if arguments.resume else None
-    done = 0
-    losses: list[float] = []  # on the held-out data, at each evaluation
     if found:
         path, state = found
         _check_settings(arguments, state["settings"], path)
@@ -226,6 +221,12 @@ def train(
             raise UserError(f"the model that the run in {output_dir} started from has changed since: go on from that one.")
         if data != state["data"]:
             raise UserError(f"the data of the run in {output_dir} has changed since: go on with that, or start a new run.")
+    before = evaluate(prepared_model)
+    accelerator.print(f"\nBefore training: {before}.\n\n{show()}")
+
+    done = 0
+    losses: list[float] = []  # on the held-out data, at each evaluation
+    if found:
         load_checkpoint(path, state, model, prepared_optimizers)
         for schedule, saved in zip(schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
@@ -312,10 +313,10 @@ def _settings(arguments: EngineArguments) -> dict[str, Any]:
 
 
 def _check_settings(arguments: EngineArguments, saved: dict[str, Any], path: Path) -> None:
-    now = _settings(arguments)
+    now, longer = _settings(arguments), ", from the finished model, by --base_model"
     for name in sorted(now.keys() | saved.keys()):
         if now.get(name) != saved.get(name):
             raise UserError(
                 f"--{name} is {now.get(name)}, but the run in {path.parents[1]} was started with {saved.get(name)}: "
-                "go on with that, or start a new run in another --output_dir."
+                f"go on with that, or start a new run in another --output_dir{longer if name == 'max_steps' else ''}."
             )

@@ -114,7 +114,9 @@ def results_table(before: Any, results: dict[str, dict[str, Any]], problem_type:
     for row in rows:
         cells = (f"{column[row]:.4f}" if row in column else "" for column in columns.values())
         lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
-    looked = "The validation split was chosen by" + (", the test split looked at once." if "test" in results else ".")
+    looked = "The validation split was used to follow training" + (
+        "; the test split once, at the end." if "test" in results else "."
+    )
     lines += ["", f"The loss is in {UNITS[problem_type]}. {looked}"]
     if labels := list(results.values())[-1].get("labels"):
         lines += ["", f"| {list(results)[-1]} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]

@@ -54,7 +54,7 @@ class ResponseScores:
     chrf: float  # character n-gram F-score of all answers together, 0 to 100 (Popović, 2015)
 
     def __str__(self) -> str:
-        return f"ended {self.ended:.1%} of the answers, {self.exact_match:.1%} word for word as expected, chrF {self.chrf:.1f}"
+        return f"{self.ended:.1%} ended by themselves, {self.exact_match:.1%} word for word as expected, chrF {self.chrf:.1f}"
 
 
 @torch.no_grad()

@@ -240,6 +240,15 @@ def test_columns_are_named_once(tmp_path):
         check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
 
 
+def test_a_table_that_begins_with_data_and_the_wrong_column(tmp_path):
+    table = tmp_path / "rows.tsv"
+    table.write_text("".join(f"{('even', 'odd')[n % 2]}\tThe number {n}\n" for n in range(40)))
+    with pytest.raises(UserError, match="Set --text_column, or, if these are no names but the first row, .* by --columns"):
+        check_examples(ExampleArguments(dataset=[str(table)]))
+    with pytest.raises(UserError, match="--label_column holds 40 different labels for 40 texts, such as 'The number 0'"):
+        read_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]), seed=0)
+
+
 def test_odd_numbers_as_labels(tmp_path):
     rows = [{"text": f"text {n}", "label": ("--5", "3", "²")[n % 3]} for n in range(60)]
     assert read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0).names == ["--5", "3", "²"]
