@@ -192,7 +192,7 @@ def test_what_it_prints(monkeypatch, capsys, tmp_path, more):
     printed = capsys.readouterr().out
     steps = 2 if more else 1
     for pattern in (
-        r"^Parameters: [\d,]+$",
+        r"^Parameters: [\d,]+ \(with a vocabulary of 300\)$",
         r"^    embeddings +9,600$",
         rf"^Arithmetic: [\d.]+ MFLOP a token, [\d.]+ GFLOP a step of {4 * 32 * steps} tokens$",
         r"^Memory at the peak, predicted for float32: [\d.]+ GB of this cpu's [\d.]+ GB$",
