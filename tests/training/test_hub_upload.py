@@ -240,6 +240,21 @@ def test_a_page_that_is_ahead_stops_the_model_too(hub, model, upload):
     assert len(hub.repositories["model", "ann/book"].commits) == commits
 
 
+def test_a_licence_that_the_hub_does_not_know(hub, model, upload):
+    (model / "README.md").write_text((model / "README.md").read_text().replace("license: apache-2.0\n", "", 1))
+    with pytest.raises(UserError, match=r"the Hub refuses ann/book \(.*\"license\" must be one of mit, apache-2.0"):
+        upload(model, "ann/book", "--license", "apache")
+    assert len(hub.repositories["model", "ann/book"].commits) == 1
+
+
+def test_texts_of_the_data_are_pointed_out(model, upload):
+    assert "texts of the data" not in upload(model, "ann/book", "--dry_run")
+    (model / "mistakes.md").write_text("Mistakes: none.\n")
+    assert "Of these mistakes.md and README.md hold texts of the data that it was tested on." in upload(
+        model, "ann/book", "--dry_run"
+    )
+
+
 @pytest.mark.parametrize("answer", [b"garbage", b"{}", b"[]", b"null", b'{"url": "x"}', None])
 def test_what_is_no_hub(hub, model, upload, monkeypatch, answer):
     """Something else answers, or nothing does."""

@@ -134,6 +134,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_pat
     process.send_signal(number)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130
+    assert output.count("Stopping after this step, which is then saved. Ctrl-C ends it at once.") == 1
     assert "The same command with --resume goes on from there." in output
     assert "Traceback" not in output
     final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
@@ -224,14 +225,23 @@ def test_one_process_goes_on_with_what_two_began(run, book, caches, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_other_settings_cannot_go_on(run, book, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("learning_rate", "0.5", "started with 0.008: go on with that, or start a new run in another --output_dir."),
+        ("max_steps", "99", "start a new run in another --output_dir, from the finished model, by --base_model."),
+    ],
+)
+def test_other_settings_cannot_go_on(run, book, tmp_path, monkeypatch, name, value, said):
+    """Said before the model is evaluated."""
     folder = tmp_path / "run"
     shutil.copytree(run[0] / "checkpoints", folder / "checkpoints")
     shutil.copy(run[0] / "metrics.jsonl", folder)
-    words = ["--dataset", book, *SMALL, "--output_dir", str(folder), "--resume", "--learning_rate", "0.5"]
+    words = ["--dataset", book, *SMALL, "--output_dir", str(folder), "--resume", f"--{name}", value]
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pretrain, "evaluate", None)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
     with pytest.raises(UserError) as error:
         pretrain.main()
-    assert "--learning_rate is 0.5, but the run in" in str(error.value)
-    assert "was started with 0.008: go on with that, or start a new run in another --output_dir." in str(error.value)
+    assert f"--{name} is {value}, but the run in" in str(error.value)
+    assert said in str(error.value)

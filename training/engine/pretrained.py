@@ -211,9 +211,10 @@ def check_model(name: str, trust_remote_code: bool) -> bool:
 def _check_place(name: str) -> None:
     """Refuse what is neither a model's folder nor shaped like a Hub id."""
     folder = Path(name)
-    if not name or (not folder.is_dir() and not is_hub_id(name)):
+    is_default = name == TuningArguments.base_model  # which is shaped like an id
+    if not name or (not folder.is_dir() and (is_default or not is_hub_id(name))):
         missing = f"{name} is no folder" if name else "no model is named"
-        train = ", or train it first, by training/pretrain.py" if name == TuningArguments.base_model else ""
+        train = ", or train it first, by training/pretrain.py" if is_default else ""
         raise UserError(f"{missing}: give the folder or the Hub id of a model{train}.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / METRICS).is_file():

@@ -18,7 +18,7 @@ from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_don
 from training import pretrain
 from training.arguments import UserError
 from training.engine.checkpoints import frozen_digest
-from training.engine.pretrained import load_tokenizer
+from training.engine.pretrained import load_config_and_tokenizer, load_tokenizer
 
 FURTHER = [
     "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_every", "8", "--save_every", "4",
@@ -135,6 +135,16 @@ def test_mistakes_end_in_one_line(words, expected, run, book, tmp_path, monkeypa
     with pytest.raises(UserError, match=re.escape(expected)):
         pretrain.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"outputs/pretrain is no folder: .*, or train it first, by training/pretrain\.py\."):
+        load_config_and_tokenizer("outputs/pretrain", 8)
+    (tmp_path / "outputs" / "pretrain").mkdir(parents=True)
+    (tmp_path / "outputs" / "pretrain" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="outputs/pretrain holds a run that did not finish: go on with it first, by --resume"):
+        load_config_and_tokenizer("outputs/pretrain", 8)
 
 
 def test_a_tokenizer_that_makes_its_library_panic_is_refused(run, tmp_path):
