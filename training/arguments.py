@@ -43,7 +43,8 @@ def one_line(error: Exception) -> str:
 
 def printable(text: str) -> str:
     """A text with nothing in it that a terminal would obey, but for tabs and the ends of lines."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
+    shown = (character if character.isprintable() or character in "\n\t" else "�" for character in text.replace("\r\n", "\n"))
+    return "".join(shown)
 
 
 @contextmanager

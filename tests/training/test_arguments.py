@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import UserError, model_config, model_option, option, parse_arguments
+from training.arguments import UserError, model_config, model_option, option, parse_arguments, printable
 
 
 @dataclass
@@ -107,3 +107,7 @@ def test_presets_and_values_of_every_kind():
 def test_a_model_that_cannot_be_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         model_config(words, vocab_size=300, context_length=32)
+
+
+def test_what_a_terminal_would_obey_is_replaced():
+    assert printable("a\tb\r\nc\x1b[2J\x01\r\u202ed é") == "a\tb\nc�[2J���d é"
