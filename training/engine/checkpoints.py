@@ -13,10 +13,9 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -281,7 +280,9 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         if not self.received and self.accelerator.is_main_process:
-            print("\nStopping after this step, which is then saved. Ctrl-C ends it at once.", file=sys.stderr, flush=True)
+            # Not by print, since what is interrupted may be printing; and whoever read our output may have been stopped as well.
+            with suppress(OSError):
+                os.write(2, b"\nStopping after this step, which is then saved. Ctrl-C ends it at once.\n")
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
