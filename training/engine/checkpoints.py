@@ -280,7 +280,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         if not self.received and self.accelerator.is_main_process:
-            # Not by print, since what is interrupted may be printing; and whoever read our output may have been stopped as well.
+            # Not by print, since what is interrupted may be printing; and whoever reads our output may have been stopped too.
             with suppress(OSError):
                 os.write(2, b"\nStopping after this step, which is then saved. Ctrl-C ends it at once.\n")
         self.received = True
