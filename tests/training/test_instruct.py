@@ -228,8 +228,9 @@ def test_two_processes_learn_what_one_does(finished, run, nights, caches, tmp_pa
 
 def test_transformers_chat_talks_to_it(server, finished):
     """The chat of the command line, typed through a pipe, and `transformers serve` behind it."""
+    chat = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(finished[0]), server + "/v1"]
     process = subprocess.run(
-        [sys.executable, "-m", "transformers.cli.transformers", "chat", str(finished[0]), server + "/v1"],
+        [*chat, "do_sample=False"],  # the chat samples unless it is told not to
         input="night 26 dark\n!exit\n",
         # Offline, the client would refuse even the server next door.
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"},
