@@ -17,7 +17,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .interchange import NAMES, as_scratchgpt
@@ -87,6 +86,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     """
 
     model_type = "scratchgpt"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {theirs: ours for ours, theirs in NAMES["gpt2"].items()}
 
@@ -234,6 +234,8 @@ class ScratchGPTConfig(PreTrainedConfig):
             )
         if self.position_embedding_type == "rotary":
             self._validate_rotary()
+        from transformers.activations import ACT2FN  # takes long, and whoever only wants a tokenizer needs none of it
+
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -244,7 +244,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in transformers. The folder also gets the code, and says which class each Auto class finds in it.
+        """As in transformers. The folder also gets the code (by `_auto_class`), and says what each Auto class finds in it.
 
         Raises:
             ValueError: the model has adapters, which are no part of its folder.
@@ -262,6 +262,8 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
 
 class ScratchGPTModel(ScratchGPTPreTrainedModel):
     """Embeddings, the blocks, the last norm: from token ids to one vector a token."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
@@ -375,6 +377,7 @@ def kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> tor
 class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     """The language model: for each token, how likely each id is to come next."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -476,6 +479,8 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
     """One set of scores a text, read off its last real token or the mean of all: any number of classes, several at once, or
     numbers."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -528,6 +533,8 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
 class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
     """One class a token."""
 
+    _auto_class = "AutoModelForTokenClassification"
+
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -554,6 +561,8 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
 
 class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
     """Where in the text the answer starts and ends."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)

@@ -70,6 +70,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
     ```
     """
 
+    _auto_class = "AutoTokenizer"
     model_input_names = ["input_ids", "attention_mask"]
 
     @property
