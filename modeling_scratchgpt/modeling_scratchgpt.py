@@ -180,7 +180,7 @@ class ScratchGPTMLP(nn.Module):
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-            self.same_input = ("gate_proj", "up_proj")
+            self.same_input = ("up_proj", "gate_proj")
         self.act_fn = ACT2FN[config.hidden_act]
         self.hidden_dropout = config.hidden_dropout
 

@@ -1,11 +1,14 @@
 """Everything `generate` offers without a network, on both architectures."""
 
+import time
+from functools import partial, partialmethod
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, StaticCache, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer, packed_linear
 from modeling_scratchgpt.packed_linear import packed_linears
 from tests.conftest import TINY
 
@@ -228,24 +231,56 @@ def test_up_to_the_last_learned_position():
     assert generate(stock, prompts(), max_new_tokens=58).shape == (2, 65)
 
 
+def wrapped(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that `packed_linears` has under its hands."""
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("packing_is", ["faster", "slower", "whatever it is"])
 @torch.no_grad()
-def test_packed_layers_compute_the_same_and_leave_no_trace(tiny_model):
+def test_packed_layers_compute_the_same_and_leave_no_trace(packing_is, tiny_model, monkeypatch):
+    """Before, during and after the trial of what is faster, which is left to chance or not."""
+    monkeypatch.setattr(packed_linear, "FASTER_PACKED", {})
+
+    def slowly(*arguments, compute):
+        time.sleep(0.001)
+        return compute(*arguments)
+
+    if packing_is == "faster":
+        monkeypatch.setattr(torch.nn.functional, "linear", partial(slowly, compute=torch.nn.functional.linear))
+    if packing_is == "slower":
+        compute = packed_linear._PackedLinears._packed_product
+        monkeypatch.setattr(packed_linear._PackedLinears, "_packed_product", partialmethod(slowly, compute=compute))
     ids = prompts(3)
     plain = tiny_model(ids).logits
     one = tiny_model(ids[:, :1]).logits
+    linears = [module for module in tiny_model.modules() if type(module) is torch.nn.Linear]
     with packed_linears(tiny_model):
-        packed = [module for module in tiny_model.modules() if "forward" in vars(module)]
-        assert len(packed) == sum(type(module) is torch.nn.Linear for module in tiny_model.modules())
+        assert wrapped(tiny_model) == linears
         torch.testing.assert_close(tiny_model(ids).logits, plain, atol=1e-5, rtol=1e-5)
-        for _ in range(2):
+        for _ in range(2 * packed_linear.TRIES + 4):
             torch.testing.assert_close(tiny_model(ids[:, :1]).logits, one, atol=1e-5, rtol=1e-5)
+        said = set(packed_linear.FASTER_PACKED.values())
+        assert said == {True} if packing_is == "faster" else said == {False} if packing_is == "slower" else said
+        if packing_is == "faster":
+            assert wrapped(tiny_model) == linears
+            with torch.profiler.profile() as profile:
+                tiny_model(ids[:, :1])
+            products = {event.key: event.count for event in profile.key_averages()}
+            assert products["mkldnn::_linear_pointwise"] == 2 * 4 + 1  # qkv, o, gate and up, down of two blocks; the head
+        assert packing_is != "slower" or not wrapped(tiny_model)
+        torch.testing.assert_close(tiny_model(ids[:1, :1]).logits, one[:1], atol=1e-5, rtol=1e-5)  # other rows
         with packed_linears(tiny_model):  # another thread
             torch.testing.assert_close(tiny_model(ids[:, :1]).logits, one, atol=1e-5, rtol=1e-5)
         with torch.enable_grad():
             assert tiny_model(ids[:, :1]).logits.requires_grad
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert tiny_model.lm_head(torch.randn(1, 32)).dtype == torch.bfloat16
-    assert not [module for module in tiny_model.modules() if "forward" in vars(module)]
+    assert not wrapped(tiny_model)
+    with packed_linears(tiny_model):  # what was said holds for the process
+        for _ in range(2):
+            torch.testing.assert_close(tiny_model(ids[:, :1]).logits, one, atol=1e-5, rtol=1e-5)
+        assert packing_is != "slower" or not wrapped(tiny_model)
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(2)
     torch.testing.assert_close(generate(tiny_model, ids), greedy_by_hand(tiny_model, ids))
@@ -255,4 +290,4 @@ def test_packed_layers_compute_the_same_and_leave_no_trace(tiny_model):
 def test_only_plain_float32_layers_are_packed(tiny_model):
     tiny_model.bfloat16()
     with packed_linears(tiny_model):
-        assert not [module for module in tiny_model.modules() if "forward" in vars(module)]
+        assert not wrapped(tiny_model)
