@@ -9,7 +9,7 @@ Notable:
 - Only while `packed_linears` is entered, and only for a few rows: longer inputs and training take the usual way.
 - Layers that a module names in `same_input` (queries, keys and values), in the order of their calls, become one product.
 - The first call may be the prompt, and costs nothing. The next are the trial, once in a process for each size of a layer and
-  each number of rows.
+  each number of rows. The two ways differ in the last bits of a number.
 - A packed weight is in memory twice until the end; nothing is kept longer, because weights may change where nobody sees it
   (merging an adapter writes to `.data`).
 - It packs plain `nn.Linear` layers in float32. What an adapter, a quantizer or a compiler has made of a layer stays as it is.
