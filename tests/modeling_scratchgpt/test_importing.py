@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from tests.conftest import TINY
+
 
 def run_alone(program: str, *words: object) -> None:
     command = [sys.executable, "-c", "import sys, modeling_scratchgpt\n" + program, *map(str, words)]
@@ -32,31 +35,24 @@ assert slow < sys.modules.keys()
 
 
 def test_auto_classes_import_them(tmp_path):
-    """From a config, then from a folder, with no model named before; and what is saved carries its code."""
+    """From a folder, then from a config, with no model named before; and what is saved carries its code."""
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "base")
     run_alone(
         """
 import transformers
-folder, shape = sys.argv[1], {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
-transformers.AutoConfig.for_model("scratchgpt", **shape).save_pretrained(folder)
-config = transformers.AutoConfig.from_pretrained(folder)
+folder = sys.argv[1]
+tokens = transformers.AutoModelForTokenClassification
+assert tokens._model_mapping[modeling_scratchgpt.ScratchGPTConfig].__name__ == "ScratchGPTForTokenClassification"
+assert "transformers.modeling_utils" not in sys.modules
+model, report = tokens.from_pretrained(f"{folder}/base", output_loading_info=True)
+assert set(report["missing_keys"]) == {"score.weight", "score.bias"}
 for head in ("", "ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification"):
     auto_class, name = getattr(transformers, f"AutoModel{head}"), f"ScratchGPT{head or 'Model'}"
-    assert auto_class._model_mapping[type(config)].__name__ == name
-    model = auto_class.from_config(config)
-    assert type(model) is auto_class._model_mapping[type(config)] is getattr(modeling_scratchgpt, name)
+    model = auto_class.from_config(model.config)
+    assert type(model) is auto_class._model_mapping[type(model.config)] is getattr(modeling_scratchgpt, name)
     assert type(model).__module__ == "modeling_scratchgpt.modeling_scratchgpt"
     model.save_pretrained(f"{folder}/{name}")
 """,
         tmp_path,
     )
-    assert len(list(tmp_path.glob("*/modeling_scratchgpt.py"))) == 5
-    run_alone(
-        """
-from transformers import AutoModelForTokenClassification
-folder = sys.argv[1] + "/ScratchGPTForCausalLM"
-model, report = AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
-assert type(model) is modeling_scratchgpt.ScratchGPTForTokenClassification
-assert set(report["missing_keys"]) == {"score.weight", "score.bias"}
-""",
-        tmp_path,
-    )
+    assert len(list(tmp_path.glob("ScratchGPT*/modeling_scratchgpt.py"))) == 5
