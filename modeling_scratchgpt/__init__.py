@@ -55,6 +55,9 @@ class LazyModel(type):
     def __getattr__(cls, name: str) -> Any:
         return getattr(getattr(sys.modules[__name__], cls.__name__), name)
 
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return getattr(sys.modules[__name__], cls.__name__)(*args, **kwargs)
+
 
 def __getattr__(name: str) -> Any:
     """The models, when one is asked for (PEP 562)."""

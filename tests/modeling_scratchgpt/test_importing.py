@@ -42,10 +42,11 @@ def test_auto_classes_import_them(tmp_path):
 import transformers
 folder = sys.argv[1]
 tokens = transformers.AutoModelForTokenClassification
-assert tokens._model_mapping[modeling_scratchgpt.ScratchGPTConfig].__name__ == "ScratchGPTForTokenClassification"
-assert "transformers.modeling_utils" not in sys.modules
+stands_for = tokens._model_mapping[modeling_scratchgpt.ScratchGPTConfig]
+assert stands_for.__name__ == "ScratchGPTForTokenClassification" and "transformers.modeling_utils" not in sys.modules
 model, report = tokens.from_pretrained(f"{folder}/base", output_loading_info=True)
 assert set(report["missing_keys"]) == {"score.weight", "score.bias"}
+assert type(stands_for(model.config)) is type(model) and stands_for.base_model_prefix == "model"
 for head in ("", "ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification"):
     auto_class, name = getattr(transformers, f"AutoModel{head}"), f"ScratchGPT{head or 'Model'}"
     model = auto_class.from_config(model.config)
