@@ -22,8 +22,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from training.arguments import UserError, one_line, printable, run
+from training.cli import run_main
 from training.engine.pretrained import ADAPTER
+from training.errors import UserError, one_line, printable
 from training.results.cards import CARD
 from training.results.classification_report import MISTAKES
 from training.results.responses import PAGE, RESPONSES
@@ -251,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

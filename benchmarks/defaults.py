@@ -24,7 +24,7 @@ CHANGES = {
     "batches of 4, twice the steps": "--batch_size 4",
     "batches of 16, half the steps": "--batch_size 16",
     "embeddings tied": "--model tie_word_embeddings=true",
-    "cosine schedule": "--schedule cosine",
+    "cosine schedule": "--lr_scheduler_type cosine",
     "AdamW for everything, 0.002": "--optimizer adamw --learning_rate 0.002 --weight_decay 0.1",
     "AdamW for everything, 0.004": "--optimizer adamw --learning_rate 0.004 --weight_decay 0.1",
     "GPT-2's architecture": GPT2,
@@ -37,7 +37,7 @@ def measure(words: list[str], num_steps: int) -> tuple[float, float]:
     batch_size = int(words[words.index("--batch_size") + 1]) if "--batch_size" in words else BATCH
     steps = str(num_steps * BATCH // batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        often = ["--max_steps", steps, "--eval_every", steps, "--save_every", steps]
+        often = ["--max_steps", steps, "--eval_steps", steps, "--save_steps", steps]
         run_recipe("pretrain", "--output_dir", f"{folder}/model", *words, *often)
         rows = [json.loads(line) for line in Path(folder, "model", "metrics.jsonl").read_text().splitlines()]
     return rows[-1]["bits_per_byte"], sum(row.get("seconds", 0) for row in rows) / 60

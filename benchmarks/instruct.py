@@ -24,7 +24,7 @@ from training.results.responses import respond
 WAYS = {
     "everything trained": "",
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
-    "the last block trained": "--train_blocks 1 --learning_rate 0.003",
+    "the last block trained": "--train_last_n_layers 1 --learning_rate 0.003",
 }
 BATCH = 32
 

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.arguments import model_config, parse_arguments
+from training.cli import model_config, parse_arguments
 from training.data.tokens import Tokens
 from training.data.windows import Batches, Windows, training_loader
 from training.engine.flops import flops_per_token
 from training.engine.loop import start_accelerator, training_steps
 from training.engine.metrics import MetricsFile
 from training.engine.report import ProgressBar
-from training.engine.run import optimization
+from training.engine.train import build_optimizers
 from training.pretrain import PretrainArguments
 
 SHAPES = {
@@ -58,7 +58,7 @@ def measure(words: str, num_steps: int, folder: Path) -> tuple[float, float, flo
     accelerator = start_accelerator()
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     model = ScratchGPTForCausalLM(config)
-    optimizers, schedules = optimization(arguments, model)
+    optimizers, schedules = build_optimizers(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
 
     np.random.default_rng(0).integers(0, config.vocab_size, 5_000_000, dtype=np.uint16).tofile(folder / "tokens")

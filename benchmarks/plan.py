@@ -12,7 +12,7 @@ import statistics
 
 from measuring import apart, peak_bytes
 
-from training.arguments import model_config, parse_arguments
+from training.cli import model_config, parse_arguments
 from training.engine.loop import start_accelerator
 from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
 from training.pretrain import PretrainArguments

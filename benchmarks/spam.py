@@ -33,12 +33,12 @@ BASE = "the base, pretrained"
 PRETRAIN = "--vocab_size 4000 --model num_hidden_layers=1 hidden_size=256 --max_steps 120 --batch_size 8 --windows packed"
 CLASSIFY = (
     "--columns label text --balance undersample --classifier_pooling mean --lowercase --subword_dropout 0.1 "
-    "--token_dropout 0.2 --label_smoothing 0.05 --learning_rate 0.001 --epochs 14"
+    "--token_dropout 0.2 --label_smoothing 0.05 --learning_rate 0.001 --num_train_epochs 14"
 )
 WAYS = {
     "everything trained": "",
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
-    "the last block trained": "--train_blocks 1 --learning_rate 0.002",
+    "the last block trained": "--train_last_n_layers 1 --learning_rate 0.002",
 }
 PEERS: dict[str, Callable[[], Any]] = {
     "characters 2 to 5 within words, SVM": lambda: make_pipeline(

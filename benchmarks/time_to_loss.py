@@ -143,7 +143,7 @@ def train_reference(text: Text) -> Run:
     optimizers = make_optimizers(model, "adamw", 1e-3, 0.0, weight_decay=0.1)
     for group in optimizers[0].param_groups:
         group["betas"] = (0.9, 0.99)
-    schedules = make_schedules(optimizers, "cosine", 100, 2000, final_fraction=0.1, decay_fraction=1.0)
+    schedules = make_schedules(optimizers, "cosine", 100, 2000, min_lr_ratio=0.1, decay_ratio=1.0)
     return train(REFERENCE, text, model, optimizers, schedules, 12, 2000, 1.0, evaluate_every=200)
 
 
@@ -176,7 +176,7 @@ def train_ours(
     muon_initialization(model)
     optimizers = make_optimizers(model, "muon", learning_rate, muon_learning_rate, weight_decay=0.0)
     optimizers[0].param_groups[0]["momentum"] = 0.9  # batches of a thousand tokens: old gradients age fast
-    schedules = make_schedules(optimizers, "linear", 15, max_steps, final_fraction=0.02, decay_fraction=1.0)
+    schedules = make_schedules(optimizers, "linear", 15, max_steps, min_lr_ratio=0.02, decay_ratio=1.0)
     return train(name, text, model, optimizers, schedules, batch_size, max_steps, math.inf, evaluate_every)
 
 

@@ -169,7 +169,7 @@ def gpt2_weights() -> "list[WeightTransform]":
     return [*renamed, *converted]
 
 
-def gpt2_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict of `ScratchGPTForCausalLM` as one of `GPT2LMHeadModel`, with biases of zero where ours has none."""
     result = {}
     for name, tensor in state.items():

@@ -89,7 +89,7 @@ class ScratchGPTRotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[i], x[i + D/2]) of every head in `x` (B, heads, T, D) by its position's angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -127,7 +127,7 @@ class ScratchGPTAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
-        self.same_input = ("q_proj", "k_proj", "v_proj")  # see packed_linear.py
+        self.fused_inputs = ("q_proj", "k_proj", "v_proj")  # see packed_linear.py
 
         query_size, key_value_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -157,7 +157,7 @@ class ScratchGPTAttention(nn.Module):
 
         if position_embeddings is not None:
             cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, T, D)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
@@ -180,7 +180,7 @@ class ScratchGPTMLP(nn.Module):
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-            self.same_input = ("up_proj", "gate_proj")
+            self.fused_inputs = ("up_proj", "gate_proj")
         self.act_fn = ACT2FN[config.hidden_act]
         self.hidden_dropout = config.hidden_dropout
 
@@ -362,7 +362,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states (B, T, C) that get logits: the last so many (0: all), the places listed for all rows or for each,
     or those that a mask (B, T) marks, then as (N, C)."""
     if isinstance(logits_to_keep, int):
@@ -437,7 +437,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         if skip_logits and shift_labels is not None and is_bare:
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:
-            logits = self.lm_head(kept(hidden_states, logits_to_keep))  # (B, T, V)
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # (B, T, V)
             if shift_labels is not None:
                 loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
@@ -463,7 +463,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
 ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCausalLM.forward)  # type: ignore[attr-defined]
 
 
-def pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
+def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
     """One vector a text (B, C), from the hidden states (B, T, C) of its real tokens: `"last"` or `"mean"`."""
     if attention_mask is None:
         return hidden_states[:, -1] if how == "last" else hidden_states.mean(1)
@@ -504,7 +504,7 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         are the share of each class: so they carry label smoothing, and the weight of the text as their sum.
         """
         outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
-        text = pooled(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        text = pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
         logits = self.score(text)  # (B, num_labels)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         return SequenceClassifierOutputWithPast(

@@ -7,7 +7,7 @@ the faster stays.
 
 Notable:
 - Only while `packed_linears` is entered, and only for a few rows: longer inputs and training take the usual way.
-- Layers that a module names in `same_input` (queries, keys and values), in the order of their calls, become one product.
+- Layers that a module names in `fused_inputs` (queries, keys and values), in the order of their calls, become one product.
 - The first call may be the prompt, and costs nothing. The next are the trial, once in a process for each size of a layer and
   each number of rows. The two ways differ in the last bits of a number.
 - A packed weight is in memory twice until the end; nothing is kept longer, because weights may change where nobody sees it
@@ -36,7 +36,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         for module in model.modules():
             children: dict[str, Any] = dict(module.named_children())
-            together = [children.pop(name) for name in getattr(module, "same_input", ())]
+            together = [children.pop(name) for name in getattr(module, "fused_inputs", ())]
             groups = [together] if all(map(_can_be_packed, together)) else [[layer] for layer in together]
             for group in (*groups, *([layer] for layer in children.values())):
                 if group and all(map(_can_be_packed, group)):

@@ -21,13 +21,14 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, Scratch
 from modeling_scratchgpt.convert import convert
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, save_adapter
 from tests.conftest import TINY
-from training.arguments import UserError, option, parse_arguments
+from training.cli import option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
 from training.data.corpora import CorpusArguments, read_corpora
 from training.data.examples import ExampleArguments, check_examples, read_examples
 from training.engine.checkpoints import find_checkpoint, save_checkpoint
 from training.engine.optimizers import make_optimizers
-from training.engine.pretrained import load_base, load_config_and_tokenizer
+from training.engine.pretrained import load_config_and_tokenizer, load_pretrained
+from training.errors import UserError
 
 ODD = [
     *(None, True, -1, 0, 0.5, 1e308, 2**31, 2**63, 10**30, float("nan")),
@@ -106,7 +107,7 @@ def model(tmp_path_factory) -> Path:
 def test_a_model_to_go_on_from(model, tmp_path, times):
     def use(folder: Path) -> None:
         load_config_and_tokenizer(str(folder), 8)
-        load_base(ScratchGPTForCausalLM, str(folder), None)
+        load_pretrained(ScratchGPTForCausalLM, str(folder), None)
 
     attack(model, tmp_path, times, use, (UserError,))
 

@@ -2,7 +2,7 @@
 
     accelerate launch training/classify.py
     accelerate launch training/classify.py --dataset sms.tsv --base_model outputs/pretrain --output_dir outputs/spam
-    accelerate launch training/classify.py --dataset sms.tsv --train_blocks 1 --output_dir outputs/last-block
+    accelerate launch training/classify.py --dataset sms.tsv --train_last_n_layers 1 --output_dir outputs/last-block
     accelerate launch training/classify.py --dataset sms.tsv --lora_r 16 --output_dir outputs/lora
     python training/classify.py --predict outputs/spam --input texts.txt
 
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
-from training.arguments import UserError, option, parse_arguments, run
+from training.cli import option, parse_arguments, run_main
 from training.data.examples import (
     MULTI,
     REGRESSION,
@@ -40,10 +40,17 @@ from training.data.examples import (
     class_weights,
     read_examples,
 )
-from training.data.files import TABLE_ENDINGS, find_files, read_lines, read_rows, text_of
-from training.data.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
+from training.data.files import TABLE_ENDINGS, find_files, get_text, read_lines, read_rows
+from training.data.padding import (
+    AugmentedTexts,
+    EncodedTexts,
+    LengthGroupedBatchSampler,
+    encode,
+    in_order_of_length,
+    padded_loader,
+)
 from training.data.splits import SPLITS
-from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.checkpoints import atomic_directory, full_state_dict
 from training.engine.flops import flops_per_token
 from training.engine.loop import start_accelerator
 from training.engine.pretrained import (
@@ -52,15 +59,16 @@ from training.engine.pretrained import (
     check_tuning,
     dropout_fields,
     freeze,
-    load_base,
     load_config_and_tokenizer,
     load_model,
+    load_pretrained,
     load_tokenizer,
     lora_config,
     save_trained,
 )
 from training.engine.report import CURVE, draw_loss
-from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
+from training.engine.train import EpochArguments, check_epochs, resolve_epochs, start, train
+from training.errors import UserError
 from training.results.cards import BASE, HERE, SCORES, dataset_name, hardware, origin, write_card
 from training.results.classification_report import (
     MISTAKES,
@@ -135,7 +143,7 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
     """The model as it is before the first step, the same whenever it is asked for. Its head is new, unless the model is a
     classifier of as many labels already."""
     set_seed(arguments.seed)
-    model: ScratchGPTForSequenceClassification = load_base(
+    model: ScratchGPTForSequenceClassification = load_pretrained(
         ScratchGPTForSequenceClassification,
         arguments.base_model,
         lora_config(arguments, ["score"]),
@@ -147,8 +155,8 @@ def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: in
         pad_token_id=pad_token_id,
         **dropout_fields(arguments.dropout),
     )
-    if arguments.train_blocks >= 0:
-        freeze(model, arguments.train_blocks, model.score)
+    if arguments.train_last_n_layers >= 0:
+        freeze(model, arguments.train_last_n_layers, model.score)
     return model
 
 
@@ -265,10 +273,10 @@ def texts_of(path: Path | None, arguments: ClassifyArguments) -> Iterator[str]:
     """The texts to label, one by one, of a file or, without one, of standard input."""
     if path and (path.suffix.lower() in TABLE_ENDINGS or arguments.columns):
         columns = {arguments.text_column: "text_column"}
-        for place, row in read_rows(path, columns, arguments.errors, arguments.columns):
-            yield text_of(row, arguments.text_column, place, arguments.errors)
+        for place, row in read_rows(path, columns, arguments.encoding_errors, arguments.columns):
+            yield get_text(row, arguments.text_column, place, arguments.encoding_errors)
     else:
-        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.errors))
+        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.encoding_errors))
 
 
 def main() -> None:
@@ -278,7 +286,7 @@ def main() -> None:
         return
     accelerator, output_dir = start(arguments, check)
     config, tokenizer = load_config_and_tokenizer(
-        arguments.base_model, max(arguments.context_length, 4), arguments.train_blocks
+        arguments.base_model, max(arguments.context_length, 4), arguments.train_last_n_layers
     )
     max_length = arguments.context_length or config.max_position_embeddings
     for_classification(tokenizer, arguments.base_model, max_length, arguments.lowercase)
@@ -309,8 +317,8 @@ def main() -> None:
     if arguments.subword_dropout or arguments.token_dropout:
         written = [example.text for example in examples.splits["train"]]
         dropouts = arguments.subword_dropout, arguments.token_dropout
-        training_texts = VariedTexts(written, texts["train"], tokenizer, max_length, *dropouts, arguments.seed)
-    arguments = with_steps(arguments, len(texts["train"]))
+        training_texts = AugmentedTexts(written, texts["train"], tokenizer, max_length, *dropouts, arguments.seed)
+    arguments = resolve_epochs(arguments, len(texts["train"]))
 
     first = partial(first_model, arguments, names, tokenizer.pad_token_id)
     model = first()
@@ -338,7 +346,7 @@ def main() -> None:
 
     def batches_from(start: int) -> DataLoader:
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
+        batches = LengthGroupedBatchSampler(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
         return padded_loader(training_texts, tokenizer, batch_sampler=batches)
 
     flops = flops_per_token(
@@ -346,17 +354,17 @@ def main() -> None:
         int(texts["train"].lengths.mean()),
         frozen=bool(arguments.lora_r),
         has_head=False,
-        trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 else None,
+        trained_blocks=arguments.train_last_n_layers if arguments.train_last_n_layers >= 0 else None,
     )
     outcome = train(accelerator, arguments, model, batches_from, examples.digest(), look, show, flops)
     if "test" in loaders:
         accelerator.print(f"\nOn the test split, used only now: {look(model, 'test')}\n")
-    results = {split: predictions.all_scores(labels[split]) for split, predictions in seen.items()}
+    results = {split: predictions.full_report(labels[split]) for split, predictions in seen.items()}
     last = list(seen)[-1]
 
-    weights = whole_weights(model)
+    weights = full_state_dict(model)
     if accelerator.is_main_process:
-        with written_whole(output_dir) as folder:
+        with atomic_directory(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
             before = {"before": vars(outcome.before)}
             (folder / SCORES).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -388,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

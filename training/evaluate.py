@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
 import modeling_scratchgpt  # noqa: F401  (teaches the Auto classes our model)
-from training.arguments import UserError, option, parse_arguments, run
+from training.cli import option, parse_arguments, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, splits_of
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize
@@ -31,6 +31,7 @@ from training.data.windows import Windows, evaluation_loader
 from training.engine.loop import start_accelerator
 from training.engine.metrics import evaluate
 from training.engine.pretrained import check_model, load_model, load_tokenizer
+from training.errors import UserError
 
 
 @dataclass
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

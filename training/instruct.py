@@ -24,39 +24,40 @@ from transformers import GenerationConfig
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
-from training.arguments import UserError, one_line, option, parse_arguments, printable, run
-from training.data.cache import appearing_whole
+from training.cli import option, parse_arguments, run_main
+from training.data.cache import atomic_file
 from training.data.conversations import ConversationArguments, Conversations, check_conversations, read_conversations
-from training.data.padding import BatchesByLength, in_order_of_length
+from training.data.padding import LengthGroupedBatchSampler, in_order_of_length
 from training.data.prompts import (
-    STYLES,
+    CHAT_TEMPLATES,
     EncodedConversations,
     conversation_loader,
     digest,
     encode,
-    marked,
+    get_chat_template,
+    render_with_loss_mask,
+    set_up_chat_template,
     stop_token_id,
-    style_of,
-    teach,
 )
 from training.data.splits import SPLITS
 from training.data.tokens import Tokens
 from training.data.windows import Batches, PackedDocuments, training_loader
-from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.checkpoints import atomic_directory, full_state_dict
 from training.engine.flops import flops_per_token
-from training.engine.metrics import Evaluation, evaluate
+from training.engine.metrics import LMMetrics, evaluate
 from training.engine.pretrained import (
     TuningArguments,
     check_tuning,
     dropout_fields,
     freeze,
-    load_base,
     load_config_and_tokenizer,
+    load_pretrained,
     lora_config,
     save_trained,
 )
 from training.engine.report import CURVE, draw_loss
-from training.engine.run import EpochArguments, check_epochs, start, train, with_steps
+from training.engine.train import EpochArguments, check_epochs, resolve_epochs, start, train
+from training.errors import UserError, one_line, printable
 from training.results.cards import (
     CARD,
     CAUSAL_ADAPTER,
@@ -97,7 +98,7 @@ EXAMPLES = f"""The answers to the test split stand side by side in [{PAGE}]({PAG
 
 @dataclass
 class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
-    may_differ: ClassVar[set[str]] = EpochArguments.may_differ | {
+    RESUME_MAY_CHANGE: ClassVar[set[str]] = EpochArguments.RESUME_MAY_CHANGE | {
         "judge",
         "judge_url",
         "judge_model",
@@ -107,8 +108,7 @@ class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments.")
     chat_template: str = option(
         "",
-        f"How messages become one text: {', '.join(STYLES)}, or a file with a Jinja template; if not given, the model's own, "
-        "else chat.",
+        f"chat template: {', '.join(CHAT_TEMPLATES)}, or a file with a Jinja template; default: the model's own, else chat",
     )
     train_on_prompt: bool = option(False, "Learn to say the prompts too, and not the answers alone.")
     packing: bool = option(False, "Put several conversations into a row, each seen by itself, instead of padding.")
@@ -160,15 +160,15 @@ def first_model(arguments: InstructArguments, tokenizer: Any, num_new: int, stop
     """The model as it is before the first step, the same whenever it is asked for. The rows of new tokens are always trained,
     with the matrices that they are in. It answers with the likeliest token each time, but for repetitions."""
     set_seed(arguments.seed)
-    model: ScratchGPTForCausalLM = load_base(
+    model: ScratchGPTForCausalLM = load_pretrained(
         ScratchGPTForCausalLM,
         arguments.base_model,
         lora_config(arguments, ["embed_tokens", "lm_head"] if num_new else None),
         num_tokens=len(tokenizer),
         **dropout_fields(arguments.dropout),
     )
-    if arguments.train_blocks >= 0:
-        freeze(model, arguments.train_blocks, model.lm_head, *([model.get_input_embeddings()] if num_new else []))
+    if arguments.train_last_n_layers >= 0:
+        freeze(model, arguments.train_last_n_layers, model.lm_head, *([model.get_input_embeddings()] if num_new else []))
     model.generation_config = GenerationConfig(
         do_sample=False,
         repetition_penalty=arguments.repetition_penalty,  # Keskar et al., 2019, "CTRL"
@@ -239,7 +239,7 @@ def judge_responses(judge: Judge, folder: Path) -> None:
     results["judge"] = {"model": without_folders(judge.model), **asdict(verdicts)}
     card = card.replace(table, results_table(results))
     for name, text in ((SCORES, json.dumps(results, indent=2)), (CARD, card)):
-        with appearing_whole(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"The judge {judge.model} says: {verdicts}. The grades are in {folder / PAGE} and {folder / RESPONSES}")
 
@@ -271,11 +271,11 @@ def main() -> None:
         return
     accelerator, output_dir = start(arguments, check)
     config, tokenizer = load_config_and_tokenizer(
-        arguments.base_model, max(arguments.context_length, 8), arguments.train_blocks
+        arguments.base_model, max(arguments.context_length, 8), arguments.train_last_n_layers
     )
     max_length = arguments.context_length or config.max_position_embeddings
-    style = style_of(arguments.chat_template, tokenizer)
-    num_new = teach(tokenizer, style, config.max_position_embeddings)
+    style = get_chat_template(arguments.chat_template, tokenizer)
+    num_new = set_up_chat_template(tokenizer, style, config.max_position_embeddings)
 
     # Conversations -> ids -> batches. The first process of a machine fills the caches, the others read them.
     dataset = dataset_name(arguments.dataset)
@@ -286,7 +286,7 @@ def main() -> None:
     stop = stop_token_id(texts["train"], tokenizer)
     accelerator.print(described(conversations, texts, max_length))
     accelerator.print(f"New tokens: {num_new}. A conversation, with what is learned in brackets:\n")
-    accelerator.print(printable(marked(texts["train"], 0, tokenizer)), "\n")
+    accelerator.print(printable(render_with_loss_mask(texts["train"], 0, tokenizer)), "\n")
     if arguments.packing:
         tokens = Tokens(texts["train"].ids, texts["train"].num_bytes, texts["train"].starts[:-1])
         packed = PackedDocuments(tokens, max_length, tokenizer.pad_token_id, texts["train"].labels)
@@ -294,7 +294,7 @@ def main() -> None:
     num_rows = len(packed) if arguments.packing else len(texts["train"])
     if arguments.batch_size > num_rows:
         raise UserError(f"--batch_size {arguments.batch_size} is more than the {num_rows} rows to train on: lower it.")
-    arguments = with_steps(arguments, num_rows)
+    arguments = resolve_epochs(arguments, num_rows)
 
     first = partial(first_model, arguments, tokenizer, num_new, stop)
     model = first()
@@ -311,14 +311,14 @@ def main() -> None:
         if arguments.packing:
             drawn = Batches([num_rows], arguments.batch_size, num_batches, arguments.seed, start=start)
             return training_loader([packed], drawn)
-        batches = BatchesByLength(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
+        batches = LengthGroupedBatchSampler(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
         return conversation_loader(texts["train"], tokenizer, batch_sampler=batches)
 
     validation_batches = evaluation_batches("validation")
     shown = list({talk.prompt[-1]["content"]: talk for talk in texts["validation"].conversations}.values())[:NUM_SHOWN]
     most_tokens: Any = model.generation_config.max_new_tokens  # type: ignore[union-attr]
 
-    def score(prepared_model: nn.Module) -> Evaluation:
+    def score(prepared_model: nn.Module) -> LMMetrics:
         return evaluate(accelerator, prepared_model, validation_batches, texts["validation"].num_bytes)
 
     def show() -> str:
@@ -331,7 +331,7 @@ def main() -> None:
         config,
         int(texts["train"].lengths.mean()),
         frozen=bool(arguments.lora_r),
-        trained_blocks=arguments.train_blocks if arguments.train_blocks >= 0 and not num_new else None,
+        trained_blocks=arguments.train_last_n_layers if arguments.train_last_n_layers >= 0 and not num_new else None,
     )
     outcome = train(accelerator, arguments, model, batches_from, digest(texts), score, show, flops)
     said = show()
@@ -351,9 +351,9 @@ def main() -> None:
         accelerator.print(f"On the test split, used only now: {result}\nAnswers: {scores}; of the base: {base_scores}\n")
 
     last = "test" if rows else "validation"
-    weights = whole_weights(model)
+    weights = full_state_dict(model)
     if accelerator.is_main_process:
-        with written_whole(output_dir) as folder:
+        with atomic_directory(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
             (folder / SCORES).write_text(json.dumps(results, indent=2), encoding="utf-8")
             if rows:
@@ -386,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

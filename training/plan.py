@@ -25,11 +25,12 @@ from accelerate.utils import gather_object
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
-from training.arguments import UserError, parse_arguments, run
+from training.cli import parse_arguments, run_main
 from training.engine.flops import flops_per_token, measured_peak, parameters_by_part, widths
 from training.engine.loop import start_accelerator, training_steps
 from training.engine.report import duration
-from training.engine.run import optimization
+from training.engine.train import build_optimizers
+from training.errors import UserError
 from training.pretrain import PretrainArguments, starting_point
 
 FLOAT = 4  # bytes
@@ -152,7 +153,7 @@ def random_batches(vocab_size: int, rows: int, context_length: int, device: torc
 def probe(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig, seconds: float) -> list[float]:
     """Train on random tokens for about so many seconds; how long each step took, but the first, which wakes everything up."""
     model = ScratchGPTForCausalLM(config)
-    optimizers, schedules = optimization(arguments, model)
+    optimizers, schedules = build_optimizers(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     rows = arguments.batch_size // accelerator.num_processes
     batches = random_batches(config.vocab_size, rows, arguments.context_length, accelerator.device)
@@ -245,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

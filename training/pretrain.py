@@ -21,17 +21,18 @@ from torch.utils.data import DataLoader
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import trainable_parameters
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
-from training.arguments import UserError, model_config, model_option, option, own_fields, parse_arguments, run
+from training.cli import model_config, model_option, option, own_fields, parse_arguments, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, splits_of
 from training.data.tokens import Tokens, tokenize, train_tokenizer
 from training.data.windows import Batches, PackedDocuments, Windows, evaluation_loader, training_loader
-from training.engine.checkpoints import whole_weights, written_whole
+from training.engine.checkpoints import atomic_directory, full_state_dict
 from training.engine.flops import flops_per_token
-from training.engine.metrics import Evaluation, evaluate
+from training.engine.metrics import LMMetrics, evaluate
 from training.engine.optimizers import muon_initialization
-from training.engine.pretrained import LoraArguments, load_base, load_config_and_tokenizer, lora_config, save_trained
-from training.engine.report import CURVE, beginnings, draw_loss, format_samples, sample
-from training.engine.run import EngineArguments, check_engine, start, train
+from training.engine.pretrained import LoraArguments, load_config_and_tokenizer, load_pretrained, lora_config, save_trained
+from training.engine.report import CURVE, draw_loss, format_samples, make_prompts, sample
+from training.engine.train import EngineArguments, check_engine, start, train
+from training.errors import UserError
 from training.results.cards import CAUSAL_ADAPTER, HERE, dataset_name, hardware, origin, write_card
 from training.results.markdown import block
 
@@ -44,7 +45,7 @@ print(generate({{prompt}}, max_new_tokens=64)[0]["generated_text"])"""
 
 EXAMPLES = """## What it writes
 
-Prompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50."""
+Prompts in brackets: the make_prompts of held-out texts. Temperature 0.8, top-k 50."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ class PretrainArguments(EngineArguments, CorpusArguments, LoraArguments):
         "ordered: every window once an epoch; random: at random offsets; packed: whole documents, each seen by itself.",
         choices=["ordered", "random", "packed"],
     )
-    stride: int = option(0, "Tokens between the beginnings of ordered windows; 0 for --context_length: they do not overlap.")
+    stride: int = option(0, "Tokens between the make_prompts of ordered windows; 0 for --context_length: they do not overlap.")
     output_dir: str = option("outputs/pretrain", "New folder for the model.")
 
 
@@ -107,7 +108,7 @@ def mixture(arguments: PretrainArguments, sources: list[Tokens]) -> list[float] 
     return [weight / sum(weights) for weight in weights]
 
 
-def windows_of(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) -> Windows | PackedDocuments:
+def make_windows(arguments: PretrainArguments, tokens: Tokens, pad_token_id: int) -> Windows | PackedDocuments:
     """What is drawn from one source."""
     if arguments.windows == "packed":
         return PackedDocuments(tokens, arguments.context_length, pad_token_id)
@@ -126,7 +127,7 @@ def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> Scrat
     """The model as it is before the first step; the same whenever it is asked for."""
     set_seed(arguments.seed)
     if arguments.base_model:
-        return load_base(ScratchGPTForCausalLM, arguments.base_model, lora_config(arguments))
+        return load_pretrained(ScratchGPTForCausalLM, arguments.base_model, lora_config(arguments))
     model = ScratchGPTForCausalLM(config)
     if arguments.optimizer == "muon":
         muon_initialization(model)
@@ -134,7 +135,7 @@ def first_model(arguments: PretrainArguments, config: ScratchGPTConfig) -> Scrat
     return model
 
 
-def table_of(evaluations: dict[str, Evaluation]) -> str:
+def table_of(evaluations: dict[str, LMMetrics]) -> str:
     """Evaluations on held-out text, each under what it is called, for the card."""
     lines = [f"| {when} | {it.loss:.3f} | {it.perplexity:,.1f} | {it.bits_per_byte:.3f} |" for when, it in evaluations.items()]
     head = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
@@ -160,7 +161,7 @@ def main() -> None:
         validation_tokens = tokenize(validation_texts, tokenizer, "the validation text")
         test_tokens = tokenize(test_texts, tokenizer, "the test text")
     filler = tokenizer.pad_token_id or 0  # at the end of a row; it is neither seen nor scored
-    sources = [windows_of(arguments, tokens, filler) for tokens in training_tokens]
+    sources = [make_windows(arguments, tokens, filler) for tokens in training_tokens]
     if arguments.batch_size > (num_windows := sum(len(source) for source in sources)):
         raise UserError(
             f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: lower it, or "
@@ -194,10 +195,10 @@ def main() -> None:
     accelerator.print(f"A GPT of {model.num_parameters():,} parameters, on {hardware(accelerator.num_processes)}")
     if arguments.lora_r:
         accelerator.print(f"LoRA: {trainable_parameters(model)}")
-    prompts = beginnings(validation_texts[:NUM_SAMPLES]["text"], tokenizer)
+    prompts = make_prompts(validation_texts[:NUM_SAMPLES]["text"], tokenizer)
     samples: list[list[tuple[str, str]]] = []  # of each look at the model
 
-    def score(prepared_model: nn.Module) -> Evaluation:
+    def score(prepared_model: nn.Module) -> LMMetrics:
         return evaluate(accelerator, prepared_model, prepared_batches, validation_tokens.num_bytes)
 
     def show() -> str:
@@ -231,9 +232,9 @@ def main() -> None:
         evaluations["after training, on the test text"] = result
         accelerator.print(f"On the test text, used only now: {result}\n")
 
-    weights = whole_weights(model)
+    weights = full_state_dict(model)
     if accelerator.is_main_process:
-        with written_whole(output_dir) as folder:
+        with atomic_directory(output_dir) as folder:
             save_trained(folder, model, weights, tokenizer, first)
             draw_loss(outcome.metrics.rows, folder / CURVE, "nats per token")
             write_card(
@@ -264,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,7 +15,7 @@ DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353. The names are those of
 
 from .adapters import (
     add_adapter,
-    combine_adapters,
+    add_weighted_adapter,
     delete_adapter,
     disabled,
     lora_layers,
@@ -33,7 +33,7 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "add_adapter",
-    "combine_adapters",
+    "add_weighted_adapter",
     "delete_adapter",
     "disabled",
     "load_adapter",

@@ -171,7 +171,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         parameter.requires_grad_(True)
 
 
-def combine_adapters(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
+def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
     """A new adapter that adds the weighted sum of what others add: their matrices, side by side.
 
     Raises:
@@ -268,7 +268,7 @@ __all__ = [
     "adapters_of",
     "add_adapter",
     "add_adapter_of_any_rank",
-    "combine_adapters",
+    "add_weighted_adapter",
     "delete_adapter",
     "disabled",
     "lora_layers",

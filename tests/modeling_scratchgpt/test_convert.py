@@ -30,8 +30,8 @@ from modeling_scratchgpt import (
     ScratchGPTTokenizer,
     convert,
 )
-from modeling_scratchgpt.formats import reading
-from modeling_scratchgpt.formats.tensorflow import crc32c, read_tensorflow_checkpoint
+from modeling_scratchgpt.convert import reading
+from modeling_scratchgpt.convert.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
 from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, shaken
 

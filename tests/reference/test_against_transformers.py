@@ -25,7 +25,7 @@ def as_gpt2(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [(renamed, tensor.T if is_matrix else tensor)]
 
 
-def gpt2_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A whole state dict for `GPT2LMHeadModel`: query, key and value stand side by side in one matrix there."""
     result = {}
     for name, tensor in state.items():
@@ -55,7 +55,7 @@ def pair_with_gpt2(ours: ScratchGPTForCausalLM) -> GPT2LMHeadModel:
             eos_token_id=None,
         )
     )
-    theirs.load_state_dict(gpt2_state(ours.state_dict()))
+    theirs.load_state_dict(gpt2_state_dict(ours.state_dict()))
     return theirs.eval()
 
 
@@ -100,7 +100,7 @@ def test_gpt2_124m_gives_the_same_logits_and_gradients(attention):
     assert (results[0].logits - results[1].logits).abs().max() < 1e-4
     for result in results:
         result.loss.backward()
-    our_gradients = gpt2_state({name: parameter.grad for name, parameter in ours.named_parameters()})
+    our_gradients = gpt2_state_dict({name: parameter.grad for name, parameter in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
         assert (our_gradients[name] - parameter.grad).abs().max() < 1e-4, name
 
@@ -146,7 +146,7 @@ def test_same_logits_loss_and_gradients(name, attention):
         result.loss.backward()
     our_gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     if name == "gpt2":
-        our_gradients = gpt2_state(our_gradients)
+        our_gradients = gpt2_state_dict(our_gradients)
     for parameter_name, parameter in theirs.named_parameters():
         torch.testing.assert_close(our_gradients[parameter_name], parameter.grad, atol=2e-5, rtol=1e-4)
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--vocab_size", "300", "--context_length", "32", "--batch_size", "4", "--max_steps", "12", "--eval_every", "6",
+    "--vocab_size", "300", "--context_length", "32", "--batch_size", "4", "--max_steps", "12", "--eval_steps", "6",
     "--validation_fraction", "0.1", "--report_to", "none",
     "--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64",
 ]  # fmt: skip

@@ -25,10 +25,10 @@ from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import classify
-from training.arguments import UserError
+from training.errors import UserError
 
 RECIPE = classify
-TRAINING = ["--batch_size", "8", "--epochs", "3", "--learning_rate", "0.005", "--report_to", "none"]
+TRAINING = ["--batch_size", "8", "--num_train_epochs", "3", "--learning_rate", "0.005", "--report_to", "none"]
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,7 @@ def test_labelling_a_file_a_table_and_standard_input(finished, nights, tmp_path,
 @pytest.mark.parametrize(("blocks", "parts"), [("0", {"score"}), ("1", {"score", "norm", "layers.1"}), ("2", None)])
 def test_only_what_is_asked_for_is_trained(recipe, run, blocks, parts):
     """Freeze first, then the head: the other order trains no head."""
-    names = changed(recipe("--train_blocks", blocks, "--dropout", "0"), run[0])
+    names = changed(recipe("--train_last_n_layers", blocks, "--dropout", "0"), run[0])
     found = {name.removeprefix("model.").partition(".weight")[0] for name in names}
     top = {name if name in ("score", "norm") else ".".join(name.split(".")[:2]) for name in found}
     assert top == (parts or {"score", "norm", "layers.0", "layers.1"})
@@ -179,7 +179,7 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
     ).save_pretrained(base)
-    folder = recipe("--classifier_pooling", "mean", "--epochs", "6", base=base)
+    folder = recipe("--classifier_pooling", "mean", "--num_train_epochs", "6", base=base)
     found = json.loads((folder / "metrics.json").read_text())
     assert found["test"]["accuracy"] == 1
     classify_text = pipeline_of(folder)
@@ -206,7 +206,7 @@ def test_several_labels_and_numbers(recipe, tmp_path):
         example["text"] += f", like {number} before"
     table = tmp_path / "table.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in examples))
-    words = ["--dataset", str(table), "--epochs", "8"]
+    words = ["--dataset", str(table), "--num_train_epochs", "8"]
     multi = recipe(*words, "--problem_type", "multi_label_classification", "--label_column", "dark", "calm")
     found = json.loads((multi / "metrics.json").read_text())["test"]
     assert found["accuracy"] > 0.9
@@ -227,7 +227,9 @@ def test_early_stopping_takes_the_best(recipe, tmp_path):
     table.write_text(
         "".join(json.dumps({"text": f"night {n * 7919}", "label": label}) + "\n" for n, label in enumerate(chance))
     )
-    folder = recipe("--dataset", str(table), "--patience", "2", "--epochs", "60", "--save_every", "1000")
+    folder = recipe(
+        "--dataset", str(table), "--early_stopping_patience", "2", "--num_train_epochs", "60", "--save_steps", "1000"
+    )
     measured = {row["step"]: row["loss"] for row in rows(folder) if "accuracy" in row and row["step"]}
     best = min(measured, key=measured.__getitem__)
     assert [step for step in measured if step > best] == [best + 7, best + 14]
@@ -249,7 +251,7 @@ def test_a_run_goes_on_where_it_was(recipe, nights, tmp_path, monkeypatch):
     """Weights and scores are those of a run that was not stopped; with other data it does not go on."""
     examples = tmp_path / "nights.jsonl"
     examples.write_text(Path(nights).read_text())
-    words = ["--patience", "5", "--subword_dropout", "0.2", "--token_dropout", "0.1", "--dataset", str(examples)]
+    words = ["--early_stopping_patience", "5", "--subword_dropout", "0.2", "--token_dropout", "0.1", "--dataset", str(examples)]
     straight = recipe(*words, output="straight")
     steps = classify.train.__globals__["training_steps"]
 
@@ -286,8 +288,8 @@ def test_two_processes_learn_what_one_does(finished, run, nights, caches, tmp_pa
 
 def test_what_an_epoch_decides():
     """The last look is that of the last epoch, not one more after it."""
-    arguments = classify.with_steps(classify.ClassifyArguments(batch_size=16, epochs=3), 3490)
-    assert (arguments.max_steps, arguments.eval_every, arguments.save_every) == (655, 219, 219)
+    arguments = classify.resolve_epochs(classify.ClassifyArguments(batch_size=16, num_train_epochs=3), 3490)
+    assert (arguments.max_steps, arguments.eval_steps, arguments.save_steps) == (655, 219, 219)
 
 
 def test_labels_carry_smoothing_and_weights():
@@ -301,24 +303,24 @@ def test_labels_carry_smoothing_and_weights():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "--epochs must be above 0 and at most 1,000,000, got 0.0"),
-        (["--epochs", "nan"], "--epochs must be above 0 and at most 1,000,000, got nan"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0 and at most 1,000,000, got 0.0"),
+        (["--num_train_epochs", "nan"], "--num_train_epochs must be above 0 and at most 1,000,000, got nan"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
         (["--batch_size", "85"], "--batch_size 85 is more than the 84 examples: lower it"),
         (["--input", "x.txt"], "--input x.txt is for --predict: say which model is to label it"),
         (["--base_model", "/nowhere"], "/nowhere is no folder: give the folder or the Hub id of a model"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
         (["--label_smoothing", "-0.1"], "--label_smoothing must be at least 0 and below 1"),
-        (["--train_blocks", "-2"], r"--train_blocks must be -1 \(everything\), 0 \(the head\) or more, got -2"),
-        (["--train_blocks", "3"], "--train_blocks 3 is more than the 2 blocks of the model"),
-        (["--train_blocks", "1", "--lora_r", "2"], "--train_blocks and --lora_r are two ways"),
+        (["--train_last_n_layers", "-2"], r"--train_last_n_layers must be -1 \(everything\), 0 \(the head\) or more, got -2"),
+        (["--train_last_n_layers", "3"], "--train_last_n_layers 3 is more than the 2 blocks of the model"),
+        (["--train_last_n_layers", "1", "--lora_r", "2"], "--train_last_n_layers and --lora_r are two ways"),
         (["--context_length", "3"], "--context_length must be at least 4, got 3"),
         (["--context_length", "33"], "--context_length 33 is longer than the 32 positions"),
         (["--context_length", "6"], "every text of the training split is longer than the 6 tokens that are read of it"),
         (["--base_model", "nowhere/at-all"], "--base_model nowhere/at-all cannot be loaded"),
         (["--text_column", "body"], "line 1 has no 'body'"),
         (["--label_smoothing", "0.1", "--problem_type", "regression"], "--label_smoothing is for one label a text"),
-        (["--patience", "-1"], "--patience must be zero or more, got -1"),
+        (["--early_stopping_patience", "-1"], "--early_stopping_patience must be zero or more, got -1"),
     ],
 )
 def test_mistakes_are_refused_before_the_first_step(recipe, tmp_path, words, message):
@@ -359,7 +361,7 @@ def test_a_run_that_was_killed_while_it_moved_its_files_goes_on(recipe):
 
 
 def test_a_head_alone_needs_no_muon(recipe):
-    assert recipe("--train_blocks", "0", "--optimizer", "muon").is_dir()
+    assert recipe("--train_last_n_layers", "0", "--optimizer", "muon").is_dir()
 
 
 def test_a_classifier_that_cannot_pad_labels_too(finished, tmp_path, monkeypatch, capsys):

@@ -17,10 +17,10 @@ from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClas
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
 from tests.training.conftest import ROOT, TORCHRUN, rows
 from training import evaluate
-from training.arguments import UserError
 from training.data.tokens import tokenize
 from training.data.windows import Windows, evaluation_loader
 from training.engine import metrics
+from training.errors import UserError
 
 TEXTS = ["It was a dark and stormy night, naïve reader.\n" * 4, "Nothing else happened. 🙂", "<|eos|> is text here.\n"]
 

@@ -24,7 +24,7 @@ from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.hub_server import Hub
 from tests.training.conftest import ROOT, snippet_of
 from training import pretrain
-from training.arguments import UserError
+from training.errors import UserError
 from training.sharing import checks as sharing
 
 SENT = {

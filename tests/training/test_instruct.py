@@ -18,12 +18,12 @@ from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
 from tests.training.conftest import ROOT, TORCHRUN, launch, rows, snippet_of
 from training import instruct
-from training.arguments import UserError
-from training.data.prompts import STYLES
+from training.data.prompts import CHAT_TEMPLATES
+from training.errors import UserError
 from training.results.responses import write_responses
 
 RECIPE = instruct
-TRAINING = ["--batch_size", "8", "--epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"]
+TRAINING = ["--batch_size", "8", "--num_train_epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"]
 TRAINING += ["--validation_fraction", "0.1", "--max_new_tokens", "12"]
 ANSWERS = {"dark": "stormy", "bright": "calm"}
 
@@ -115,7 +115,7 @@ def test_other_styles(recipe, nights, tmp_path, style, run):
     model.model.embed_positions = torch.nn.Embedding(160, 32)
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(run[0], trust_remote_code=False).save_pretrained(base)
-    folder = recipe("--chat_template", style, "--epochs", "30", base=base)
+    folder = recipe("--chat_template", style, "--num_train_epochs", "30", base=base)
     question = "night 26\n\n### Input:\ndark" if style == "alpaca" else "night 26\ndark"
     assert asked(chat_with(folder), question) == "stormy"
 
@@ -131,7 +131,7 @@ def test_prompts_may_be_learned_too(recipe):
 
 
 def test_lora_trains_the_new_tokens(recipe, run):
-    folder = recipe("--lora_r", "4", "--epochs", "16")
+    folder = recipe("--lora_r", "4", "--num_train_epochs", "16")
     assert metrics(folder)["test"]["exact_match"] == 1
     merged = ScratchGPTForCausalLM.from_pretrained(folder)
     assert merged.get_input_embeddings().weight.shape[0] == 303
@@ -149,7 +149,7 @@ def test_lora_trains_the_new_tokens(recipe, run):
 
 
 def test_the_last_block_alone(recipe, run):
-    folder = recipe("--train_blocks", "1")
+    folder = recipe("--train_last_n_layers", "1")
     after, before = load_file(folder / "model.safetensors"), load_file(run[0] / "model.safetensors")
     same = {name for name in before if after[name].shape == before[name].shape and torch.equal(after[name], before[name])}
     assert {name.split(".")[2] for name in same if "layers" in name} == {"0"}
@@ -177,7 +177,7 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
     ).save_pretrained(base)
-    folder = recipe("--epochs", "20", base=base)
+    folder = recipe("--num_train_epochs", "20", base=base)
     assert metrics(folder)["test"]["ended"] == 1
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert saved.pad_token_id != saved.eos_token_id == 0
@@ -186,9 +186,9 @@ def test_a_model_of_gpt2_is_a_base_too(recipe, tmp_path):
 
 def test_a_run_goes_on_where_it_was(recipe, monkeypatch, tmp_path):
     """Weights and answers are those of a run that was not stopped; with another template it does not go on."""
-    template, chat = tmp_path / "own.jinja", STYLES["chat"].template
+    template, chat = tmp_path / "own.jinja", CHAT_TEMPLATES["chat"].template
     template.write_text(chat)
-    words = ("--epochs", "4", "--chat_template", str(template))
+    words = ("--num_train_epochs", "4", "--chat_template", str(template))
     straight = recipe(*words, output="straight")
     steps = instruct.train.__globals__["training_steps"]
 
@@ -245,7 +245,7 @@ def test_transformers_chat_talks_to_it(server, finished):
 def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsys, tmp_path):
     """By `transformers serve` with the model itself, which has never heard of grades: each verdict is counted as none."""
     judge = ["--judge_url", server + "/v1", "--judge_model", str(finished[0])]
-    folder = recipe("--epochs", "1", *judge)
+    folder = recipe("--num_train_epochs", "1", *judge)
     found = metrics(folder)["judge"]
     assert (found["graded"], found["malformed"], found["mean"]) == (0, 8, None)
     assert all(row["judge"] is None for row in map(json.loads, (folder / "responses.jsonl").read_text().splitlines()))
@@ -276,7 +276,7 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--repetition_penalty", "nan"], "--repetition_penalty must be between 1 and 10, got nan"),
         (["--context_length", "7"], "--context_length must be at least 8, got 7"),
@@ -284,8 +284,8 @@ def test_a_judge_grades_the_answers(server, recipe, finished, monkeypatch, capsy
         (["--context_length", "8"], "of 64 conversations 64 are longer than 8 tokens .give a longer --context_length"),
         (["--batch_size", "65"], "--batch_size 65 is more than the 64 rows to train on: lower it"),
         (["--chat_template", "nothing"], "--chat_template nothing: give chat, alpaca, phi3, or a file"),
-        (["--train_blocks", "3"], "--train_blocks 3 is more than the 2 blocks of the model"),
-        (["--train_blocks", "1", "--lora_r", "2"], "--train_blocks and --lora_r are two ways"),
+        (["--train_last_n_layers", "3"], "--train_last_n_layers 3 is more than the 2 blocks of the model"),
+        (["--train_last_n_layers", "1", "--lora_r", "2"], "--train_last_n_layers and --lora_r are two ways"),
         (["--base_model", "/nowhere"], "/nowhere is no folder: give the folder or the Hub id of a model"),
         (["--dataset", "nothing.json"], "nothing.json: no such file or folder"),
         (["--dataset", "docs", "x.json"], "--dataset docs is split by modules: give it alone"),

@@ -14,9 +14,9 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, Scratch
 from tests.conftest import MODERN, TINY
 from tests.training.conftest import SMALL
 from training import plan
-from training.arguments import UserError
 from training.engine.flops import flops_per_token, measured_peak, parameters_by_part
 from training.engine.optimizers import make_optimizers
+from training.errors import UserError
 from training.pretrain import PretrainArguments
 
 SHAPES = {

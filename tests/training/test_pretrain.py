@@ -16,9 +16,9 @@ from markdown_it import MarkdownIt
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows
 from training import pretrain
-from training.arguments import UserError
 from training.data.tokens import Tokens
-from training.engine.run import Outcome
+from training.engine.train import TrainResult
+from training.errors import UserError
 
 
 def test_it_leaves_a_complete_model_folder(run):
@@ -155,7 +155,7 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)  # where Muon's products are in bfloat16 it takes 2e-5
         if "tokens" in one:
             assert two["tokens"] == one["tokens"]
-            assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
         (["--learning_rate", "nan"], "--learning_rate must be a positive number, got nan"),
         (["--vocab_size", "5"], "--vocab_size must be at least 259"),
         (["--validation_fraction", "1.5"], "--validation_fraction must be between 0 and 1, got 1.5"),
-        (["--warmup_fraction", "-3"], "--warmup_fraction must be between 0 and 1, got -3"),
+        (["--warmup_ratio", "-3"], "--warmup_ratio must be between 0 and 1, got -3"),
         (["--model", "max_position_embeddings=8"], "--context_length 32 is longer than the model's max_position_embeddings"),
         (["--model", "n_head=3"], "not a multiple of num_attention_heads (3)"),
         (["--context_length", "100000"], "text has .* tokens, fewer than one window of --context_length 100000"),
@@ -183,7 +183,7 @@ def test_two_processes_give_the_losses_of_one(run, book, caches, tmp_path):
         (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
         (["--tokenizer", "word", "--vocab_size", "2"], "--vocab_size must be at least 5 for --tokenizer word"),
         (["--report_to", "sparkle"], "--report_to sparkle: give auto, none, or a tracker of Accelerate that is installed"),
-        (["--save_every", "0"], "--save_every must be at least 1, got 0"),
+        (["--save_steps", "0"], "--save_steps must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_written(arguments, message, book, tmp_path, monkeypatch):
@@ -205,7 +205,8 @@ def test_whatever_else_can_be_asked(windows, book, tmp_path, monkeypatch, capsys
     words = [
         "--dataset", book, str(table), "--text_column", "body", "--dataset_weights", "1", "3", "--mixing_alpha", "0.5",
         *SMALL, "--test_fraction", "0.1", "--tokenizer", "bpe-gpt4", "--windows", *windows, "--optimizer", "muon",
-        "--schedule", "wsd", "--gradient_checkpointing", "True", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
+        "--lr_scheduler_type", "wsd", "--gradient_checkpointing", "True", "--report_to", "none",
+        "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
@@ -255,6 +256,6 @@ def test_the_default_corpus(caches, tmp_path):
 
 def test_what_a_run_took_is_said_by_a_process_without_rows_too():
     """As others than the first have none when a run goes on after its last step."""
-    assert str(Outcome(None, None, Namespace(rows=[]))) == "0 steps, 0 tokens, 0.0 seconds (evaluations apart)"
+    assert str(TrainResult(None, None, Namespace(rows=[]))) == "0 steps, 0 tokens, 0.0 seconds (evaluations apart)"
     rows = [{"step": 0, "loss": 1.0}, *({"step": step, "tokens": 1000, "seconds": 90.0} for step in (1, 2))]
-    assert str(Outcome(None, None, Namespace(rows=rows))) == "2 steps, 2,000 tokens, 3.0 minutes (evaluations apart)"
+    assert str(TrainResult(None, None, Namespace(rows=rows))) == "2 steps, 2,000 tokens, 3.0 minutes (evaluations apart)"

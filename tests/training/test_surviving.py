@@ -14,15 +14,15 @@ import pytest
 
 from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows
 from training import pretrain
-from training.arguments import UserError
+from training.errors import UserError
 
 # Dropout, so that random numbers matter; accumulation, so that a step is more than a batch.
 OPTIONS = [
-    *SMALL, "hidden_dropout=0.1", "attention_dropout=0.1", "--max_steps", "40", "--eval_every", "8", "--save_every", "4",
+    *SMALL, "hidden_dropout=0.1", "attention_dropout=0.1", "--max_steps", "40", "--eval_steps", "8", "--save_steps", "4",
     "--gradient_accumulation_steps", "2", "--optimizer", "muon",
 ]  # fmt: skip
 # Large enough that writing a checkpoint takes a while.
-LARGE = [*OPTIONS, "--max_steps", "8", "--save_every", "1", "--model", "intermediate_size=20000"]
+LARGE = [*OPTIONS, "--max_steps", "8", "--save_steps", "1", "--model", "intermediate_size=20000"]
 
 LAUNCHERS = {1: [sys.executable], 2: TORCHRUN}
 
@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_path, number):
-    options = ["--dataset", book, *OPTIONS, "--save_every", "1000"]
+    options = ["--dataset", book, *OPTIONS, "--save_steps", "1000"]
     folder = tmp_path / "stopped"
     process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
     while steps_done(folder) < 5:
@@ -215,7 +215,7 @@ def test_two_runs_into_one_folder(straight, book, caches, tmp_path):
 
 def test_one_process_goes_on_with_what_two_began(run, book, caches, tmp_path):
     folder = tmp_path / "two"
-    options = ["--dataset", book, *SMALL, "--save_every", "3", "--output_dir", str(folder)]
+    options = ["--dataset", book, *SMALL, "--save_steps", "3", "--output_dir", str(folder)]
     process = start(TORCHRUN, *options, ACCELERATE_USE_CPU="true", **caches)
     assert kill_when(process, lambda: len(list((folder / "checkpoints").glob("step-*"))) >= 1)
     final = launch([sys.executable], *options, "--resume", **caches)

@@ -17,7 +17,7 @@ def cached(made_from: str, ending: str) -> Path:
 
 
 @contextmanager
-def appearing_whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A name to write a file under; it becomes `path` when it is complete, and vanishes if it never is."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:

@@ -14,19 +14,20 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from training.arguments import UserError, option
+from training.cli import option
 from training.data.docstrings import read_docstrings
-from training.data.files import Row, find_files, read_rows, refuse_empty, text_of
+from training.data.files import Row, find_files, get_text, read_rows, refuse_empty
 from training.data.sources import hub_splits, is_hub_id
 from training.data.splits import (
     SplitArguments,
     check_splits,
     drawn,
-    filled_up,
+    drop_leakage,
+    fill_missing_splits,
     read_given,
     refuse_empty_splits,
-    without_copies,
 )
+from training.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 ROLES = ("system", "user", "assistant")
@@ -88,8 +89,8 @@ def check_conversations(arguments: ConversationArguments) -> None:
     for path in check_splits(arguments, ENDINGS):
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{path} is no file of conversations: give one that ends with {', '.join(ENDINGS)}.")
-        for place, row in read_rows(path, {}, arguments.errors):
-            _messages(place, row, arguments.errors, input_mark="")
+        for place, row in read_rows(path, {}, arguments.encoding_errors):
+            _messages(place, row, arguments.encoding_errors, input_mark="")
             break
 
 
@@ -102,13 +103,13 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
     Raises:
         UserError: a source cannot be read; a row lacks something or does not end with an answer; a split would be empty.
     """
-    as_messages = partial(_messages, errors=arguments.errors, input_mark=input_mark)
-    given = read_given(arguments, lambda source: _read_source(source, arguments.errors, as_messages))
+    as_messages = partial(_messages, errors=arguments.encoding_errors, input_mark=input_mark)
+    given = read_given(arguments, lambda source: _read_source(source, arguments.encoding_errors, as_messages))
     before = sum(map(len, given.values()))
     given = {name: list({_key(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
     duplicates = before - sum(map(len, given.values()))
-    splits, copies = without_copies(
-        filled_up(given, arguments, seed, lambda conversation: conversation.group),
+    splits, copies = drop_leakage(
+        fill_missing_splits(given, arguments, seed, lambda conversation: conversation.group),
         lambda conversation: _opening(conversation.messages),
     )
     refuse_empty_splits(splits, arguments)
@@ -184,14 +185,14 @@ def _messages(place: str, row: Row, errors: str, input_mark: str) -> tuple[Messa
         raise UserError(f"{place} must have {wanted}; it has {there:.200}.")
     if shape == ("instruction", "output"):
         texts = {"input": None, **row}
-        instruction, given, output = (text_of(texts, key, place, errors).strip() for key in ("instruction", "input", "output"))
+        instruction, given, output = (get_text(texts, key, place, errors).strip() for key in ("instruction", "input", "output"))
         messages = _exchange(input_mark.join(filter(None, (instruction, given))), output)
     elif all(isinstance(row[key], list) for key in shape):
         messages = tuple(_message(message, place, errors) for key in shape for message in row[key])
     elif shape == ("messages",):
         raise UserError(f"{place} has no list of messages but {row['messages']!r:.80}.")
     else:
-        prompt, answer = (text_of(row, key, place, errors).strip() for key in ("prompt", "completion"))
+        prompt, answer = (get_text(row, key, place, errors).strip() for key in ("prompt", "completion"))
         messages = _exchange(prompt, answer)
     roles = [message["role"] for message in messages]
     if not roles or roles[-1] != "assistant":
@@ -211,7 +212,7 @@ def _message(message: Any, place: str, errors: str) -> Message:
         raise UserError(f"{place} has a message of {message['role']!r:.80}: the roles are {', '.join(ROLES)}.")
     if message.get("tool_calls"):
         raise UserError(f"{place} has a message that calls tools, which is not taught here: leave this row out.")
-    return {"role": message["role"], "content": text_of(message, "content", place, errors).strip()}
+    return {"role": message["role"], "content": get_text(message, "content", place, errors).strip()}
 
 
 def _exchange(question: str, answer: str) -> tuple[Message, ...]:

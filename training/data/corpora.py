@@ -25,11 +25,12 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 
-from training.arguments import UserError, option
-from training.data.cache import appearing_whole, cached
+from training.cli import option
+from training.data.cache import atomic_file, cached
 from training.data.docstrings import TEXT, read_docs
-from training.data.files import check_columns, check_file, digest_of, find_files, read_file, text_of
+from training.data.files import check_columns, check_file, digest_of, find_files, get_text, read_file
 from training.data.sources import check_sources, hub_errors, is_hub_id
+from training.errors import UserError
 
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of a record batch in the cache, where no single text is longer
 NUM_PERMUTATIONS = 128  # of a MinHash; the share of equal minima estimates the Jaccard similarity within 4 %
@@ -44,7 +45,7 @@ class CorpusArguments:
         ["docs"], "`docs`; .txt, .md, .jsonl, .parquet and .csv files, folders and globs of them; ids of datasets on the Hub."
     )
     text_column: str = option("text", "Column of the text where there are columns.")
-    errors: str = option(
+    encoding_errors: str = option(
         "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
     )
     streaming: bool = option(False, "Download only what is read of a dataset on the Hub.")
@@ -148,7 +149,7 @@ def check_corpora(arguments: CorpusArguments) -> None:
     if arguments.max_documents < 0:
         raise UserError(f"--max_documents must be zero or more, got {arguments.max_documents}.")
     for path in check_sources(arguments.dataset):
-        check_file(path, arguments.text_column, arguments.errors)
+        check_file(path, arguments.text_column, arguments.encoding_errors)
 
 
 def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
@@ -232,7 +233,7 @@ def _between_words(text: memoryview, start: int, place: int) -> int:
 
 
 def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
-    column, errors, most = arguments.text_column, arguments.errors, arguments.max_documents
+    column, errors, most = arguments.text_column, arguments.encoding_errors, arguments.max_documents
     if source == "docs":
         return _first(read_docs(), most)
     if is_hub_id(source):
@@ -277,7 +278,7 @@ def _streamed(source: str, text_column: str, max_documents: int) -> Dataset:
             for number, row in enumerate(rows.take(max_documents) if max_documents else rows, start=1):
                 place = f"{source}: row {number}"
                 check_columns(place, {text_column: "text_column"}, row)
-                yield text_of(row, text_column, place)
+                yield get_text(row, text_column, place)
 
     # The builder's hash is that of the commit on the Hub.
     key = f"stream {source} {builder.hash} {text_column} {max_documents}"
@@ -317,7 +318,7 @@ def _without_near_copies(corpora: list[Corpus], threshold: float) -> list[Corpus
         digest.update(hashlib.sha256(text).digest())
     path = cached(f"near {digest.hexdigest()}", "npy")
     if not path.exists():
-        with appearing_whole(path) as temporary, open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.fromiter(_first_of_each_kind(texts, threshold), dtype=np.int64))
     kept, start, thinned = np.load(path), 0, []
     for corpus in corpora:
@@ -364,7 +365,7 @@ def _stored(key: str, texts: Iterable[str | bytes], description: str) -> Dataset
     path = cached(key, "arrow")
     if not path.exists():
         bar = tqdm(texts, desc=description, unit=" documents", disable=not description)
-        with appearing_whole(path) as temporary, pa.ipc.new_stream(str(temporary), TEXT.arrow_schema) as writer:
+        with atomic_file(path) as temporary, pa.ipc.new_stream(str(temporary), TEXT.arrow_schema) as writer:
             batch: list[bytes] = []
             size = 0
             for text in bar:

@@ -17,11 +17,20 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Sequence
 
-from training.arguments import UserError, option
+from training.cli import option
 from training.data.docstrings import read_docstrings
-from training.data.files import TABLE_ENDINGS, check_columns, find_files, read_rows, refuse_empty, text_of
+from training.data.files import TABLE_ENDINGS, check_columns, find_files, get_text, read_rows, refuse_empty
 from training.data.sources import hub_splits, is_hub_id
-from training.data.splits import SplitArguments, check_splits, drawn, filled_up, read_given, refuse_empty_splits, without_copies
+from training.data.splits import (
+    SplitArguments,
+    check_splits,
+    drawn,
+    drop_leakage,
+    fill_missing_splits,
+    read_given,
+    refuse_empty_splits,
+)
+from training.errors import UserError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # a number to predict; the square of its error has to fit
@@ -98,7 +107,7 @@ def check_examples(arguments: ExampleArguments) -> None:
     if "docs" in arguments.dataset and arguments.problem_type != SINGLE:
         raise UserError(f"--dataset docs brings one label a text: it is not for --problem_type {arguments.problem_type}.")
     for path in paths:
-        next(read_rows(path, _columns(arguments), arguments.errors, arguments.columns), None)
+        next(read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns), None)
 
 
 def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
@@ -114,8 +123,9 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
         _check_names(train)
     if arguments.balance == "undersample":
         given["train"] = _most(train, min(Counter(example.label for example in train).values()), seed)
-    splits, copies = without_copies(
-        filled_up(given, arguments, seed, lambda example: example.group, _stratum), lambda example: example.text.strip()
+    splits, copies = drop_leakage(
+        fill_missing_splits(given, arguments, seed, lambda example: example.group, _stratum),
+        lambda example: example.text.strip(),
     )
     return Examples(splits, _names(splits, arguments), copies, len(train) - len(given["train"]))
 
@@ -159,7 +169,9 @@ def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Exa
         paths = find_files(source, TABLE_ENDINGS)
         splits = {
             "train": (
-                row for path in paths for row in read_rows(path, _columns(arguments), arguments.errors, arguments.columns)
+                row
+                for path in paths
+                for row in read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns)
             )
         }
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
@@ -209,7 +221,7 @@ def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArgu
     read = {SINGLE: _one_name, MULTI: _several_names, REGRESSION: _numbers}[arguments.problem_type]
     examples, empty = [], []
     for place, row in rows:
-        text = text_of(row, arguments.text_column, place, arguments.errors)
+        text = get_text(row, arguments.text_column, place, arguments.encoding_errors)
         if text.strip():
             values = {column: row[column] for column in arguments.label_column}
             examples.append(Example(text, read(values, place), text.strip()))
@@ -232,7 +244,7 @@ def _name(value: Any, column: str, place: str) -> str:
     if not isinstance(value, str | int) or not str(value).strip():
         raise UserError(f"{place} has no label under {column!r} but {value!r:.80}: give it one, or leave this row out.")
     if isinstance(value, str):
-        text_of({column: value}, column, place)  # refuses half a character
+        get_text({column: value}, column, place)  # refuses half a character
     return str(value).strip()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.arguments import UserError, one_line
+from training.errors import UserError, one_line
 
 TABLE_ENDINGS = (".jsonl", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
@@ -72,7 +72,7 @@ def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
     """
     if path.suffix.lower() in TABLE_ENDINGS:
         for place, row in read_rows(path, {text_column: "text_column"}, errors):
-            yield text_of(row, text_column, place, errors)
+            yield get_text(row, text_column, place, errors)
     else:
         with _system_errors(path):
             yield _text_file(path, errors)
@@ -136,7 +136,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> str:
+def get_text(row: Row, text_column: str, place: str, errors: str = "strict") -> str:
     """The text of a row; `place` is what an error says first."""
     text = row[text_column]
     if not isinstance(text, str | None):
@@ -148,7 +148,7 @@ def text_of(row: Row, text_column: str, place: str, errors: str = "strict") -> s
     try:  # JSON can spell half of a character, text cannot hold it
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place} holds half of a character ({error}): mend it, or set --errors replace.") from error
+        raise UserError(f"{place} holds half of a character ({error}): mend it, or set --encoding_errors replace.") from error
     return text
 
 
@@ -283,5 +283,5 @@ def _decoded(data: Any, path: Path | str, first: int, errors: str, unit: str = "
         start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1 if unit == "line" else 0)
         raise UserError(
             f"{path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): save it as "
-            "UTF-8, or set --errors replace."
+            "UTF-8, or set --encoding_errors replace."
         ) from error

@@ -71,7 +71,7 @@ def encode(
     return EncodedTexts(np.concatenate(parts), np.cumsum([0, *lengths]), num_truncated, labels)
 
 
-class VariedTexts(Dataset[dict[str, Any]]):
+class AugmentedTexts(Dataset[dict[str, Any]]):
     """
     Texts that are told in other tokens each time: between any two characters a token may have to end, and some are left out.
 
@@ -127,7 +127,7 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return ids[:place], ids[place + len(alone) :]
 
 
-class BatchesByLength(Sampler[list[int]]):
+class LengthGroupedBatchSampler(Sampler[list[int]]):
     """
     The batches of a whole run, as indices that go on counting from epoch to epoch. Each text comes once an epoch, and all
     batches are full: those that are left over at the end of an epoch open the next.

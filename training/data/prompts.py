@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError, one_line, quiet
 from training.data.conversations import Conversation, Message
 from training.data.windows import Row
+from training.errors import UserError, one_line, quiet
 
 CONTROL = re.compile(r"<\|\w+\|>")
 ANSWER = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
@@ -36,22 +36,22 @@ UNKNOWN = "{% else %}{{ raise_exception(message.role + ' is none of the roles sy
 
 
 @dataclass(frozen=True)
-class Style:
+class ChatTemplate:
     """A chat template, and what stands in it between an instruction and its input."""
 
     template: str
     input_mark: str = "\n"
 
 
-STYLES = {
-    "chat": Style(
+CHAT_TEMPLATES = {
+    "chat": ChatTemplate(
         "{{ bos_token }}{% for message in messages %}"
         "{% if message.role == 'system' %}{{ '<|system|>' + message.content }}"
         "{% elif message.role == 'user' %}{{ '<|user|>' + message.content }}"
         "{% elif message.role == 'assistant' %}{{ '<|assistant|>' }}" + ANSWER + UNKNOWN + "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     ),
-    "alpaca": Style(
+    "alpaca": ChatTemplate(
         "{{ bos_token }}{% if messages[0].role != 'system' %}"
         "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}"
         "{% endif %}{% for message in messages %}"
@@ -61,7 +61,7 @@ STYLES = {
         "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}",
         input_mark="\n\n### Input:\n",
     ),
-    "phi3": Style(
+    "phi3": ChatTemplate(
         "{{ bos_token }}{% for message in messages %}"
         "{% if message.role == 'system' %}{{ '<|system|>\n' + message.content + '\n\n' }}"
         "{% elif message.role == 'user' %}{{ '<|user|>\n' + message.content + '\n\n' }}"
@@ -71,29 +71,29 @@ STYLES = {
 }
 
 
-def style_of(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> Style:
+def get_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template that is asked for: one of ours, a file's, or, where none is named, the tokenizer's own, else `chat`.
 
     Raises:
         UserError: there is no such template, or no such file.
     """
-    if chat_template in STYLES:
-        return STYLES[chat_template]
+    if chat_template in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[chat_template]
     if not chat_template:
         own = tokenizer.chat_template
         if isinstance(own, dict):  # several, for several uses
             own = own.get("default")
-        return Style(own) if isinstance(own, str) else STYLES["chat"]
+        return ChatTemplate(own) if isinstance(own, str) else CHAT_TEMPLATES["chat"]
     try:
-        return Style(Path(chat_template).read_text(encoding="utf-8-sig"))
+        return ChatTemplate(Path(chat_template).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(
-            f"--chat_template {chat_template}: give {', '.join(STYLES)}, or a file that holds a Jinja template ({reason})."
+            f"--chat_template {chat_template}: pass {', '.join(CHAT_TEMPLATES)}, or a file with a Jinja template ({reason})."
         ) from error
 
 
-def teach(tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> int:
+def set_up_chat_template(tokenizer: PreTrainedTokenizerBase, style: ChatTemplate, max_length: int) -> int:
     """Give the tokenizer a template and the tokens that it spells, and one to pad with if it has none.
 
     Returns:
@@ -253,7 +253,7 @@ def stop_token_id(encoded: EncodedConversations, tokenizer: PreTrainedTokenizerB
     return ends.pop()
 
 
-def marked(encoded: EncodedConversations, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_with_loss_mask(encoded: EncodedConversations, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """A conversation as the model reads it, with what is learned in brackets."""
     start, end = encoded.starts[index], encoded.starts[index + 1]
     pairs = zip(encoded.learned[start:end].tolist(), encoded.ids[start:end].tolist(), strict=True)

@@ -10,8 +10,8 @@ from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from training.arguments import UserError, one_line
 from training.data.files import FILE_ENDINGS, find_files
+from training.errors import UserError, one_line
 
 
 def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from training.arguments import UserError, option
+from training.cli import option
 from training.data.sources import check_sources
+from training.errors import UserError
 
 Thing = TypeVar("Thing")
 
@@ -28,7 +29,7 @@ class SplitArguments:
     dataset: list[str] = option(["docs"], "What to learn from.")
     validation_dataset: list[str] = option([], "The same, to choose by; if not given, a share of --dataset is held out.")
     test_dataset: list[str] = option([], "The same, for one last look at the end.")
-    errors: str = option(
+    encoding_errors: str = option(
         "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
     )
     validation_fraction: float = option(0.1, "Share that is held out to choose by, if none is given.")
@@ -82,7 +83,7 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[T
     return given
 
 
-def filled_up(
+def fill_missing_splits(
     given: dict[str, list[Thing]],
     arguments: SplitArguments,
     seed: int,
@@ -145,7 +146,7 @@ def split_by_group(
     return {name: sorted(indices) for name, indices in sides.items()}
 
 
-def without_copies(
+def drop_leakage(
     splits: dict[str, list[Thing]], what: Callable[[Thing], Hashable]
 ) -> tuple[dict[str, list[Thing]], dict[str, int]]:
     """Each split without those that are the same as one in a split after it, and how many it lost by that.

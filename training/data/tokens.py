@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
-from training.arguments import UserError
-from training.data.cache import appearing_whole, cached
+from training.data.cache import atomic_file, cached
+from training.errors import UserError
 
 # Before white space after a letter or digit: GPT-2's and GPT-4's split, and those on white space, all begin a new word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -60,7 +60,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
         except ValueError as error:  # only the corpus tells how many characters it has
             raise UserError(f"--vocab_size {vocab_size} with --tokenizer {kind}: {error}") from error
         content = {"tokenizer": trained.backend_tokenizer.to_str(), "special_tokens": trained.special_tokens_map}
-        with appearing_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(content))
     try:
         content = json.loads(path.read_text())
@@ -91,7 +91,7 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
         lengths: list[int] = []
         length = 0
         bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
-        with appearing_whole(path) as temporary, open(temporary, "wb") as file, bar:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
                 for (text, is_first, is_last), encoding in zip(pieces, encodings, strict=True):

@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError
 from training.data.tokens import Tokens
+from training.errors import UserError
 
 Row = dict[str, torch.Tensor]
 
@@ -98,7 +98,7 @@ class PackedDocuments(Dataset[Row]):
             for first, end in zip(tokens.starts.tolist(), ends.tolist(), strict=True)
             for start in range(first, end - 1, context_length)
         ]
-        self.rows = best_fit([length for _, length in pieces], context_length)
+        self.rows = pack_best_fit_decreasing([length for _, length in pieces], context_length)
         self.pieces = np.array(pieces, dtype=np.int64).reshape(-1, 2)
         self.efficiency = float(self.pieces[:, 1].sum() / max(1, len(self.rows) * context_length))
 
@@ -120,7 +120,7 @@ class PackedDocuments(Dataset[Row]):
         return {"input_ids": inputs, "shift_labels": labels, "position_ids": position_ids}
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of indices whose lengths add up to at most `capacity`: each, longest first, goes where the least room is left.
 
     Best-fit decreasing leaves at most 22 % more rows than the fewest possible (Johnson, 1974); on documents nearly none.

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
-from training.arguments import UserError
+from training.errors import UserError
 
 fcntl: ModuleType | None
 try:
@@ -102,7 +102,7 @@ def locked(metrics: Path, mode: str = "r+b") -> BinaryIO:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when all of them are written, and vanish when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder)
@@ -179,7 +179,7 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights of a model on the CPU, however it is sharded; every process calls it."""
     weights: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
     return weights
@@ -264,13 +264,13 @@ def _validation_loss(path: Path) -> float:
         return float("inf")  # damaged
 
 
-class StopSignals:
+class GracefulShutdown:
     """Within this context, SIGTERM and Ctrl-C ask for a stop instead of ending the process; a second Ctrl-C ends it."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received = accelerator, False
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> "GracefulShutdown":
         self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -286,7 +286,7 @@ class StopSignals:
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether any process has received one; the same answer in all, which must all ask."""
         if self.accelerator.num_processes == 1:
             return self.received

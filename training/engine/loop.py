@@ -26,7 +26,7 @@ from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError
+from training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Step:
 
     number: int  # from 1
     loss: float  # nats a token or a text, over all processes
-    gradient_norm: float  # before clipping
+    grad_norm: float  # before clipping
     learning_rate: float
     tokens: int  # scored in this step, or read where texts are scored, over all processes
     seconds: float
@@ -124,7 +124,7 @@ def training_steps(
                 loss = model(**batch, num_items_in_batch=items, use_cache=False).loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
-        gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
         learning_rate = float(schedules[0].get_last_lr()[0])
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -132,7 +132,7 @@ def training_steps(
             optimizer.zero_grad()
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         check_finite(mean_loss, f"the loss of step {number}")
-        yield Step(number, mean_loss, gradient_norm, learning_rate, int(tokens), time.perf_counter() - start)
+        yield Step(number, mean_loss, grad_norm, learning_rate, int(tokens), time.perf_counter() - start)
 
 
 def _sizes(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -18,12 +18,12 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError
 from training.engine.checkpoints import locked
+from training.errors import UserError
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LMMetrics:
     """A language model's loss on a text."""
 
     loss: float  # nats a token
@@ -37,7 +37,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: Collection[dict[str, torch.Tensor]], num_bytes: int
-) -> Evaluation:
+) -> LMMetrics:
     """Score every label of the loader once, weighted by tokens.
 
     Args:
@@ -63,7 +63,7 @@ def evaluate(
     loss = nats / tokens
     if not math.isfinite(loss):
         raise UserError(f"the loss on the text is {loss}: the model's weights have blown up, or are not all numbers.")
-    return Evaluation(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
+    return LMMetrics(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
 
 
 def _nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, keeps: bool) -> float:

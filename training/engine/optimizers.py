@@ -23,7 +23,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd")
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
+def matmul_dtype(device: torch.device) -> torch.dtype:
     """What matrix products are fast in: bfloat16 where the hardware has it. A CPU without is 100 times slower in it than in
     float32; one with it takes a quarter of the time."""
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # the products with itself below are then the small ones
     # The Frobenius norm bounds the largest singular value, and up to 1 the iteration converges.
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(fast_dtype(x.device))
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(matmul_dtype(x.device))
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -161,21 +161,19 @@ def muon_initialization(model: PreTrainedModel) -> None:
         nn.init.normal_(embedding.weight, std=1.0)
 
 
-def schedule_factor(
-    step: int, kind: str, warmup_steps: int, max_steps: int, final_fraction: float, decay_fraction: float
-) -> float:
-    """What the highest rate is multiplied by at a step (from 0): up to 1 in a line, then down to `final_fraction`.
+def schedule_factor(step: int, kind: str, warmup_steps: int, max_steps: int, min_lr_ratio: float, decay_ratio: float) -> float:
+    """What the highest rate is multiplied by at a step (from 0): up to 1 in a line, then down to `min_lr_ratio`.
 
     Args:
         kind: `"cosine"` and `"linear"` fall from the warm-up on; `"wsd"` (warm-up, stable, decay: Hu et al., 2024) stays and
-            falls in a line over the last `decay_fraction` of the steps, so that a run can be made longer before it falls.
+            falls in a line over the last `decay_ratio` of the steps, so that a run can be made longer before it falls.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    start = max(warmup_steps, round((1 - decay_fraction) * max_steps)) if kind == "wsd" else warmup_steps
+    start = max(warmup_steps, round((1 - decay_ratio) * max_steps)) if kind == "wsd" else warmup_steps
     progress = min(max(0.0, (step - start) / max(1, max_steps - start)), 1.0)
     fall = 0.5 * (1 - math.cos(math.pi * progress)) if kind == "cosine" else progress
-    return 1 - (1 - final_fraction) * fall
+    return 1 - (1 - min_lr_ratio) * fall
 
 
 def make_schedules(
@@ -183,8 +181,8 @@ def make_schedules(
     kind: str,
     warmup_steps: int,
     max_steps: int,
-    final_fraction: float,
-    decay_fraction: float,
+    min_lr_ratio: float,
+    decay_ratio: float,
 ) -> list[LambdaLR]:
     """`schedule_factor` for each optimizer, whose rates now are the highest ones."""
     if kind not in SCHEDULES:
@@ -194,7 +192,7 @@ def make_schedules(
         kind=kind,
         warmup_steps=warmup_steps,
         max_steps=max_steps,
-        final_fraction=final_fraction,
-        decay_fraction=decay_fraction,
+        min_lr_ratio=min_lr_ratio,
+        decay_ratio=decay_ratio,
     )
     return [LambdaLR(optimizer, factor) for optimizer in optimizers]

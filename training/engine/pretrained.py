@@ -20,9 +20,10 @@ from transformers import (
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload, save_adapter
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
-from training.arguments import UserError, one_line, option, quiet
+from training.cli import option
 from training.data.sources import is_hub_id
 from training.engine.checkpoints import METRICS
+from training.errors import UserError, one_line, quiet
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 ADAPTER = "adapter"  # folder inside that of the merged model
@@ -45,7 +46,7 @@ class TuningArguments(LoraArguments):
     """What the recipes share that teach a language model something new."""
 
     base_model: str = option("outputs/pretrain", "Folder or Hub id of the model to start from: ours, GPT-2's or Qwen3's.")
-    train_blocks: int = option(
+    train_last_n_layers: int = option(
         -1, "Train only the last so many blocks, the final norm and the head; 0: the head alone; -1: everything."
     )
     dropout: float = option(0.1, "Share of the hidden states and of the attention that is left out in training.")
@@ -55,10 +56,12 @@ def check_tuning(arguments: TuningArguments) -> None:
     """Refuse nonsense before any long work."""
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}.")
-    if arguments.train_blocks < -1:
-        raise UserError(f"--train_blocks must be -1 (everything), 0 (the head) or more, got {arguments.train_blocks}.")
-    if lora_config(arguments) and arguments.train_blocks >= 0:
-        raise UserError("--train_blocks and --lora_r are two ways to train less than everything: give one of them.")
+    if arguments.train_last_n_layers < -1:
+        raise UserError(
+            f"--train_last_n_layers must be -1 (everything), 0 (the head) or more, got {arguments.train_last_n_layers}."
+        )
+    if lora_config(arguments) and arguments.train_last_n_layers >= 0:
+        raise UserError("--train_last_n_layers and --lora_r are two ways to train less than everything: give one of them.")
 
 
 def dropout_fields(dropout: float) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
         raise UserError(f"--lora_r and the like: {error}") from error
 
 
-def load_base(
+def load_pretrained(
     model_class: Any,
     name: str,
     config: LoraConfig | None,
@@ -131,17 +134,17 @@ def load_base(
     return model
 
 
-def freeze(model: Any, train_blocks: int, *heads: nn.Module) -> None:
+def freeze(model: Any, train_last_n_layers: int, *heads: nn.Module) -> None:
     """Freeze a model but for its heads, its last so many blocks, and the final norm if there is one of these."""
     blocks = model.model.layers
     model.requires_grad_(False)
-    trained = [*heads, *([model.model.norm, *blocks[len(blocks) - train_blocks :]] if train_blocks else [])]
+    trained = [*heads, *([model.model.norm, *blocks[len(blocks) - train_last_n_layers :]] if train_last_n_layers else [])]
     for module in trained:
         module.requires_grad_(True)
 
 
 def load_config_and_tokenizer(
-    name: str, context_length: int, train_blocks: int = -1
+    name: str, context_length: int, train_last_n_layers: int = -1
 ) -> tuple[ScratchGPTConfig, PreTrainedTokenizerBase]:
     """What is to be known of a model to train on before its weights are read.
 
@@ -159,8 +162,8 @@ def load_config_and_tokenizer(
     if config.max_position_embeddings < context_length:
         positions = config.max_position_embeddings
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: shorten it.")
-    if train_blocks > (blocks := config.num_hidden_layers):
-        raise UserError(f"--train_blocks {train_blocks} is more than the {blocks} blocks of the model.")
+    if train_last_n_layers > (blocks := config.num_hidden_layers):
+        raise UserError(f"--train_last_n_layers {train_last_n_layers} is more than the {blocks} blocks of the model.")
     tokenizer = load_tokenizer(name, trust_remote_code=False)
     if (needed := max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)) > config.vocab_size:
         raise UserError(f"--base_model {name} has {needed:,} tokens, and rows for {config.vocab_size:,}.")

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.arguments import printable
 from training.engine.loop import Step
+from training.errors import printable
 
 CURVE = "loss.png"
 PROMPT_CHARACTERS = 60
@@ -60,7 +60,7 @@ class ProgressBar:
             self.bar.write(text)
 
 
-def beginnings(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Prompts: the ids of the first lines of each text, as in training after the beginning-of-text token."""
     prompts = []
     for text in texts:

@@ -22,7 +22,7 @@ from modeling_scratchgpt.lora import trainable_parameters
 from training.data.sources import is_hub_id, short_name
 from training.engine.pretrained import ADAPTER, LoraArguments
 from training.engine.report import CURVE
-from training.engine.run import Outcome
+from training.engine.train import TrainResult
 from training.results.markdown import block, code, plain
 
 CARD, SCORES = "README.md", "metrics.json"
@@ -71,7 +71,7 @@ def write_card(
     arguments: Any,
     accelerator: Accelerator,
     model: Any,
-    outcome: Outcome,
+    outcome: TrainResult,
     *,
     introduction: str,
     usage: str,

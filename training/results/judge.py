@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from training.arguments import UserError, one_line
+from training.errors import UserError, one_line
 from training.results.cards import without_folders
 
 KEY = "OPENAI_API_KEY"

@@ -2,7 +2,7 @@
 
 import re
 
-from training.arguments import printable
+from training.errors import printable
 
 TEXT = 500  # characters of a text in a file for people
 

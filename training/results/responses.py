@@ -22,9 +22,9 @@ from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.arguments import printable
-from training.data.cache import appearing_whole
+from training.data.cache import atomic_file
 from training.data.conversations import Conversation, Message
+from training.errors import printable
 from training.results.markdown import TEXT, block, code
 
 RESPONSES, PAGE = "responses.jsonl", "responses.md"
@@ -194,7 +194,7 @@ def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All answers as JSON lines, and a page with the first of them."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, text in ((RESPONSES, lines), (PAGE, responses_page(rows))):
-        with appearing_whole(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 

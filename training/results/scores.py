@@ -90,7 +90,7 @@ class Predictions:
             )
         return ClassificationScores(loss, float((self.decisions == labels).all(-1).mean()), float(self._f1(labels)[2].mean()))
 
-    def all_scores(self, labels: np.ndarray) -> dict[str, Any]:
+    def full_report(self, labels: np.ndarray) -> dict[str, Any]:
         """Everything that can be said of them, for `metrics.json` and the card."""
         found: dict[str, Any] = {"examples": len(labels), **asdict(self.score(labels))}
         if self.problem_type == REGRESSION:

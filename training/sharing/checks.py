@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
-from training.arguments import UserError, one_line
 from training.engine.checkpoints import METRICS
 from training.engine.report import CURVE
+from training.errors import UserError, one_line
 from training.results.cards import BASE, CARD, HERE, SCORES
 from training.results.classification_report import MISTAKES, PICTURE
 from training.results.responses import PAGE, RESPONSES

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-from training.arguments import UserError
+from training.errors import UserError
 
 Files = Mapping[str, Path | bytes]  # what is sent: files, or what stands in them
 

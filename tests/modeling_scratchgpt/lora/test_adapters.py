@@ -15,7 +15,7 @@ from modeling_scratchgpt.lora import (
     LoraConfig,
     LoraLinear,
     add_adapter,
-    combine_adapters,
+    add_weighted_adapter,
     delete_adapter,
     disabled,
     load_adapter,
@@ -138,9 +138,9 @@ def test_several_adapters_are_switched_added_combined_and_deleted():
 
     set_adapter(model, "a", "b")
     both = logits(model)
-    combine_adapters(model, {"a": 1.0, "b": 1.0}, "sum")
+    add_weighted_adapter(model, {"a": 1.0, "b": 1.0}, "sum")
     torch.testing.assert_close(logits(model), both)
-    combine_adapters(model, {"a": 0.5, "b": -2.0}, "mixed")
+    add_weighted_adapter(model, {"a": 0.5, "b": -2.0}, "mixed")
     torch.testing.assert_close(model.get_submodule(layer_name).delta("mixed"), 0.5 * deltas["a"] - 2 * deltas["b"])
     set_adapter(model)
     assert torch.equal(logits(model), base)
@@ -159,7 +159,7 @@ def test_a_combination_is_saved_and_read(tmp_path):
     for seed, name in enumerate(("a", "b")):
         add_adapter(model, LoraConfig(r=2 + seed, target_modules=["v_proj", "up_proj"][: seed + 1]), name)
         shake(model, seed)
-    combine_adapters(model, {"a": 0.5, "b": 2.0}, "mixed")
+    add_weighted_adapter(model, {"a": 0.5, "b": 2.0}, "mixed")
     expected = logits(model)
     save_adapter(model, tmp_path, "mixed")
     other = model_of()
@@ -460,7 +460,7 @@ def test_names_of_adapters():
         with pytest.raises(ValueError, match="is taken, or no word of letters and digits"):
             add_adapter(model, LoraConfig(r=2), name)
     with pytest.raises(ValueError, match="the weight of adapter 'a' must be a number, got nan"):
-        combine_adapters(model, {"a": float("nan")}, "c")
+        add_weighted_adapter(model, {"a": float("nan")}, "c")
     merge(model)
     with pytest.raises(ValueError, match="has an adapter merged into it: call `unmerge` first"):
         add_adapter(model, LoraConfig(r=2), "b")
@@ -469,4 +469,4 @@ def test_names_of_adapters():
     with pytest.raises(ValueError, match="adapter 'dora' has DoRA, or parameters trained in full: it cannot be added"):
         set_adapter(model, "a", "dora")
     with pytest.raises(ValueError, match="adapter 'dora' has DoRA"):
-        combine_adapters(model, {"a": 1.0, "dora": 1.0}, "sum")
+        add_weighted_adapter(model, {"a": 1.0, "dora": 1.0}, "sum")

@@ -9,9 +9,9 @@ from datasets import Dataset, DatasetDict
 
 import training.data.conversations
 import training.data.sources
-from training.arguments import UserError
 from training.data.conversations import Conversation, ConversationArguments, check_conversations, read_conversations
 from training.data.splits import SPLITS
+from training.errors import UserError
 
 ALPACA = [
     {"instruction": f"Double {n}.", "input": "" if n % 2 else "In words.", "output": f"It is {2 * n}."} for n in range(40)

@@ -16,9 +16,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.arguments import UserError
 from training.data import corpora, docstrings
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
+from training.errors import UserError
 
 
 def write(folder, name, text):
@@ -178,16 +178,16 @@ def test_parquet_columns_rows_and_nulls(tmp_path):
     pq.write_table(pa.table({"text": wrong}), path)
     with pytest.raises(UserError, match="byte 1 of row 2 is 0xff"):
         texts(path)
-    assert texts(path, errors="replace") == ["a", "b�"]
+    assert texts(path, encoding_errors="replace") == ["a", "b�"]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"a\.parquet: this is not a Parquet file, or a damaged one"):
         texts(path)
 
 
 def test_errors_replace(tmp_path):
-    assert texts(write(tmp_path, "a.txt", b"caf\xe9"), errors="replace") == ["caf�"]
-    assert texts(write(tmp_path, "a.jsonl", b'{"text": "caf\xe9 \\ud83d"}'), errors="replace") == ["caf� �"]
-    check([str(tmp_path / "a.txt")], errors="replace")
+    assert texts(write(tmp_path, "a.txt", b"caf\xe9"), encoding_errors="replace") == ["caf�"]
+    assert texts(write(tmp_path, "a.jsonl", b'{"text": "caf\xe9 \\ud83d"}'), encoding_errors="replace") == ["caf� �"]
+    check([str(tmp_path / "a.txt")], encoding_errors="replace")
 
 
 def test_a_look_at_the_beginning_is_enough_for_a_check(tmp_path):

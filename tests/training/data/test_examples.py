@@ -11,7 +11,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import training.data.examples
 import training.data.sources
-from training.arguments import UserError
 from training.data.examples import (
     MULTI,
     REGRESSION,
@@ -23,6 +22,7 @@ from training.data.examples import (
     read_examples,
 )
 from training.data.splits import SPLITS
+from training.errors import UserError
 
 ROWS = [{"text": f"text {number}, or so", "label": "even" if number % 2 == 0 else "odd"} for number in range(40)]
 

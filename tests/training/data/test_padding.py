@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
-from training.data.padding import BatchesByLength, EncodedTexts, VariedTexts, encode, in_order_of_length, padded_loader
+from training.data.padding import (
+    AugmentedTexts,
+    EncodedTexts,
+    LengthGroupedBatchSampler,
+    encode,
+    in_order_of_length,
+    padded_loader,
+)
 
 WORDS = ["to be or not to be", "that is the question", "whether 'tis nobler", "in the mind to suffer"]
 
@@ -45,10 +52,10 @@ def test_texts_are_encoded_as_users_do_it(tokenizer):
 @settings(deadline=None)
 def test_each_text_comes_once_an_epoch_in_full_batches(lengths, batch_size, num_batches, seed, data):
     start = data.draw(st.integers(0, num_batches))
-    batches = list(BatchesByLength(np.array(lengths), batch_size, num_batches, seed))
+    batches = list(LengthGroupedBatchSampler(np.array(lengths), batch_size, num_batches, seed))
     assert [len(batch) for batch in batches] == [batch_size] * num_batches
-    assert list(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == batches[start:]
-    assert len(BatchesByLength(np.array(lengths), batch_size, num_batches, seed, start)) == num_batches - start
+    assert list(LengthGroupedBatchSampler(np.array(lengths), batch_size, num_batches, seed, start)) == batches[start:]
+    assert len(LengthGroupedBatchSampler(np.array(lengths), batch_size, num_batches, seed, start)) == num_batches - start
     drawn = list(itertools.chain.from_iterable(batches))
     assert len(set(drawn)) == len(drawn), "an index says which epoch it belongs to, too"
     for epochs in range(1, len(drawn) // len(lengths) + 1):
@@ -60,7 +67,7 @@ def test_batches_hold_little_padding():
     lengths = np.random.default_rng(0).lognormal(3, 0.8, size=4992).astype(int) + 1
     waste = {}
     for name, batches in (
-        ("by length", BatchesByLength(lengths, 16, 312, seed=0)),
+        ("by length", LengthGroupedBatchSampler(lengths, 16, 312, seed=0)),
         ("at random", np.random.default_rng(0).permutation(4992).reshape(-1, 16)),
     ):
         parts = [lengths[np.array(batch) % len(lengths)] for batch in batches]
@@ -73,13 +80,13 @@ def test_batches_hold_little_padding():
 @settings(deadline=None)
 def test_tokens_that_end_elsewhere_are_the_same_text(tokenizer, text, draw, seed):
     encoded = encode([text], tokenizer, 1000, np.ones((1, 2), dtype=np.float32))
-    row = VariedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw]
+    row = AugmentedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw]
     assert tokenizer.decode(row["input_ids"][1:-1]) == text
     assert row["input_ids"][0] == tokenizer.bos_token_id
     assert row["input_ids"][-1] == tokenizer.eos_token_id
     assert row["labels"] == [1.0, 1.0]
-    assert VariedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw] == row
-    assert VariedTexts([text], encoded, tokenizer, 1000, 0.0, 0.0, seed)[draw] == encoded[draw]
+    assert AugmentedTexts([text], encoded, tokenizer, 1000, 0.3, 0.0, seed)[draw] == row
+    assert AugmentedTexts([text], encoded, tokenizer, 1000, 0.0, 0.0, seed)[draw] == encoded[draw]
 
 
 @given(words=st.lists(st.sampled_from(WORDS), min_size=1), draw=st.integers(0, 9), share=st.floats(0, 0.999))
@@ -87,7 +94,7 @@ def test_tokens_that_end_elsewhere_are_the_same_text(tokenizer, text, draw, seed
 def test_what_is_left_of_a_text_is_in_its_order(tokenizer, words, draw, share):
     text = " ".join(words)
     encoded = encode([text], tokenizer, 10_000)
-    texts = VariedTexts([text], encoded, tokenizer, 10_000, 0, share, seed=0)
+    texts = AugmentedTexts([text], encoded, tokenizer, 10_000, 0, share, seed=0)
     left, whole = texts[draw]["input_ids"], encoded[draw]["input_ids"]
     assert left[0] == whole[0]
     assert left[-1] == whole[-1]
@@ -99,25 +106,25 @@ def test_what_is_left_of_a_text_is_in_its_order(tokenizer, words, draw, share):
 def test_the_share_of_tokens_that_is_left_out(tokenizer):
     text = " ".join(WORDS * 50)
     encoded = encode([text], tokenizer, 10_000)
-    texts = VariedTexts([text], encoded, tokenizer, 10_000, 0, 0.2, seed=0)
+    texts = AugmentedTexts([text], encoded, tokenizer, 10_000, 0, 0.2, seed=0)
     assert len(texts[0]["input_ids"]) / encoded.lengths[0] == pytest.approx(0.8, abs=0.03)
     assert texts[0] != texts[1]
 
 
 def test_texts_vary_from_epoch_to_epoch_and_keep_to_the_limit(tokenizer):
     encoded = encode(WORDS, tokenizer, 12)
-    texts = VariedTexts(WORDS, encoded, tokenizer, 12, 0.5, 0.1, seed=0)
+    texts = AugmentedTexts(WORDS, encoded, tokenizer, 12, 0.5, 0.1, seed=0)
     rows = [texts[1 + epoch * len(WORDS)]["input_ids"] for epoch in range(5)]
     assert len({tuple(row) for row in rows}) > 1
     assert all(len(row) <= 12 and row[-1] == tokenizer.eos_token_id for row in rows)
-    whole = VariedTexts(WORDS, encode(WORDS, tokenizer, 100), tokenizer, 100, 0.99, 0, seed=0)
+    whole = AugmentedTexts(WORDS, encode(WORDS, tokenizer, 100), tokenizer, 100, 0.99, 0, seed=0)
     assert len(whole[0]["input_ids"]) >= len(WORDS[0]), "nearly one token a character"
 
 
 def test_batches_differ_between_epochs_and_seeds():
     lengths = np.arange(1, 65)
-    one = list(BatchesByLength(lengths, 4, 32, seed=0))
-    other = list(BatchesByLength(lengths, 4, 32, seed=1))
+    one = list(LengthGroupedBatchSampler(lengths, 4, 32, seed=0))
+    other = list(LengthGroupedBatchSampler(lengths, 4, 32, seed=1))
     assert one != other
     assert one[:16] != one[16:]
 

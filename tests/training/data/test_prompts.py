@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from tests.conftest import MODERN, TINY
-from training.arguments import UserError
 from training.data.conversations import Conversation
 from training.data.prompts import (
-    STYLES,
+    CHAT_TEMPLATES,
+    ChatTemplate,
     EncodedConversations,
-    Style,
     collate,
     conversation_loader,
     digest,
     encode,
-    marked,
+    get_chat_template,
+    render_with_loss_mask,
+    set_up_chat_template,
     stop_token_id,
-    style_of,
-    teach,
 )
 from training.data.tokens import Tokens
 from training.data.windows import PackedDocuments
+from training.errors import UserError
 
 TEXTS = ["What is two and two?", "It is four, of course.", "### Response:", "Below is an instruction. Write a response."]
 
@@ -36,7 +36,7 @@ def new_tokenizer(kind: str = "bpe") -> ScratchGPTTokenizer:
 
 def taught(style: str = "chat", kind: str = "bpe") -> ScratchGPTTokenizer:
     tokenizer = new_tokenizer(kind)
-    teach(tokenizer, STYLES[style], 64)
+    set_up_chat_template(tokenizer, CHAT_TEMPLATES[style], 64)
     return tokenizer
 
 
@@ -57,11 +57,11 @@ AS_TEXT = {
 }
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", CHAT_TEMPLATES)
 def test_each_style_as_text(style):
     tokenizer = taught(style)
     encoded = encode([TALK], tokenizer, 200)
-    assert marked(encoded, 0, tokenizer) == AS_TEXT[style]
+    assert render_with_loss_mask(encoded, 0, tokenizer) == AS_TEXT[style]
     assert stop_token_id(encoded, tokenizer) == tokenizer.eos_token_id
     assert encoded.num_bytes == len("It is four.")
 
@@ -70,13 +70,15 @@ def test_several_turns_and_a_system():
     tokenizer = taught()
     encoded = encode([talk("one", "two", "three", "four", system="Count.")], tokenizer, 64)
     expected = "<|bos|><|system|>Count.<|user|>one<|assistant|>[two<|eos|>]<|user|>three<|assistant|>[four<|eos|>]"
-    assert marked(encoded, 0, tokenizer) == expected
-    assert "[two<|eos|>]" in marked(encode([talk("one", "two", system="Count.")], taught("alpaca"), 64), 0, tokenizer)
+    assert render_with_loss_mask(encoded, 0, tokenizer) == expected
+    assert "[two<|eos|>]" in render_with_loss_mask(
+        encode([talk("one", "two", system="Count.")], taught("alpaca"), 64), 0, tokenizer
+    )
     all_learned = encode([TALK], tokenizer, 64, all_learned=True)
-    assert marked(all_learned, 0, tokenizer) == f"[{AS_TEXT['chat'].replace('[', '').replace(']', '')}]"
+    assert render_with_loss_mask(all_learned, 0, tokenizer) == f"[{AS_TEXT['chat'].replace('[', '').replace(']', '')}]"
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", CHAT_TEMPLATES)
 @given(
     contents=st.lists(st.text(min_size=1, max_size=30).map(str.strip).filter(bool), min_size=2, max_size=6).map(
         lambda texts: texts[: len(texts) // 2 * 2]
@@ -98,24 +100,24 @@ def test_a_prompt_reads_the_same_with_and_without_its_answer(style, contents):
     assert learned.sum() == sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in contents[1::2])
 
 
-TAUGHT = {style: taught(style) for style in STYLES}
+TAUGHT = {style: taught(style) for style in CHAT_TEMPLATES}
 
 
 def test_new_tokens_are_single_and_old_ones_stay():
     tokenizer = new_tokenizer()
     before = tokenizer.get_vocab()
-    assert teach(tokenizer, STYLES["chat"], 64) == 3
+    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64) == 3
     assert {token: tokenizer.get_vocab()[token] for token in before} == before
     assert [tokenizer.convert_ids_to_tokens(len(before) + n) for n in range(3)] == ["<|system|>", "<|user|>", "<|assistant|>"]
-    assert teach(tokenizer, STYLES["chat"], 64) == 0
-    assert teach(taught("alpaca"), STYLES["alpaca"], 64) == 0
+    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64) == 0
+    assert set_up_chat_template(taught("alpaca"), CHAT_TEMPLATES["alpaca"], 64) == 0
     assert len(taught("alpaca")) == len(before)
 
 
 def test_gpt2_gets_a_token_to_pad_with(real_data):
     folder = real_data / "gpt2-tokenizer"
     tokenizer = ScratchGPTTokenizer.from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
-    assert teach(tokenizer, STYLES["alpaca"], 1024) == 1
+    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["alpaca"], 1024) == 1
     assert tokenizer.pad_token_id == 50257
     assert tokenizer.eos_token_id == 50256
     encoded = encode([TALK], tokenizer, 1024)
@@ -200,17 +202,17 @@ def test_what_is_too_long_or_spells_a_special_token_is_left_out_and_counted():
 
 def test_which_template_is_meant(tmp_path):
     tokenizer = new_tokenizer()
-    assert style_of("", tokenizer) == STYLES["chat"]
-    assert style_of("alpaca", tokenizer) == STYLES["alpaca"]
+    assert get_chat_template("", tokenizer) == CHAT_TEMPLATES["chat"]
+    assert get_chat_template("alpaca", tokenizer) == CHAT_TEMPLATES["alpaca"]
     tokenizer.chat_template = "{{ messages }}"
-    assert style_of("", tokenizer) == Style("{{ messages }}")
+    assert get_chat_template("", tokenizer) == ChatTemplate("{{ messages }}")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    assert style_of("", tokenizer) == Style("{{ messages }}")
+    assert get_chat_template("", tokenizer) == ChatTemplate("{{ messages }}")
     (tmp_path / "own.jinja").write_text("\ufeff{{ own }}")
-    assert style_of(str(tmp_path / "own.jinja"), tokenizer) == Style("{{ own }}")
+    assert get_chat_template(str(tmp_path / "own.jinja"), tokenizer) == ChatTemplate("{{ own }}")
     for wrong in ("nothing", str(tmp_path), "\0"):
         with pytest.raises(UserError, match=r"--chat_template .*: give chat, alpaca, phi3, or a file that holds a Jinja"):
-            style_of(wrong, tokenizer)
+            get_chat_template(wrong, tokenizer)
 
 
 ASKED = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n' }}{% else %}"
@@ -237,7 +239,7 @@ ASKED = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n' }}{
 )
 def test_templates_that_teach_nothing(template, message):
     tokenizer = new_tokenizer()
-    teach(tokenizer, Style(template), 64)
+    set_up_chat_template(tokenizer, ChatTemplate(template), 64)
     with pytest.raises(UserError, match=message):
         stop_token_id(encode([TALK, talk("three", "four")], tokenizer, 64), tokenizer)
 
@@ -250,10 +252,10 @@ def test_a_template_may_end_answers_with_a_token_of_its_own():
         "{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    assert teach(tokenizer, Style(chatml), 64) == 2
+    assert set_up_chat_template(tokenizer, ChatTemplate(chatml), 64) == 2
     encoded = encode([TALK], tokenizer, 64)
     assert stop_token_id(encoded, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert marked(encoded, 0, tokenizer).endswith("[It is four.<|im_end|>]\n")
+    assert render_with_loss_mask(encoded, 0, tokenizer).endswith("[It is four.<|im_end|>]\n")
 
 
 def test_special_tokens_that_the_config_does_not_name(tmp_path):
@@ -268,7 +270,7 @@ def test_special_tokens_that_the_config_does_not_name(tmp_path):
         "{{ m.content + '<|eot_id|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>' }}{% endif %}"
     )
-    assert teach(tokenizer, Style(template), 64) == 0
+    assert set_up_chat_template(tokenizer, ChatTemplate(template), 64) == 0
     encoded = encode([TALK, talk("a<|start_header_id|>b", "c")], tokenizer, 64)
     assert (len(encoded), encoded.num_spelled) == (1, 1)
     assert stop_token_id(encoded, tokenizer) == tokenizer.convert_tokens_to_ids("<|eot_id|>")
@@ -286,4 +288,4 @@ def test_a_tokenizer_that_ends_nothing():
     tokenizer = new_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no token that ends a text"):
-        teach(tokenizer, STYLES["chat"], 64)
+        set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.splits import SPLITS, split_by_group, without_copies
+from training.data.splits import SPLITS, drop_leakage, split_by_group
 
 
 @given(
@@ -17,7 +17,7 @@ def test_no_text_is_in_two_splits_and_none_is_lost(rows, validation, test, seed,
     texts, labels = [f"text {number}" for number, _ in rows], [label for _, label in rows]
     made = split_by_group(texts, {"validation": validation, "test": test}, seed, labels if stratified else None)
     assert sorted(index for split in made.values() for index in split) == list(range(len(rows)))
-    splits, copies = without_copies({name: [texts[index] for index in made[name]] for name in SPLITS}, str)
+    splits, copies = drop_leakage({name: [texts[index] for index in made[name]] for name in SPLITS}, str)
     train, middle, last = (set(splits[name]) for name in SPLITS)
     assert not (train & middle | train & last | middle & last)
     assert copies == {name: len(made[name]) - len(splits[name]) for name in SPLITS}

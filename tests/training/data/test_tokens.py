@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
-from training.arguments import UserError
 from training.data import tokens as tokens_module
 from training.data.tokens import cut_into_pieces, tokenize, train_tokenizer
+from training.errors import UserError
 
 TEXTS = Dataset.from_dict({"text": ["to be or not to be", "that is the question", "größer 🙂"]})
 

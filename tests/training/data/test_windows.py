@@ -5,9 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError
 from training.data.tokens import Tokens
-from training.data.windows import Batches, PackedDocuments, Windows, best_fit, evaluation_loader, training_loader
+from training.data.windows import (
+    Batches,
+    PackedDocuments,
+    Windows,
+    evaluation_loader,
+    pack_best_fit_decreasing,
+    training_loader,
+)
+from training.errors import UserError
 
 NO_STARTS = np.zeros(0, dtype=np.int64)
 
@@ -101,7 +108,7 @@ def test_a_sliding_window_is_the_books(length, context_length, data):
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60))
 def test_best_fit_fills_rows_with_everything_once(lengths):
-    rows = best_fit(lengths, 20)
+    rows = pack_best_fit_decreasing(lengths, 20)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 20 for row in rows)
     # No two rows have room for each other: together they would have been one.
@@ -110,7 +117,7 @@ def test_best_fit_fills_rows_with_everything_once(lengths):
 
 
 def test_best_fit_by_hand():
-    assert best_fit([5, 4, 3, 6, 2], 10) == [[3, 1], [0, 2, 4]]
+    assert pack_best_fit_decreasing([5, 4, 3, 6, 2], 10) == [[3, 1], [0, 2, 4]]
 
 
 @settings(deadline=None)

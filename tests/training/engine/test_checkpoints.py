@@ -11,17 +11,17 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.training.conftest import ROOT
-from training.arguments import UserError
 from training.engine import checkpoints
 from training.engine.checkpoints import (
-    StopSignals,
+    GracefulShutdown,
+    atomic_directory,
     check_output_folder,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    written_whole,
 )
 from training.engine.optimizers import make_optimizers, make_schedules
+from training.errors import UserError
 
 
 def test_new_and_empty_folders_are_fine(tmp_path):
@@ -93,14 +93,14 @@ def test_a_disk_that_may_only_be_read_is_named(mount):
 
 def test_all_files_appear_or_none(tmp_path):
     folder = tmp_path / "model"
-    with written_whole(folder) as temporary:
+    with atomic_directory(folder) as temporary:
         (temporary / "config.json").write_text("{}")
         (temporary / "weights").write_text("1")
         assert [path for path in folder.iterdir() if path != temporary] == []
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights"]
 
     def fail():
-        with written_whole(tmp_path / "other") as temporary:
+        with atomic_directory(tmp_path / "other") as temporary:
             (temporary / "config.json").write_text("{}")
             raise OSError("disk full")
 
@@ -230,10 +230,10 @@ def test_what_a_killed_run_was_writing_is_cleaned_up(tiny_config, tmp_path):
 def test_signals_ask_for_a_stop():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):
-        with StopSignals(Accelerator()) as stop:
-            assert not stop.asked()
+        with GracefulShutdown(Accelerator()) as stop:
+            assert not stop.requested()
             os.kill(os.getpid(), number)
-            assert stop.asked()
+            assert stop.requested()
             with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C means it
                 os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.arguments import UserError
 from training.engine.loop import start_accelerator, training_steps
-from training.engine.metrics import Evaluation, MetricsFile, evaluate
+from training.engine.metrics import LMMetrics, MetricsFile, evaluate
 from training.engine.optimizers import make_optimizers, make_schedules
+from training.errors import UserError
 
 
 def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -29,7 +29,7 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
 
 def train(model: ScratchGPTForCausalLM, loader, accumulation: int = 1, clip: float = 1.0, learning_rate: float = 1e-2):
     optimizers = make_optimizers(model, "adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.1)
-    schedules = make_schedules(optimizers, "cosine", 2, 10, final_fraction=0.1, decay_fraction=0.2)
+    schedules = make_schedules(optimizers, "cosine", 2, 10, min_lr_ratio=0.1, decay_ratio=0.2)
     return list(training_steps(Accelerator(), model, optimizers, schedules, loader, accumulation, clip))
 
 
@@ -45,7 +45,7 @@ def test_accumulation_is_one_large_batch(tiny_model):
     assert len(accumulated) == len(at_once) == 4
     for one, two in zip(accumulated, at_once, strict=True):
         assert one.loss == pytest.approx(two.loss, rel=1e-5)
-        assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-4)
+        assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
         assert one.tokens == two.tokens
     for (name, one), two in zip(tiny_model.named_parameters(), other.parameters(), strict=True):
         if name.endswith("k_proj.bias"):
@@ -62,7 +62,7 @@ def test_what_a_step_says_is_true(tiny_model):
     assert step.loss == pytest.approx(expected, rel=1e-5)
     assert step.tokens == (batch["shift_labels"] != IGNORE_INDEX).sum()
     assert step.learning_rate == 0.005  # the first of two steps of warm-up
-    assert step.gradient_norm > 0
+    assert step.grad_norm > 0
     assert step.seconds > 0
 
 
@@ -74,8 +74,8 @@ def test_loss_falls(tiny_model):
 def test_the_gradient_is_clipped(tiny_model):
     other = copy.deepcopy(tiny_model)
     (free,), (clipped,) = train(tiny_model, batches(1), clip=1e9), train(other, batches(1), clip=1e-3)
-    assert free.gradient_norm == pytest.approx(clipped.gradient_norm, rel=1e-5)  # told as it was before clipping
-    assert clipped.gradient_norm > 1e-3
+    assert free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)  # told as it was before clipping
+    assert clipped.grad_norm > 1e-3
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
@@ -125,7 +125,7 @@ def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
     first = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
-    first.write(1, Evaluation(1.0, 2.0, 3.0))
+    first.write(1, LMMetrics(1.0, 2.0, 3.0))
     with pytest.raises(UserError, match="another run has taken it meanwhile"):
         MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
     with pytest.raises(UserError, match="another run is writing there. Wait for its end"):
@@ -138,14 +138,14 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
     for step in (0, 5, 10):
-        metrics.write(step, Evaluation(float(step), 2.0, 3.0))
+        metrics.write(step, LMMetrics(float(step), 2.0, 3.0))
     with open(metrics.path, "ab") as file:
         file.write(b'{"step": 11, "lo\xff')  # killed here
     rows = metrics.rows
     del metrics
     resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
     assert resumed.rows == rows[:2]
-    resumed.write(6, Evaluation(6.0, 2.0, 3.0))
+    resumed.write(6, LMMetrics(6.0, 2.0, 3.0))
     rows = [json.loads(line) for line in resumed.path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 5, 6]
     del resumed

@@ -26,7 +26,7 @@ SHAPES = [(32, 32), (16, 48), (48, 16), (1, 8), (8, 1)]
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch):
     """Every processor gives the same numbers; what bfloat16 makes of them has a test of its own."""
-    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(optimizers, "matmul_dtype", lambda device: torch.float32)
 
 
 def random_matrices(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_the_scale_of_a_gradient_does_not_matter_and_zero_stays_zero():
 def test_bfloat16_is_near_enough(shape, monkeypatch):
     matrices = random_matrices(3, *shape)
     exact = orthogonalize(matrices)
-    monkeypatch.setattr(optimizers, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(optimizers, "matmul_dtype", lambda device: torch.bfloat16)
     rounded = orthogonalize(matrices)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).norm() < 0.05 * exact.norm()
@@ -83,8 +83,8 @@ def test_products_are_in_bfloat16_only_where_the_processor_has_it(monkeypatch):
         ({}, torch.float32),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
-        assert optimizers.fast_dtype(torch.device("cpu")) == dtype
-    assert optimizers.fast_dtype(torch.device("meta")) == torch.float32
+        assert optimizers.matmul_dtype(torch.device("cpu")) == dtype
+    assert optimizers.matmul_dtype(torch.device("meta")) == torch.float32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -209,7 +209,7 @@ def test_unknown_names_are_refused(tiny_model):
 def test_schedules_by_hand():
     def rates(kind: str) -> list[float]:
         optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate) for rate in (1.0, 10.0)]
-        schedules = make_schedules(optimizers, kind, warmup_steps=4, max_steps=12, final_fraction=0.2, decay_fraction=0.5)
+        schedules = make_schedules(optimizers, kind, warmup_steps=4, max_steps=12, min_lr_ratio=0.2, decay_ratio=0.5)
         result = []
         for _ in range(14):
             one, ten = (schedule.get_last_lr()[0] for schedule in schedules)
@@ -233,18 +233,18 @@ def test_schedules_by_hand():
     kind=st.sampled_from(SCHEDULES),
     warmup_steps=st.integers(0, 50),
     max_steps=st.integers(1, 200),
-    final_fraction=st.floats(0, 1),
-    decay_fraction=st.floats(0, 1),
+    min_lr_ratio=st.floats(0, 1),
+    decay_ratio=st.floats(0, 1),
 )
-def test_every_schedule_rises_then_falls(kind, warmup_steps, max_steps, final_fraction, decay_fraction):
-    shape = (kind, warmup_steps, max_steps, final_fraction, decay_fraction)
+def test_every_schedule_rises_then_falls(kind, warmup_steps, max_steps, min_lr_ratio, decay_ratio):
+    shape = (kind, warmup_steps, max_steps, min_lr_ratio, decay_ratio)
     factors = [schedule_factor(step, *shape) for step in range(max(warmup_steps, max_steps) + 3)]
     up, down = factors[:warmup_steps], factors[warmup_steps:]
     assert all(0 < factor <= 1 for factor in factors[:max_steps])
     assert up == sorted(up)
     assert down == sorted(down, reverse=True)
-    assert min(down) >= final_fraction - 1e-9
-    assert down[-1] == pytest.approx(final_fraction)
+    assert min(down) >= min_lr_ratio - 1e-9
+    assert down[-1] == pytest.approx(min_lr_ratio)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -280,7 +280,7 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.engine import optimizers
 from training.engine.optimizers import make_optimizers
 
-optimizers.fast_dtype = lambda device: torch.float32
+optimizers.matmul_dtype = lambda device: torch.float32
 kind, folder = sys.argv[1:]
 one, two = (ScratchGPTForCausalLM.from_pretrained(folder).train() for _ in range(2))
 if kind == "fsdp2":

@@ -16,12 +16,12 @@ from modeling_scratchgpt.lora import load_adapter
 from tests.training.conftest import launch, rows
 from tests.training.test_surviving import LAUNCHERS, kill_when, start, steps_done
 from training import pretrain
-from training.arguments import UserError
 from training.engine.checkpoints import frozen_digest
 from training.engine.pretrained import load_config_and_tokenizer, load_tokenizer
+from training.errors import UserError
 
 FURTHER = [
-    "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_every", "8", "--save_every", "4",
+    "--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_steps", "8", "--save_steps", "4",
     "--validation_fraction", "0.1", "--report_to", "none",
 ]  # fmt: skip
 LORA = [*FURTHER, "--lora_r", "4", "--lora_dropout", "0.1"]

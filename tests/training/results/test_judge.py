@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from training.arguments import UserError
-from training.data.prompts import STYLES, teach
+from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
+from training.errors import UserError
 from training.results import judge as judging
 from training.results.judge import REQUEST, VERDICT, Judge, judge_all
 
@@ -26,7 +26,7 @@ def judges(tmp_path_factory):
     def make(verdict: str) -> str:
         folder = str(tmp_path_factory.mktemp("judge"))
         tokenizer = ScratchGPTTokenizer.train([REQUEST] * 9 + ["I think it is 73."] * 9, vocab_size=500)
-        teach(tokenizer, STYLES["chat"], 1024)
+        set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 1024)
         asked = [REQUEST.format(question=it["prompt"][0]["content"], **it) for it in ROWS] + ["Say 1."]
         torch.manual_seed(0)
         model = ScratchGPTForCausalLM(

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import MODERN, TINY
 from training.data.conversations import Conversation
-from training.data.prompts import STYLES, collate, encode, teach
+from training.data.prompts import CHAT_TEMPLATES, collate, encode, set_up_chat_template
 from training.results.responses import Response, respond, respond_together, response_rows, score_responses, write_responses
 
 QUESTIONS = ["One?", "What comes after one, and before three?", "Three?", "What is the one that comes after three?"]
@@ -25,7 +25,7 @@ def talks() -> list[Conversation]:
 @pytest.fixture(scope="module")
 def tokenizer() -> ScratchGPTTokenizer:
     tokenizer = ScratchGPTTokenizer.train(QUESTIONS * 9 + ANSWERS * 9, vocab_size=300)
-    teach(tokenizer, STYLES["chat"], 64)
+    set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)
     return tokenizer
 
 

@@ -20,7 +20,7 @@ LABELS = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
 
 def test_scores_of_one_label_a_text_by_hand():
     predictions = Predictions(LOGITS, NAMES, SINGLE)
-    found = predictions.all_scores(LABELS)
+    found = predictions.full_report(LABELS)
     assert found["loss"] == pytest.approx(-np.log([0.8, 0.7, 0.3, 0.4]).mean(), rel=1e-6)
     assert found["accuracy"] == 0.5
     assert found["confusion_matrix"] == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
@@ -37,8 +37,8 @@ def test_scores_of_one_label_a_text_by_hand():
 
 
 def test_a_score_that_is_not_defined_is_left_out():
-    assert "roc_auc" not in Predictions(LOGITS[:3], NAMES, SINGLE).all_scores(LABELS[:3])
-    assert "pearson_correlation" not in Predictions(np.ones((3, 1)), ["x"], REGRESSION).all_scores(np.array([[1.0], [2], [3]]))
+    assert "roc_auc" not in Predictions(LOGITS[:3], NAMES, SINGLE).full_report(LABELS[:3])
+    assert "pearson_correlation" not in Predictions(np.ones((3, 1)), ["x"], REGRESSION).full_report(np.array([[1.0], [2], [3]]))
 
 
 def test_calibration_error_by_hand():
@@ -51,7 +51,7 @@ def test_calibration_error_by_hand():
 def test_scores_of_several_labels_a_text_by_hand():
     logits = np.array([[2.0, -1], [0.5, 3], [-1, -2]], dtype=np.float32)
     labels = np.array([[1.0, 0], [0, 1], [0, 1]], dtype=np.float32)
-    found = Predictions(logits, ["x", "y"], MULTI).all_scores(labels)
+    found = Predictions(logits, ["x", "y"], MULTI).full_report(labels)
     expected = functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert found["accuracy"] == pytest.approx(1 / 3)  # texts with both right
@@ -63,7 +63,7 @@ def test_scores_of_several_labels_a_text_by_hand():
 
 def test_scores_of_numbers_by_hand():
     logits, labels = np.array([[1.0], [2], [4]]), np.array([[1.0], [3], [5]])
-    found = Predictions(logits, ["stars"], REGRESSION).all_scores(labels)
+    found = Predictions(logits, ["stars"], REGRESSION).full_report(labels)
     assert found["loss"] == pytest.approx(2 / 3)
     assert found["mean_absolute_error"] == pytest.approx(2 / 3)
     assert found["r2"] == pytest.approx(1 - 2 / 8)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from training.arguments import UserError
+from training.errors import UserError
 from training.sharing import leaks
 
 SECRETS = ["hf_" + "aB3" * 12, "sk-proj-" + "x9" * 20, "ghp_" + "k" * 36, "AKIA" + "Q" * 16, "AIza" + "d" * 35]

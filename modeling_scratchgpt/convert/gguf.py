@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import as_stock, gpt2_state
+from ..interchange import as_stock, gpt2_state_dict
 
 TYPES = ("f32", "f16", "q8_0")
 ACTIVATIONS = {"gpt2": "gelu_pytorch_tanh", "qwen3": "silu"}  # what programs compute that read `gpt2` or `qwen3`
@@ -133,7 +133,7 @@ def _add_tensors(writer: Any, architecture: str, config: ScratchGPTConfig, state
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    for name, tensor in (gpt2_state(state) if architecture == "gpt2" else state).items():
+    for name, tensor in (gpt2_state_dict(state) if architecture == "gpt2" else state).items():
         if architecture == "gpt2" and ".h." in name and tensor.ndim == 2:
             tensor = tensor.T  # llama.cpp multiplies from the left, as nn.Linear does
         array = tensor.detach().float().contiguous().numpy()

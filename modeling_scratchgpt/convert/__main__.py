@@ -23,10 +23,10 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, TokenizersBackend
 
-from .formats.gguf import TYPES, check_gguf, write_gguf
-from .formats.onnx import FILE as ONNX_FILE
-from .formats.onnx import onnx_logits, write_onnx
-from .formats.reading import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
+from .gguf import TYPES, check_gguf, write_gguf
+from .onnx import FILE as ONNX_FILE
+from .onnx import onnx_logits, write_onnx
+from .reading import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
 
 TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
@@ -83,10 +83,10 @@ def main() -> None:
         with warnings.catch_warnings(action="ignore"):  # what libraries would warn of ends in an error here
             convert(arguments)
     except KeyboardInterrupt:
-        print("\nconvert.py: stopped; nothing was written.", file=sys.stderr)
+        print("\nconvert: stopped; nothing was written.", file=sys.stderr)
         sys.exit(130)
     except (OSError, SafetensorError, ValueError) as error:  # the second: a disk that is full
-        print(f"convert.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

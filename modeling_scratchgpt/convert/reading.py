@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 import modeling_scratchgpt
 
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state
+from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state_dict
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
 from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
 from .onnx import check_onnx
@@ -351,7 +351,7 @@ def _ours(source: str, to: str) -> Found:
     if to != "onnx":
         config = as_stock(ours.config, stock_type)
         stock_class = transformers.GPT2LMHeadModel if stock_type == "gpt2" else transformers.Qwen3ForCausalLM
-        state = gpt2_state(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
+        state = gpt2_state_dict(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
         stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
         stock.generation_config = ours.generation_config
     return Found("ScratchGPT", ours, stock, *tokenizer_of(source))

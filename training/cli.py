@@ -14,9 +14,7 @@ import errno
 import io
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,38 +22,12 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
 from modeling_scratchgpt import ScratchGPTConfig
+from training.errors import UserError, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
-
-
-class UserError(Exception):
-    """Something only the user can put right. The message says what was given, what is allowed and what to do."""
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a line that says more."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """A text with nothing in it that a terminal would obey, but for tabs and the ends of lines."""
-    shown = (character if character.isprintable() or character in "\n\t" else "�" for character in text.replace("\r\n", "\n"))
-    return "".join(shown)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Of what transformers has to say, only errors."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def option(default: Any, help: str, **keywords: Any) -> Any:
@@ -207,7 +179,7 @@ def _yaml_value(word: str, text: str) -> Any:
         raise UserError(f"--model {word}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to end

@@ -2,7 +2,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import UserError, model_config, model_option, option, parse_arguments, printable
+from training.cli import model_config, model_option, option, parse_arguments
+from training.errors import UserError, printable
 
 
 @dataclass

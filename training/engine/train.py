@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from training.arguments import UserError, option
+from training.cli import option
 from training.engine.checkpoints import (
     METRICS,
-    StopSignals,
+    GracefulShutdown,
     check_output_folder,
     find_checkpoint,
     frozen_digest,
@@ -33,21 +33,22 @@ from training.engine.loop import start_accelerator, training_steps
 from training.engine.metrics import MetricsFile
 from training.engine.optimizers import OPTIMIZERS, SCHEDULES, make_optimizers, make_schedules
 from training.engine.report import ProgressBar, duration
+from training.errors import UserError
 
 MOST_EPOCHS = 1_000_000
-Evaluation = TypeVar("Evaluation", bound=Any)  # a dataclass with a `loss`
+Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 
 
 @dataclass
 class EngineArguments:
-    """What every recipe can be asked; what `may_differ` names may be asked otherwise when a run goes on."""
+    """What every recipe can be asked; what `RESUME_MAY_CHANGE` names may be asked otherwise when a run goes on."""
 
-    may_differ: ClassVar[set[str]] = {
+    RESUME_MAY_CHANGE: ClassVar[set[str]] = {
         "config",
         "resume",
         "report_to",
-        "save_every",
-        "keep_checkpoints",
+        "save_steps",
+        "save_total_limit",
         "license",
         "language",
         "output_dir",
@@ -61,16 +62,16 @@ class EngineArguments:
     learning_rate: float = option(1e-3, "Highest learning rate of AdamW.")
     muon_learning_rate: float = option(0.02, "Highest learning rate of Muon.")
     weight_decay: float = option(0.1, "Decay of the matrices.")
-    schedule: str = option("cosine", "How the learning rate falls: cosine, linear, or wsd (late).", choices=SCHEDULES)
-    warmup_fraction: float = option(0.05, "Share of the steps over which the learning rate rises.")
-    decay_fraction: float = option(0.2, "Share of the steps over which wsd falls.")
-    final_fraction: float = option(0.1, "What is left of the learning rate at the end.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate falls: cosine, linear, or wsd (late).", choices=SCHEDULES)
+    warmup_ratio: float = option(0.05, "Share of the steps over which the learning rate rises.")
+    decay_ratio: float = option(0.2, "Share of the steps over which wsd falls.")
+    min_lr_ratio: float = option(0.1, "What is left of the learning rate at the end.")
     max_grad_norm: float = option(1.0, "Longest gradient; a longer one is scaled down to it.")
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them: less memory, more time.")
-    eval_every: int = option(300, "Steps between looks at the held-out data.")
-    save_every: int = option(300, "Steps between checkpoints.")
-    keep_checkpoints: int = option(2, "Checkpoints to keep, besides the best.")
-    patience: int = option(
+    eval_steps: int = option(300, "Steps between looks at the held-out data.")
+    save_steps: int = option(300, "Steps between checkpoints.")
+    save_total_limit: int = option(2, "Checkpoints to keep, besides the best.")
+    early_stopping_patience: int = option(
         0, "Stop after so many evaluations in a row without a new lowest loss, and take the model that had it; 0: never."
     )
     resume: bool = option(False, "Go on with the run in --output_dir from its latest good checkpoint.")
@@ -87,10 +88,10 @@ class EngineArguments:
 class EpochArguments(EngineArguments):
     """The same where a run is counted in epochs."""
 
-    epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
-    max_steps: int = option(0, "Optimizer steps; 0: as many as --epochs takes.")
-    eval_every: int = option(0, "Steps between looks at the held-out data; 0: an epoch.")
-    save_every: int = option(0, "Steps between checkpoints; 0: an epoch.")
+    num_train_epochs: float = option(6.0, "How often each example is seen, if --max_steps does not say.")
+    max_steps: int = option(0, "Optimizer steps; 0: as many as --num_train_epochs takes.")
+    eval_steps: int = option(0, "Steps between looks at the held-out data; 0: an epoch.")
+    save_steps: int = option(0, "Steps between checkpoints; 0: an epoch.")
 
 
 Run = TypeVar("Run", bound=EngineArguments)
@@ -99,16 +100,16 @@ Epochs = TypeVar("Epochs", bound=EpochArguments)
 
 def check_engine(arguments: EngineArguments, num_processes: int) -> None:
     """Refuse nonsense before any long work."""
-    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_every", "save_every", "keep_checkpoints"):
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps", "save_total_limit"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
-    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+    for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1, got {getattr(arguments, name)}.")
     for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise UserError(f"--{name} must be a positive number, got {getattr(arguments, name)}.")
-    for name in ("weight_decay", "patience"):
+    for name in ("weight_decay", "early_stopping_patience"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise UserError(f"--{name} must be zero or more, got {getattr(arguments, name)}.")
     if not 0 <= arguments.seed < 2**32:
@@ -119,19 +120,19 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
 
 def check_epochs(arguments: EpochArguments, num_processes: int) -> None:
     """The same where a run is counted in epochs."""
-    if not 0 < arguments.epochs <= MOST_EPOCHS:
-        raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,}, got {arguments.epochs}.")
-    check_engine(with_steps(arguments, 1), num_processes)
+    if not 0 < arguments.num_train_epochs <= MOST_EPOCHS:
+        raise UserError(f"--num_train_epochs must be above 0 and at most {MOST_EPOCHS:,}, got {arguments.num_train_epochs}.")
+    check_engine(resolve_epochs(arguments, 1), num_processes)
 
 
-def with_steps(arguments: Epochs, num_rows: int) -> Epochs:
+def resolve_epochs(arguments: Epochs, num_rows: int) -> Epochs:
     """The arguments with what an epoch of so many rows decides filled in."""
     an_epoch = num_rows / max(1, arguments.batch_size * arguments.gradient_accumulation_steps)
     return replace(
         arguments,
-        max_steps=arguments.max_steps or math.ceil(arguments.epochs * an_epoch),
-        eval_every=arguments.eval_every or math.ceil(an_epoch),
-        save_every=arguments.save_every or math.ceil(an_epoch),
+        max_steps=arguments.max_steps or math.ceil(arguments.num_train_epochs * an_epoch),
+        eval_steps=arguments.eval_steps or math.ceil(an_epoch),
+        save_steps=arguments.save_steps or math.ceil(an_epoch),
     )
 
 
@@ -150,7 +151,7 @@ def start(arguments: Run, check: Callable[[Run, int], None]) -> tuple[Accelerato
     return accelerator, output_dir
 
 
-def optimization(
+def build_optimizers(
     arguments: EngineArguments, model: PreTrainedModel
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
     """The optimizers of a run and their schedules; the model is told how to keep its activations."""
@@ -162,21 +163,21 @@ def optimization(
     )
     schedules = make_schedules(
         optimizers,
-        arguments.schedule,
-        math.ceil(arguments.warmup_fraction * arguments.max_steps),
+        arguments.lr_scheduler_type,
+        math.ceil(arguments.warmup_ratio * arguments.max_steps),
         arguments.max_steps,
-        arguments.final_fraction,
-        arguments.decay_fraction,
+        arguments.min_lr_ratio,
+        arguments.decay_ratio,
     )
     return optimizers, schedules
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Evaluation]):
+class TrainResult(Generic[Metrics]):
     """What a run has come to."""
 
-    before: Evaluation
-    after: Evaluation
+    before: Metrics
+    after: Metrics
     metrics: MetricsFile  # kept open, and so the folder this run's, until its model is there
 
     def __str__(self) -> str:
@@ -192,10 +193,10 @@ def train(
     model: PreTrainedModel,
     training_loader: Callable[[int], DataLoader],
     data: str,
-    evaluate: Callable[[nn.Module], Evaluation],
+    evaluate: Callable[[nn.Module], Metrics],
     show: Callable[[], str],
     flops_per_token: float,
-) -> Outcome[Evaluation]:
+) -> TrainResult[Metrics]:
     """Train the model in place, or go on doing so.
 
     Args:
@@ -210,7 +211,7 @@ def train(
     """
     output_dir = Path(os.path.expanduser(arguments.output_dir))
     checkpoints = output_dir / "checkpoints"
-    optimizers, schedules = optimization(arguments, model)
+    optimizers, schedules = build_optimizers(arguments, model)
     frozen = frozen_digest(model)
     prepared_model, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     found = find_checkpoint(checkpoints, accelerator.print) if arguments.resume else None
@@ -243,11 +244,11 @@ def train(
     if not found:
         metrics.write(0, before)
 
-    after, is_enough = None, patience_lost(losses, arguments.patience)
+    after, is_enough = None, should_stop_early(losses, arguments.early_stopping_patience)
     peak = measured_peak(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
     with (
         ProgressBar(arguments.max_steps, accelerator, flops_per_token, peak * accelerator.num_processes, done) as bar,
-        StopSignals(accelerator) as stop,
+        GracefulShutdown(accelerator) as stop,
     ):
         for step in training_steps(
             accelerator,
@@ -262,16 +263,16 @@ def train(
         ):
             bar.update(step)
             metrics.write(step.number, step)
-            is_last, is_asked, is_best = step.number == arguments.max_steps, stop.asked(), False
-            if is_last or step.number % arguments.eval_every == 0:
+            is_last, is_asked, is_best = step.number == arguments.max_steps, stop.requested(), False
+            if is_last or step.number % arguments.eval_steps == 0:
                 after = evaluate(prepared_model)
-                is_best = arguments.patience > 0 and after.loss < min(losses, default=math.inf)
+                is_best = arguments.early_stopping_patience > 0 and after.loss < min(losses, default=math.inf)
                 losses.append(after.loss)
                 metrics.write(step.number, after)
                 bar.say(f"Step {step.number:,}: {after}\n\n{show()}")
-                is_enough = patience_lost(losses, arguments.patience)
+                is_enough = should_stop_early(losses, arguments.early_stopping_patience)
                 is_last |= is_enough
-            if is_last or is_asked or is_best or step.number % arguments.save_every == 0:
+            if is_last or is_asked or is_best or step.number % arguments.save_steps == 0:
                 state = {
                     "step": step.number,
                     "validation_loss": losses[-1] if losses else math.inf,
@@ -281,14 +282,14 @@ def train(
                     "data": data,
                     "schedules": [schedule.state_dict() for schedule in schedules],
                 }
-                save_checkpoint(checkpoints, accelerator, model, prepared_optimizers, state, arguments.keep_checkpoints)
+                save_checkpoint(checkpoints, accelerator, model, prepared_optimizers, state, arguments.save_total_limit)
             if is_asked and not is_last:
                 bar.say(f"Stopped after step {step.number:,}. The same command with --resume goes on from there.")
                 accelerator.end_training()
                 sys.exit(130)
             if is_last:
                 break
-    if arguments.patience and losses and min(losses) < losses[-1]:
+    if arguments.early_stopping_patience and losses and min(losses) < losses[-1]:
         best = find_checkpoint(checkpoints, accelerator.print, best=True)
         if best:
             path, state = best
@@ -298,17 +299,17 @@ def train(
     if after is None:  # other weights than those of the last evaluation, or it was stopped between its last step and its end
         after = evaluate(prepared_model)
         show()
-    return Outcome(before, after, metrics)
+    return TrainResult(before, after, metrics)
 
 
-def patience_lost(losses: list[float], patience: int) -> bool:
+def should_stop_early(losses: list[float], patience: int) -> bool:
     """Whether the lowest loss lies as many evaluations back as there is patience for; there is no end to that of 0."""
     return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _settings(arguments: EngineArguments) -> dict[str, Any]:
     """What decides the weights that a run ends with."""
-    names = {field.name for field in fields(arguments)} - arguments.may_differ
+    names = {field.name for field in fields(arguments)} - arguments.RESUME_MAY_CHANGE
     return {name: getattr(arguments, name) for name in sorted(names)}
 
 

@@ -1,0 +1,70 @@
+"""Atomic writes: a file or a directory appears under its name when all of it is on the disk, or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = ".writing-"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`. What is written there replaces `path` at the end; after an error it is deleted."""
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory, which becomes `directory` at the end; after an error it is deleted.
+
+    If `directory` exists, it keeps its other files: the new ones replace those of the same name one by one, `config.json` last,
+    since transformers takes a directory with that file for a model.
+    """
+    exists = directory.is_dir()
+    parent = directory if exists else directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f"{PREFIX}{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if not exists:
+            os.replace(temporary, directory)
+        else:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                if path.is_dir():  # os.replace does not replace a directory that has files in it
+                    shutil.rmtree(directory / path.name, ignore_errors=True)
+                os.replace(path, directory / path.name)
+        sync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Delete the temporary files and directories that a killed process has left. No other process may be writing there."""
+    for path in directory.glob(f"{PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a directory, has reached the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open one, and needs no sync of it
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

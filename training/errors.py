@@ -1,0 +1,33 @@
+"""Errors that the user can fix, and text that is safe to print."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+class UserError(Exception):
+    """An error that only the user can fix. The message names the value given, what is allowed, and the remedy."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, shortened to one line of 200 characters; its type if it has no message."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which a terminal would interpret; keep tabs and line ends."""
+    shown = (character if character.isprintable() or character in "\n\t" else "�" for character in text.replace("\r\n", "\n"))
+    return "".join(shown)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this context, transformers logs errors only."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
