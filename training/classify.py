@@ -5,13 +5,13 @@
     accelerate launch training/classify.py --dataset sms.tsv --train_last_n_layers 1 --output_dir outputs/last-block
     accelerate launch training/classify.py --dataset sms.tsv --lora_r 16 --output_dir outputs/lora
 
-By default it reads training/configs/classify.yaml, and fine-tunes the model of `training/pretrain.py` to predict which library a
-docstring comes from. training/predict.py labels texts with the result.
+By default it reads training/configs/classify.yaml, and fine-tunes the model of `training/pretrain.py` to predict which library
+a docstring comes from. training/predict.py labels texts with the result.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,11 @@ class ClassifyArguments(EpochArguments, ExampleArguments, TuningArguments):
     subword_dropout: float = option(
         0.0, "subword regularization: probability of a forced token boundary between two characters", minimum=0, below=1
     )
-    token_dropout: float = option(0.0, "fraction of the tokens of a training text to drop, others each epoch", minimum=0, below=1)
-    label_smoothing: float = option(0.0, "label smoothing, for one label per text", minimum=0, below=1)
-    context_length: int = option(
-        0, "maximum tokens per text, longer ones are truncated; 0: the model's maximum", minimum=0
+    token_dropout: float = option(
+        0.0, "fraction of the tokens of a training text to drop, others each epoch", minimum=0, below=1
     )
+    label_smoothing: float = option(0.0, "label smoothing, for one label per text", minimum=0, below=1)
+    context_length: int = option(0, "maximum tokens per text, longer ones are truncated; 0: the model's maximum", minimum=0)
     output_dir: str = option("outputs/classify", "new directory for the model")
 
 

@@ -163,9 +163,7 @@ def _as_options(content: dict[str, Any]) -> list[str]:
 
 def model_option() -> Any:
     """The option `model` of a recipe: its words are added to those of the file instead of replacing them."""
-    return option(
-        [], "fields of ScratchGPTConfig as name=value; preset=124M starts from one of GPT-2's sizes", action="extend"
-    )
+    return option([], "fields of ScratchGPTConfig as name=value; preset=124M starts from one of GPT-2's sizes", action="extend")
 
 
 def model_config(fields: Sequence[str], vocab_size: int, context_length: int) -> ScratchGPTConfig:

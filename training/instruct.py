@@ -4,8 +4,8 @@
     accelerate launch training/instruct.py --dataset alpaca.json --base_model outputs/pretrain --output_dir outputs/alpaca
     accelerate launch training/instruct.py --dataset alpaca.json --lora_r 16 --output_dir outputs/lora
 
-By default it reads training/configs/instruct.yaml, and fine-tunes the model of `training/pretrain.py` to describe a Python function
-from its signature. training/judge.py has the answers of a finished run graded by another language model.
+By default it reads training/configs/instruct.yaml, and fine-tunes the model of `training/pretrain.py` to describe a Python
+function from its signature. training/judge.py has the answers of a finished run graded by another language model.
 """
 
 import json
@@ -87,9 +87,13 @@ class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
     )
     completion_only_loss: bool = option(True, "compute the loss on the answers only, not on the prompts")
     packing: bool = option(False, "pack several conversations into a row, where they do not see each other, instead of padding")
-    context_length: int = option(0, "maximum tokens per conversation, longer ones are dropped; 0: the model's maximum", minimum=0)
+    context_length: int = option(
+        0, "maximum tokens per conversation, longer ones are dropped; 0: the model's maximum", minimum=0
+    )
     max_new_tokens: int = option(256, "maximum tokens per answer; at most half of the model's positions", minimum=1)
-    repetition_penalty: float = option(1.2, "repetition penalty (1: off); small models repeat themselves", minimum=1, maximum=10)
+    repetition_penalty: float = option(
+        1.2, "repetition penalty (1: off); small models repeat themselves", minimum=1, maximum=10
+    )
     output_dir: str = option("outputs/instruct", "new directory for the model")
 
 
@@ -145,8 +149,8 @@ class InstructRecipe(Recipe[LMMetrics]):
                 self.tokenized[name] = tokenized
                 if not len(tokenized):
                     raise UserError(
-                        f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer than "
-                        f"{self.max_length} tokens (use a larger --context_length), the others contain a special token."
+                        f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
+                        f"than {self.max_length} tokens (use a larger --context_length), the others contain a special token."
                     )
         self.stop_token_id = stop_token_id(self.tokenized["train"], self.tokenizer)
 
@@ -255,9 +259,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         scores, base_scores = (score_responses(responses, conversations) for responses in (tuned, untuned))
         self.test_results = {"test": {**vars(metrics), **vars(scores)}, "base": vars(base_scores)}
         self.response_rows = response_rows(conversations, untuned, tuned)
-        accelerator.print(
-            f"Test split, evaluated once, at the end: {metrics}\nAnswers: {scores}; of the base: {base_scores}\n"
-        )
+        accelerator.print(f"Test split, evaluated once, at the end: {metrics}\nAnswers: {scores}; of the base: {base_scores}\n")
 
     def write_results(self, directory: Path, result: TrainResult[LMMetrics]) -> None:
         (directory / SCORES).write_text(json.dumps(self._results(result), indent=2), encoding="utf-8")

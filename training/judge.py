@@ -41,8 +41,8 @@ SECONDS = 300  # to wait for a reply; a large model on a CPU is slow
 MAX_TOKENS = 16
 MAX_CHARACTERS = 200  # of a reply, that are kept
 VERDICT = re.compile(r"\s*(100|[1-9]?[0-9])(\s*/\s*100)?\s*\.?\s*")
-REQUEST = """You grade answers. Compare the answer with the reference: it may be worded differently, but must be as correct, as \
-complete and as relevant.
+REQUEST = """You grade answers. Compare the answer with the reference: it may be worded differently, but must be as correct, \
+as complete and as relevant.
 
 Question:
 {question}

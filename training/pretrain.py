@@ -248,7 +248,7 @@ def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]
 
 
 def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] | None:
-    """The probability of each source, proportional to weight^alpha; None if all windows are drawn alike, each once per epoch."""
+    """The probability of each source, proportional to weight^alpha; None to draw every window once per epoch."""
     if not arguments.dataset_weights and arguments.mixing_alpha == 1:
         return None
     weights = [weight**arguments.mixing_alpha for weight in arguments.dataset_weights or num_tokens]

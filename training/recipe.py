@@ -3,8 +3,10 @@
 Read `run_recipe` first: every run is these steps. pretrain.py, classify.py and instruct.py fill in the methods of `Recipe`.
 """
 
+import inspect
 import os
 import platform
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import TrainResult, train
-from training.results.cards import CardContent, write_card
+from training.results.cards import CardContent, format_command, write_card
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 
@@ -91,6 +93,7 @@ class Recipe(ABC, Generic[Metrics]):
 
 def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str] | None = None) -> None:
     """Train a model as the command line says, and publish it in the output directory."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(recipe_class.arguments_class, description, argv)
     accelerator, run_folder = setup(arguments, recipe_class.check)
     recipe = recipe_class(arguments, accelerator)
@@ -98,7 +101,7 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     accelerator.print(f"Model: {trainable_parameters(model)}, on {hardware(accelerator.num_processes)}")
     result = train(accelerator, recipe, model, run_folder)
     recipe.evaluate_test(model)
-    publish(accelerator, recipe, model, result, run_folder)
+    publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
     accelerator.end_training()
 
 
@@ -115,17 +118,17 @@ def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, Ru
     return accelerator, run_folder
 
 
-def publish(
-    accelerator: Accelerator, recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_folder: RunFolder
-) -> None:
+def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_folder: RunFolder, command: str) -> None:
     """Write the model, its tokenizer, results, curve and card, all at once."""
+    accelerator = recipe.accelerator
     weights = full_state_dict(model)
     if accelerator.is_main_process:
         facts = {
             "Parameters": trainable_parameters(model),
             "Training": str(result),
             "Hardware": hardware(accelerator.num_processes),
-            "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
+            "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
+            "Command": command,
         }
         with run_folder.publish() as directory:
             save_trained(directory, model, weights, recipe.tokenizer, recipe.build_model)
@@ -133,7 +136,9 @@ def publish(
             recipe.write_results(directory, result)
             write_card(directory, recipe.arguments, recipe.card(result), facts)
     path = str(run_folder.path)
-    accelerator.print(f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}")
+    accelerator.print(
+        f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
+    )
 
 
 def hardware(num_processes: int) -> str:

@@ -21,13 +21,13 @@ class EngineArguments:
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)
     max_steps: int = option(1000, "optimizer steps", minimum=1)
-    optimizer: str = option("adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+    )
     learning_rate: float = option(1e-3, "peak learning rate (AdamW)", above=0)
     muon_learning_rate: float = option(0.02, "peak learning rate (Muon)", above=0)
     weight_decay: float = option(0.1, "weight decay (matrices only)", minimum=0)
-    lr_scheduler_type: str = option(
-        "cosine", "LR schedule: cosine, linear, or wsd (warmup, stable, decay)", choices=SCHEDULES
-    )
+    lr_scheduler_type: str = option("cosine", "LR schedule: cosine, linear, or wsd (warmup, stable, decay)", choices=SCHEDULES)
     warmup_ratio: float = option(0.05, "fraction of the steps with linear warmup", minimum=0, maximum=1)
     decay_ratio: float = option(0.2, "fraction of the steps in which wsd decays", minimum=0, maximum=1)
     min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak", minimum=0, maximum=1)

@@ -3,8 +3,8 @@
 Notable:
 - A checkpoint appears under its name when all of it is on the disk, so a killed run leaves only complete ones.
 - Reading verifies digests: if one byte differs, the checkpoint before it is used.
-- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code. Tensors are full and named
-  by parameter, so the number of processes and the sharding may differ when the run is resumed.
+- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code. Tensors are full and
+  named by parameter, so the number of processes and the sharding may differ when the run is resumed.
 - The state of random number generators is not saved: it follows from the seed and the step (see `loop.py`), as the batches do.
 """
 
@@ -78,10 +78,8 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def find_checkpoint(
-    directory: Path, warn: Callable[[str], None], best: bool = False
-) -> tuple[Path, dict[str, Any]] | None:
-    """The latest valid checkpoint, or the one with the lowest `eval_loss`, with its state; `warn` gets a line per damaged one."""
+def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The latest valid checkpoint, or that with the lowest `eval_loss`, and its state; `warn` gets a line for each damaged one."""
     paths = sorted(directory.glob("step-*"), reverse=not best)
     for path in sorted(paths, key=_eval_loss) if best else paths:
         try:

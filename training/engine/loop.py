@@ -57,7 +57,9 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("auto", "none", *installed):
         available = f"installed: {', '.join(installed)}" if installed else "none is installed"
-        raise UserError(f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available}).")
+        raise UserError(
+            f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
+        )
     trackers = (
         [report_to] if report_to in installed else ["tensorboard"] if {report_to, *installed} >= {"auto", "tensorboard"} else []
     )
@@ -91,7 +93,7 @@ def training_steps(
     """Train until the end of the dataloader; yield after each optimizer step.
 
     Args:
-        accelerator, model, optimizers, dataloader: prepared by Accelerate. `schedulers` are not: they advance here, once a step.
+        accelerator, model, optimizers, dataloader: prepared by Accelerate; `schedulers` are not: they advance here once per step.
         arguments: with `gradient_accumulation_steps` (batches per step), `max_grad_norm` (for clipping) and `seed`.
         first_step: its number; above 1 for a resumed run, whose dataloader begins there.
 

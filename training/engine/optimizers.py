@@ -196,3 +196,18 @@ def make_schedules(
         decay_ratio=decay_ratio,
     )
     return [LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+
+def build_optimizers(arguments, model):  # TEMPORARY, replaced by the merge
+    optimizers = make_optimizers(
+        model, arguments.optimizer, arguments.learning_rate, arguments.muon_learning_rate, arguments.weight_decay
+    )
+    schedules = make_schedules(
+        optimizers,
+        arguments.lr_scheduler_type,
+        math.ceil(arguments.warmup_ratio * arguments.max_steps),
+        arguments.max_steps,
+        arguments.min_lr_ratio,
+        arguments.decay_ratio,
+    )
+    return optimizers, schedules

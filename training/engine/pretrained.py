@@ -165,7 +165,11 @@ def load_config_and_tokenizer(
 
 
 def save_trained(
-    directory: Path, model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, build_model: Callable[[], Any]
+    directory: Path,
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    build_model: Callable[[], Any],
 ) -> None:
     """Save model and tokenizer as transformers does. LoRA is merged into the model, and also saved alone, in `adapter/`.
 

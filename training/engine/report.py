@@ -20,7 +20,7 @@ PROMPT_CHARACTERS = 60
 
 
 class ProgressBar:
-    """Steps and time left, with the loss, tokens/s (excluding evaluation), model FLOPs utilization (MFU: Chowdhery et al., 2022)
+    """Steps and time left, the loss, tokens/s (excluding evaluation), model FLOPs utilization (MFU, Chowdhery et al., 2022)
     and memory.
 
     Args:

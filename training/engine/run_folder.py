@@ -1,10 +1,10 @@
 """The output directory of a run: its files, its lock, its metrics, and the model that is published there at the end.
 
-    OUTPUT_DIR/
-        metrics.jsonl        one JSON object per step and per evaluation; locked by the run that writes it
-        checkpoints/         see checkpoints.py
-        logs/                of trackers that write files
-        config.json, ...     the model directory, published atomically at the end
+OUTPUT_DIR/
+    metrics.jsonl        one JSON object per step and per evaluation; locked by the run that writes it
+    checkpoints/         see checkpoints.py
+    logs/                of trackers that write files
+    config.json, ...     the model directory, published atomically at the end
 """
 
 import errno
@@ -43,8 +43,8 @@ class RunFolder:
     Attributes:
         path: the directory; it is created by `open`.
         checkpoints: the directory of the checkpoints.
-        history: the rows of metrics.jsonl. `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` for an optimizer
-            step; `step` and the metrics with the prefix `eval_` for an evaluation. Empty on all processes but the main one.
+        history: the rows of metrics.jsonl. `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` for a step
+            of the optimizer; `step` and the metrics with the prefix `eval_` for an evaluation. Empty on all processes but the main one.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
@@ -63,10 +63,10 @@ class RunFolder:
             return
         if (self.path / "config.json").exists():
             raise UserError(
-                f"--output_dir {self.path} already contains a finished model: pass another --output_dir, or move that directory."
+                f"--output_dir {self.path} already contains a finished model: pass another --output_dir, or move it."
             )
         if not (self.path / METRICS).exists():
-            raise UserError(f"--output_dir {self.path} is not empty: pass another --output_dir, or move that directory.")
+            raise UserError(f"--output_dir {self.path} is not empty: pass another --output_dir, or move it.")
         if not resume:
             raise UserError(
                 f"--output_dir {self.path} already contains an unfinished run: resume it with --resume, or pass another "

@@ -5,7 +5,7 @@ for at the upload: the license, and the repository of the base model.
 """
 
 import shlex
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ model.resize_token_embeddings({{vocab_size}})
 model = PeftModel.from_pretrained(model, "{MODEL_PLACEHOLDER}")"""
 
 LIMITATIONS = (
-    "This is a small model trained on little data: its output can be wrong, however confident it is. It reproduces its training "
-    "data, including biases and private details; nothing was filtered. It was evaluated only on held-out data of the same kind, "
-    "and not for safety. Do not use it for decisions about people."
+    "This is a small model trained on little data: its output can be wrong, however confident it is. It reproduces its "
+    "training data, including biases and private details; nothing was filtered. It was evaluated only on held-out data of the "
+    "same kind, and not for safety. Do not use it for decisions about people."
 )
 
 
@@ -68,9 +68,9 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
 
     Args:
         arguments: of the run.
-        facts: rows of the table of how it was trained, besides the data and the command.
+        facts: rows of the table of how it was trained, besides the data.
     """
-    facts = {**content.data, **facts, "Command": _command()}
+    facts = {**content.data, **facts}
     rows = "\n".join(f"| {name} | {value.replace('|', PIPE)} |" for name, value in facts.items())
     name = plain(Path(arguments.output_dir).resolve().name, 100)
     for location, library, program in (
@@ -119,9 +119,9 @@ def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardDa
     )
 
 
-def _command() -> str:
-    words = [Path(sys.argv[0]).name, *map(without_directories, sys.argv[1:])]
-    return code(f"accelerate launch training/{shlex.join(words)}", 2000)
+def format_command(program: str, argv: Sequence[str]) -> str:
+    """The command line of a run as inline code, without the directories of this machine."""
+    return code(f"accelerate launch training/{shlex.join([program, *map(without_directories, argv)])}", 2000)
 
 
 def _settings(arguments: Any, content: CardContent) -> str:
@@ -140,7 +140,9 @@ def describe_base(base_model: str) -> str:
 
 def dataset_name(datasets: list[str]) -> str:
     """The names of the training data, without the directories of this machine."""
-    names = ("the docstrings of Python and its libraries" if name == "docs" else plain(short_name(name), 100) for name in datasets)
+    names = (
+        "the docstrings of Python and its libraries" if name == "docs" else plain(short_name(name), 100) for name in datasets
+    )
     return ", ".join(names)
 
 

@@ -94,7 +94,9 @@ def _draw_confusion_matrix(axes: Any, labels: np.ndarray, predictions: Predictio
     is_readable = len(names) <= MAX_LABELS
     display = ConfusionMatrixDisplay(predictions.confusion_matrix(labels), display_labels=names if is_readable else None)
     rotation = 45 if max(map(len, names)) > 5 else 0
-    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=rotation, values_format=",d")
+    display.plot(
+        ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=rotation, values_format=",d"
+    )
     if not is_readable:
         axes.set(xticks=[], yticks=[])
     axes.set(xlabel="predicted", ylabel="true")

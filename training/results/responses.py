@@ -107,7 +107,9 @@ def respond(
                     rows[index] = (rows[index] + ids)[: limits[index]]
                     has_ended = rows[index][-1] == stop_token_id
                     bar.update((limits[index] if has_ended else len(rows[index])) - before)
-            unfinished = [index for index in unfinished if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]]
+            unfinished = [
+                index for index in unfinished if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]
+            ]
             stage *= 2
     return [_response(tokenizer, ids[start:], stop_token_id) for start, ids in zip(starts, rows, strict=True)]
 

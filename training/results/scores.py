@@ -88,7 +88,9 @@ class Predictions:
             return RegressionScores(
                 loss, float(np.abs(self.logits - labels).mean()), float(metrics.r2_score(labels, self.logits))
             )
-        return ClassificationScores(loss, float((self.decisions == labels).all(-1).mean()), float(self.f1_scores(labels)[2].mean()))
+        return ClassificationScores(
+            loss, float((self.decisions == labels).all(-1).mean()), float(self.f1_scores(labels)[2].mean())
+        )
 
     def full_report(self, labels: np.ndarray) -> dict[str, Any]:
         """All metrics, for `metrics.json` and the card."""
