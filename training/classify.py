@@ -178,7 +178,7 @@ class ClassifyRecipe(Recipe[Any]):
         arguments, print_, examples, train = self.arguments, self.accelerator.print, self.examples, self.train_examples
         for name, labels in self.labels.items():
             counts = describe_labels(examples.splits[name], labels, self.names, arguments.problem_type)
-            print_(f"{name.capitalize()} examples: {counts}")
+            print_(f"{'Training' if name == 'train' else name.capitalize()} examples: {counts}")
         duplicates = " and ".join(f"{examples.duplicates[name]:,} of {name}" for name in SPLITS[:2])
         print_(f"Dropped as duplicates of texts in a later split: {duplicates}")
         if arguments.balance == "undersample":

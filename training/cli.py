@@ -218,16 +218,14 @@ def config_fields(config: ScratchGPTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ScratchGPTConfig.__annotations__ if hasattr(config, name)}
 
 
-def option_table(arguments_class: Any, names: Sequence[str] = ()) -> str:
-    """The options of a program as a Markdown table: name, default, meaning. All of them if no names are given."""
+def option_table(arguments: Any) -> str:
+    """The options of a program as a Markdown table: name, default (the value in `arguments`), meaning."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    defaults = arguments_class()
-    for field in dataclasses.fields(arguments_class):
-        if not names or field.name in names:
-            default = getattr(defaults, field.name)
-            shown = " ".join(default) if isinstance(default, list) else str(default)
-            meaning = field.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `--{field.name}` | {f'`{shown}`' if shown else ''} | {meaning} |")
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        default = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        meaning = field.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `--{field.name}` | {f'`{default}`' if default else ''} | {meaning} |")
     return "\n".join(lines)
 
 

@@ -94,11 +94,11 @@ class Recipe(ABC, Generic[Metrics]):
 def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str] | None = None) -> None:
     """Train a model as the command line says, and publish it in the output directory."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parse_arguments(recipe_class.arguments_class, description, argv)
+    arguments: Any = parse_arguments(recipe_class.arguments_class, description, argv)
     accelerator, run_folder = setup(arguments, recipe_class.check)
     recipe = recipe_class(arguments, accelerator)
     model = recipe.build_model()
-    accelerator.print(f"Model: {trainable_parameters(model)}, on {hardware(accelerator.num_processes)}")
+    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator.num_processes)}")
     result = train(accelerator, recipe, model, run_folder)
     recipe.evaluate_test(model)
     publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
@@ -124,7 +124,7 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
     weights = full_state_dict(model)
     if accelerator.is_main_process:
         facts = {
-            "Parameters": trainable_parameters(model),
+            "Parameters": parameters(model),
             "Training": str(result),
             "Hardware": hardware(accelerator.num_processes),
             "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
@@ -139,6 +139,12 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
     accelerator.print(
         f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
     )
+
+
+def parameters(model: PreTrainedModel) -> str:
+    """The number of parameters, and of those that are trained, for people."""
+    is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    return trainable_parameters(model) if is_frozen else f"{model.num_parameters():,} parameters"
 
 
 def hardware(num_processes: int) -> str:

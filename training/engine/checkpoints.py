@@ -79,7 +79,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The latest valid checkpoint, or that with the lowest `eval_loss`, and its state; `warn` gets a line for each damaged one."""
+    """The latest valid checkpoint, or that with the lowest `eval_loss`, and its state; damaged ones are reported to `warn`."""
     paths = sorted(directory.glob("step-*"), reverse=not best)
     for path in sorted(paths, key=_eval_loss) if best else paths:
         try:

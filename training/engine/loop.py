@@ -93,7 +93,7 @@ def training_steps(
     """Train until the end of the dataloader; yield after each optimizer step.
 
     Args:
-        accelerator, model, optimizers, dataloader: prepared by Accelerate; `schedulers` are not: they advance here once per step.
+        accelerator, model, optimizers, dataloader: prepared by Accelerate; `schedulers` are not, they advance once per step.
         arguments: with `gradient_accumulation_steps` (batches per step), `max_grad_norm` (for clipping) and `seed`.
         first_step: its number; above 1 for a resumed run, whose dataloader begins there.
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class LMMetrics:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, dataloader: Collection[dict[str, torch.Tensor]], num_bytes: int
+    accelerator: Accelerator, model: nn.Module, dataloader: Iterable[dict[str, torch.Tensor]], num_bytes: int
 ) -> LMMetrics:
     """Score every label of the dataloader once; all tokens count equally.
 

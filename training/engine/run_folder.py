@@ -43,8 +43,8 @@ class RunFolder:
     Attributes:
         path: the directory; it is created by `open`.
         checkpoints: the directory of the checkpoints.
-        history: the rows of metrics.jsonl. `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` for a step
-            of the optimizer; `step` and the metrics with the prefix `eval_` for an evaluation. Empty on all processes but the main one.
+        history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` of an optimizer
+            step; `step` and the metrics, with the prefix `eval_`, of an evaluation. Empty on all processes but the main one.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):

@@ -25,9 +25,10 @@ from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
+MetricsOut = TypeVar("MetricsOut", bound=Any, covariant=True)
 
 
-class Task(Protocol[Metrics]):
+class Task(Protocol[MetricsOut]):
     """What `train` needs of a recipe.
 
     Attributes:
@@ -42,7 +43,7 @@ class Task(Protocol[Metrics]):
     def train_dataloader(self) -> DataLoader:
         """All batches of the run, in order."""
 
-    def evaluate(self, model: nn.Module, split: str = "validation") -> Metrics:
+    def evaluate(self, model: nn.Module, split: str = "validation") -> MetricsOut:
         """Metrics of the model, as prepared by Accelerate, on a held-out split."""
 
     def preview(self, model: PreTrainedModel) -> list[str]:
