@@ -1,4 +1,4 @@
-"""What a recipe brings, and the one program that runs all three.
+"""The interface of a recipe, and the one program that runs all three.
 
 Read `run_recipe` first: every run is these steps. pretrain.py, classify.py and instruct.py fill in the methods of `Recipe`.
 """

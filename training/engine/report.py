@@ -1,4 +1,4 @@
-"""What a run shows: the progress bar, samples, the loss curve."""
+"""Progress bar, samples, loss curve."""
 
 from pathlib import Path
 from typing import Any

@@ -29,7 +29,7 @@ MetricsOut = TypeVar("MetricsOut", bound=Any, covariant=True)
 
 
 class Task(Protocol[MetricsOut]):
-    """What `train` needs of a recipe.
+    """The part of a recipe that `train` uses.
 
     Attributes:
         data_digest: a digest of the training and validation data; a run is resumed only with the same data.

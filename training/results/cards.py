@@ -131,7 +131,7 @@ def _settings(arguments: Any, content: CardContent) -> str:
 
 
 def describe_base(base_model: str) -> str:
-    """How a model was made: from scratch, or from which base."""
+    """The origin of a model: from scratch, or the base it was fine-tuned from."""
     if not base_model:
         return "trained from scratch with ScratchGPT"
     link = f"[{base_model}](https://huggingface.co/{base_model})"
