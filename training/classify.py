@@ -92,7 +92,7 @@ PREDICTS = {
 
 
 @dataclass
-class ClassifyArguments(EpochArguments, ExampleArguments, TuningArguments):
+class ClassifyArguments(TuningArguments, EpochArguments, ExampleArguments):
     config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments")
     classifier_pooling: str = option(
         "last", "hidden state that the head reads: of the last token, or the mean of all", choices=["last", "mean"]

@@ -78,7 +78,7 @@ EXAMPLES = f"""The answers to the test split are side by side in [{RESPONSES_PAG
 
 
 @dataclass
-class InstructArguments(EpochArguments, ConversationArguments, TuningArguments):
+class InstructArguments(TuningArguments, EpochArguments, ConversationArguments):
     RESUME_MAY_CHANGE: ClassVar[set[str]] = EpochArguments.RESUME_MAY_CHANGE | {"max_new_tokens", "repetition_penalty"}
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments")
     chat_template: str = option(

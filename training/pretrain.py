@@ -61,7 +61,7 @@ After training:
 
 
 @dataclass
-class PretrainArguments(EngineArguments, CorpusArguments, LoraArguments):
+class PretrainArguments(LoraArguments, EngineArguments, CorpusArguments):
     config: str = option("training/configs/pretrain.yaml", "YAML file with values for any of these arguments")
     dataset_weights: list[float] = option([], "weights of the sources; default: their numbers of tokens")
     mixing_alpha: float = option(1.0, "sources are sampled with probability proportional to weight^alpha", minimum=0)
