@@ -14,9 +14,9 @@ from training.data.datasets import PaddedExamples, Row, TokenizedExamples
 class AugmentedTexts(Dataset[Row]):
     """Texts that are tokenized differently in every epoch: at random token boundaries, and without some of their tokens.
 
-    The model then also learns words by their parts, which helps with words it has not seen, and does not memorize a small data
-    set as fast. Random boundaries are subword regularization (Kudo, 2018), like BPE-dropout (Provilkov et al., 2020) but for any
-    tokenizer and reproducible from the seed; dropping tokens is word dropout (Iyyer et al., 2015).
+    The model then learns words by their parts as well, which helps with unseen words, and memorizes a small data set less fast.
+    Random boundaries are subword regularization (Kudo, 2018), like BPE-dropout (Provilkov et al., 2020) but for any tokenizer
+    and reproducible from the seed. Dropping tokens is word dropout (Iyyer et al., 2015).
 
     Args:
         texts: not tokenized yet.

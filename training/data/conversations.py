@@ -44,14 +44,14 @@ class ConversationArguments(SplitArguments):
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs` (explain a function from its signature); .json, .jsonl and .parquet files, directories and globs of them; ids of "
-        "datasets on the Hub. Columns: instruction, output and optionally input (Alpaca); prompt and completion; or messages.",
+        "`docs` (describe a function by its signature); .json, .jsonl and .parquet files, directories and globs of them; ids "
+        "of datasets on the Hub. Columns: instruction, output and perhaps input (Alpaca); prompt and completion; or messages",
     )
     validation_fraction: float = option(
-        0.05, "Fraction held out for validation if no data is given for it.", minimum=0, below=1
+        0.05, "fraction held out for validation if no data is given for it", minimum=0, below=1
     )
     test_fraction: float = option(
-        0.1, "Fraction held out for the test if no data is given for it; 0: none.", minimum=0, below=1
+        0.1, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1
     )
 
 
@@ -207,7 +207,7 @@ def _check_messages(messages: tuple[Message, ...], location: str) -> None:
         raise UserError(f"{location} {problem}: the last message must be the assistant's, on which the loss is computed.")
     if "system" in roles[1:] or roles[: 1 + (roles[0] == "system")][-1] != "user":
         raise UserError(
-            f"{location} has messages of {', '.join(roles):.100}: the first must be the user's, after one of the system at most."
+            f"{location} has messages of {', '.join(roles):.100}: the first must be the user's, or the system's before it."
         )
     if empty := next((message["role"] for message in messages[:-1] if not message["content"]), None):
         raise UserError(f"{location} has an empty message of the {empty}: leave this row out.")

@@ -1,10 +1,7 @@
 """Corpora for pretraining: `datasets.Dataset` with one document a row, from any source.
 
 Notable:
-- A source is `docs` (the docstrings of the installed libraries), text files, tables, directories or globs of them, or a dataset
-  on the Hub.
-- What is read is cached as an Arrow file and memory-mapped. No step holds more than a few megabytes, or the longest document, in
-  memory.
+- Texts are cached as an Arrow file and memory-mapped. No step keeps more than a few megabytes or the longest document.
 - Documents are split before anything else happens to them, so no held-out token is seen in training.
 """
 
@@ -39,24 +36,22 @@ class CorpusArguments:
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs`; .txt, .md, .jsonl, .parquet, .csv and .tsv files, directories and globs of them; ids of datasets on the Hub.",
+        "`docs`; .txt, .md, .jsonl, .parquet, .csv and .tsv files, directories and globs of them; ids of datasets on the Hub",
     )
-    text_column: str = option("text", "Column with the text, in tables and datasets.")
-    encoding_errors: str = option(
-        "strict", "Bytes that are not UTF-8: strict (an error) or replace.", choices=["strict", "replace"]
-    )
-    streaming: bool = option(False, "Stream datasets from the Hub: download only what is read.")
-    max_documents: int = option(0, "Maximum number of documents from each source; 0: all.", minimum=0)
+    text_column: str = option("text", "column with the text, in tables and datasets")
+    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    streaming: bool = option(False, "stream datasets from the Hub: download only what is read")
+    max_documents: int = option(0, "maximum number of documents from each source; 0: all", minimum=0)
     near_duplicates: float = option(
         0.0,
-        "Drop documents with at least this Jaccard similarity to an earlier one; 0: exact duplicates only.",
+        "drop documents with at least this Jaccard similarity to an earlier one; 0: exact duplicates only",
         minimum=0,
         maximum=1,
     )
     validation_fraction: float = option(
-        0.01, "Fraction held out for validation: whole documents, or the end of each if there are few.", above=0, below=1
+        0.01, "fraction held out for validation: whole documents, or the end of each if there are few", above=0, below=1
     )
-    test_fraction: float = option(0.0, "Fraction held out for the test, evaluated once, at the end.", minimum=0, below=1)
+    test_fraction: float = option(0.0, "fraction held out for the test, evaluated once, at the end", minimum=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -124,14 +119,13 @@ def check_corpora(arguments: CorpusArguments) -> None:
     """Validate the arguments and the beginning of every file before any long work, without network access.
 
     Raises:
-        UserError: the fractions leave nothing to train on; there is no source, or one that does not exist, is not readable or
-            has no files to read; the beginning of a file is not what its extension promises, or has no such column, or is not
-            UTF-8.
+        UserError: the fractions leave nothing to train on; a source is missing, unreadable or without files; the beginning of a
+            file is not what its extension promises, has no such column, or is not UTF-8.
     """
     if arguments.validation_fraction + arguments.test_fraction >= 1:
         raise UserError(
-            f"--validation_fraction {arguments.validation_fraction} and --test_fraction {arguments.test_fraction} leave nothing "
-            "to train on: together they must be below 1."
+            f"--validation_fraction {arguments.validation_fraction} and --test_fraction {arguments.test_fraction} leave "
+            "nothing to train on: together they must be below 1."
         )
     for path in check_sources(arguments.dataset):
         check_file(path, arguments.text_column, arguments.encoding_errors)
@@ -140,8 +134,8 @@ def check_corpora(arguments: CorpusArguments) -> None:
 def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
     """Split documents into training, validation and test, in the order of the corpus.
 
-    Whole documents are held out (see `training/data/splits.py`). If there are too few for that, as with a single book, the end of
-    each is held out instead, cut between words: first the validation text, then the test text.
+    Whole documents are held out. If there are too few, as with a single book, the end of each is held out instead, cut between
+    words: first the validation text, then the test text.
 
     Args:
         documents: a dataset with the column `text`, without duplicates.
@@ -186,9 +180,7 @@ def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: f
         )
     for name, fraction, held_out in (("validation", validation_fraction, validation), ("test", test_fraction, test)):
         if len(held_out) == 0 and (fraction or name == "validation"):
-            raise UserError(
-                f"--{name}_fraction {fraction} of this corpus is no text at all: pass more text or a larger fraction."
-            )
+            raise UserError(f"--{name}_fraction {fraction} of this corpus has no text: pass more text or a larger fraction.")
     return Splits(train, validation, test)
 
 

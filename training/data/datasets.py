@@ -184,8 +184,8 @@ def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list
 class PaddedExamples(Dataset[Row]):
     """One example a row, to be padded by `collate_padded`.
 
-    The index continues from epoch to epoch. Rows have `shift_labels` if the examples have a loss mask, and `labels` if they have
-    labels. With a loss mask, a negative index is an empty row, which the loss ignores.
+    The index continues from epoch to epoch. Examples with a loss mask have `shift_labels`, those of a classifier `labels`. With
+    a loss mask, a negative index is an empty row, which the loss ignores.
     """
 
     def __init__(self, examples: TokenizedExamples):
@@ -221,10 +221,10 @@ def train_dataloader(
     """The batches of a run, in order.
 
     Args:
-        datasets: the sampler's indices refer to their concatenation.
+        datasets: the sampler's indices refer to their concatenation. Only a single one may have indices of later epochs.
         pad_token_id: needed for rows of different lengths.
     """
-    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)  # the latter rejects an index of a later epoch
+    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
     collate = None if pad_token_id is None else partial(collate_padded, pad_token_id=pad_token_id)
     return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate)
 

@@ -14,6 +14,8 @@ import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
@@ -82,35 +84,25 @@ def _entries(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 def _signature(node: ast.AST) -> str:
     if isinstance(node, ast.ClassDef):
-        bases = ", ".join(map(ast.unparse, node.bases))
-        signature = f"class {node.name}({bases})" if bases else f"class {node.name}"
-        return signature if len(signature) <= LONGEST_SIGNATURE else f"class {node.name}(...)"
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        signature = f"def {node.name}({ast.unparse(node.args)}){returns}"
-        return signature if len(signature) <= LONGEST_SIGNATURE else f"def {node.name}(...)"
-    return ""
+        head, bases = f"class {node.name}", ", ".join(map(ast.unparse, node.bases))
+        tail = f"({bases})" if bases else ""
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        head, returns = f"def {node.name}", f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        tail = f"({ast.unparse(node.args)}){returns}"
+    else:
+        return ""
+    return head + tail if len(head + tail) <= LONGEST_SIGNATURE else f"{head}(...)"
 
 
 def _docs_documents(entries: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
     """Join the docstrings of each module, without the many that are duplicates of earlier ones."""
     seen: set[str] = set()
-    module, paragraphs = "", [""]
-
-    def document() -> Iterator[dict[str, str]]:
+    for module, group in groupby(entries, key=itemgetter("module")):
+        paragraphs = [f"module {module}"]
+        for entry in group:
+            signature, docstring = entry["signature"], entry["docstring"]
+            if docstring not in seen:
+                paragraphs.append(f"{signature}:\n{textwrap.indent(docstring, '    ')}" if signature else docstring)
+            seen.add(docstring)
         if len(paragraphs) > 1:
             yield {"text": "\n\n".join(paragraphs) + "\n"}
-
-    for entry in entries:
-        if entry["module"] != module:
-            yield from document()
-            module = entry["module"]
-            paragraphs = [f"module {module}"]
-        if entry["docstring"] in seen:
-            continue
-        seen.add(entry["docstring"])
-        if entry["signature"]:
-            paragraphs.append(f"{entry['signature']}:\n{textwrap.indent(entry['docstring'], '    ')}")
-        else:
-            paragraphs.append(entry["docstring"])
-    yield from document()

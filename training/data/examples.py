@@ -1,8 +1,8 @@
 """Labelled texts for classification: reading, balancing and splitting, without duplicates between the splits.
 
 Notable:
-- A label is the text in its column, and a name in the model's `id2label`. Several columns, or lists, are several labels per text;
-  with `regression` the columns are numbers.
+- A label is the text in its column, and a name in the model's `id2label`. Several columns, or lists, are several labels; with
+  `regression` the columns are numbers.
 - Duplicates of a text stay in one split, and so do the built-in docstrings of a module. The splits are stratified by label.
 """
 
@@ -44,16 +44,16 @@ class ExampleArguments(SplitArguments):
     dataset: list[str] = option(
         ["docs"],
         "`docs` (docstrings labelled by their library); .csv, .tsv, .jsonl and .parquet files, directories and globs of them; "
-        "ids of datasets on the Hub.",
+        "ids of datasets on the Hub",
     )
-    text_column: str = option("text", "Column with the text.")
-    label_column: list[str] = option(["label"], "Column with the label or number; several columns for several labels (0 or 1).")
-    columns: list[str] = option([], "Column names of .csv and .tsv files without a header.")
-    problem_type: str = option(SINGLE, "One label, several labels or numbers per text.", choices=[SINGLE, MULTI, REGRESSION])
+    text_column: str = option("text", "column with the text")
+    label_column: list[str] = option(["label"], "column with the label or number; several columns for several labels (0 or 1)")
+    columns: list[str] = option([], "column names of .csv and .tsv files without a header")
+    problem_type: str = option(SINGLE, "one label, several labels or numbers per text", choices=[SINGLE, MULTI, REGRESSION])
     balance: str = option(
         "none",
-        "Class balance. undersample: drop examples of all labels but the rarest; weights: weight the loss by inverse class "
-        "frequency; or none.",
+        "class balance. undersample: drop examples of all labels but the rarest; weights: weight the loss by inverse class "
+        "frequency; or none",
         choices=["none", "undersample", "weights"],
     )
 
@@ -117,8 +117,8 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
     """Read, balance and split the examples of a run.
 
     Raises:
-        UserError: a source cannot be read; a text is empty; a label is invalid; there is only one label, or one that is not in the
-            training split; a split would be empty.
+        UserError: a source cannot be read; a text is empty; a label is invalid; there is only one label, or one that is not in
+            the training split; a split would be empty.
     """
     given = read_given(arguments, lambda source: _read_source(source, arguments))
     train = given["train"]
@@ -126,10 +126,10 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
         _check_names(train)
     if arguments.balance == "undersample":
         given["train"] = _sample_per_label(train, min(Counter(example.label for example in train).values()), seed)
-    splits, duplicates = drop_leakage(
-        fill_missing_splits(given, arguments, seed, lambda example: example.group, _stratum),
-        lambda example: example.text.strip(),
+    filled = fill_missing_splits(
+        given, arguments, seed, lambda it: it.group, lambda it: it.label if arguments.problem_type == SINGLE else None
     )
+    splits, duplicates = drop_leakage(filled, lambda it: it.text.strip())
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
 
@@ -257,8 +257,8 @@ def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
     ((column, value),) = values.items()
     if not isinstance(value, list):
         raise UserError(
-            f"{location} has no list under {column!r} but {value!r}: use lists (in .jsonl or .parquet), or pass several columns "
-            "of 0 and 1 as --label_column."
+            f"{location} has no list under {column!r} but {value!r}: use lists (in .jsonl or .parquet), or several columns of "
+            "0 and 1 as --label_column."
         )
     return tuple(dict.fromkeys(_label_name(item, column, location) for item in value))
 
@@ -270,7 +270,7 @@ def _read_numbers(values: dict[str, Any], location: str) -> tuple[float, ...]:
         if number is None:
             raise UserError(f"{location} has no number under {column!r} but {value!r:.80}: add one, or leave this row out.")
         if not abs(number) < LARGEST:
-            raise UserError(f"{location} has {value!r:.80} under {column!r}, which is too large: scale the numbers to about 1.")
+            raise UserError(f"{location} has {value!r:.80} under {column!r}, too large a number: scale them to about 1.")
         numbers.append(number)
     return tuple(numbers)
 
@@ -293,10 +293,6 @@ def _check_names(examples: list[Example]) -> None:
             f"--label_column has {len(labels):,} different labels for {len(examples):,} texts, such as "
             f"{next(iter(labels))!r:.80}: pass the right column (and --text_column)."
         )
-
-
-def _stratum(example: Example) -> str | None:
-    return example.label if isinstance(example.label, str) else None
 
 
 def _sample_per_label(examples: list[Example], count: int, seed: int) -> list[Example]:

@@ -91,7 +91,7 @@ def read_rows(
         path: a file with any other extension is read as tab-separated.
         columns: the columns to read, each with the option that names it; all columns if empty.
         errors: as in `read_file`.
-        header: column names of a CSV or TSV file without a header; empty if it has one but the recipe has the option `--columns`.
+        header: column names of a CSV or TSV file without a header; empty if it has one, and the recipe an option `--columns`.
 
     Raises:
         UserError: the file cannot be read, is not what its extension promises, or lacks a column.
@@ -101,9 +101,9 @@ def read_rows(
     with _system_errors(path):
         match path.suffix.lower():
             case ".json":
-                yield from _json_rows(path, columns, errors)
+                yield from _check_rows(_json_rows(path, errors), columns)
             case ".jsonl":
-                yield from _jsonl_rows(path, columns, errors)
+                yield from _check_rows(_jsonl_rows(path, columns, errors), columns)
             case ".parquet":
                 yield from _parquet_rows(path, columns, errors)
             case _:
@@ -204,35 +204,38 @@ def _check_text_file(path: Path, errors: str) -> None:
     _decoded(head, path, 1, errors)
 
 
-def _json_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+def _json_rows(path: Path, errors: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(_text_file(path, errors))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or be named .jsonl.") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a list but {type(rows).__name__}: it must be a list of objects.")
-    for number, row in enumerate(rows, start=1):
-        location = f"{path}: row {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{location} is not an object but {type(row).__name__}.")
-        check_columns(location, columns, row)
-        yield location, row
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
-    example = ", ".join(f'"{column}": "..."' for column in columns or ("name",))
+def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Any]]:
     for number, line in read_lines(path, errors):
         if line.isspace():
             continue
-        location = f"{path}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{location} is not JSON ({error}): it must look like {{{example}}}.") from error
+            raise UserError(f"{path}: line {number} is not JSON ({error}): {_expect_object(columns)}.") from error
+        yield f"{path}: line {number}", row
+
+
+def _check_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str]) -> Iterator[tuple[str, Row]]:
+    for location, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{location} is not an object but {type(row).__name__}: it must look like {{{example}}}.")
+            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
         check_columns(location, columns, row)
         yield location, row
+
+
+def _expect_object(columns: dict[str, str]) -> str:
+    example = ", ".join(f'"{column}": "..."' for column in columns or ("name",))
+    return f"it must look like {{{example}}}"
 
 
 def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str] | None) -> Iterator[tuple[str, Row]]:

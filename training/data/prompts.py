@@ -1,10 +1,10 @@
 """Chat templates, and conversations as token ids.
 
 Notable:
-- A template has each answer between `{% generation %}` and `{% endgeneration %}`, with the token that ends it. By default the loss
-  is computed on that part alone, so the model learns when to stop.
-- Each `<|name|>` in a template is a single special token. Conversations with such a token in a text are left out: the text could
-  pretend to be a message of another role.
+- A template has each answer, with the token that ends it, between `{% generation %}` and `{% endgeneration %}`. By default the
+  loss is computed on that part alone, so the model learns when to stop.
+- Each `<|name|>` in a template is a single special token. Conversations with such a token in a text are left out, because the
+  text could pretend to be a message of another role.
 """
 
 import hashlib
@@ -206,8 +206,8 @@ def _check_prompts(conversations: Sequence[Conversation], rendered: Any, tokeniz
         if row[:start] != prompt:
             trained, generated = (tokenizer.decode(ids)[-40:] for ids in (row[:start], prompt))
             raise UserError(
-                f"the chat template renders prompts differently for training and generation: {trained!r} and {generated!r} come "
-                "before an answer. Have add_generation_prompt write all that precedes {% generation %}, and end it with a "
+                f"the chat template renders prompts differently for training and generation: {trained!r} and {generated!r} "
+                "precede an answer. Have add_generation_prompt write all that precedes {% generation %}, and end it with a "
                 "special token or a line end."
             )
 

@@ -65,7 +65,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):
-    """Batches of examples of similar length, all of them full: what is left over from an epoch is in the next one's first batch.
+    """Full batches of examples of similar length; those left over from an epoch are in the first batch of the next.
 
     An index continues from epoch to epoch: `index % len(lengths)` is the example, `index // len(lengths)` the epoch.
 

@@ -2,8 +2,8 @@
 
 Notable:
 - The split of an example depends on the seed and its group alone, not on the order of the data. A group is never divided.
-- Each split gets its fraction of every stratum. Validation groups are taken from the beginning of a pseudo-random order and test
-  groups from its end, so changing one fraction does not move anything between the other split and the rest.
+- Each split gets its fraction of every stratum. Validation groups come from the beginning of a pseudo-random order and test
+  groups from its end, so changing one fraction does not change the other split.
 - Splits that are given are used as they are, except that training and validation lose what is also in a later split.
 """
 
@@ -29,15 +29,13 @@ SPLITS = ("train", "validation", "test")
 class SplitArguments:
     """Arguments about the splits of a run."""
 
-    dataset: list[str] = option(["docs"], "Training data.")
-    validation_dataset: list[str] = option([], "Validation data; default: a fraction of --dataset is held out.")
-    test_dataset: list[str] = option([], "Test data, evaluated once, at the end; default: a fraction of --dataset.")
-    encoding_errors: str = option(
-        "strict", "Bytes that are not UTF-8: strict (an error) or replace.", choices=["strict", "replace"]
-    )
-    validation_fraction: float = option(0.1, "Fraction held out for validation if no data is given for it.", minimum=0, below=1)
+    dataset: list[str] = option(["docs"], "training data")
+    validation_dataset: list[str] = option([], "validation data; default: a fraction of --dataset is held out")
+    test_dataset: list[str] = option([], "test data, evaluated once, at the end; default: a fraction of --dataset")
+    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
     test_fraction: float = option(
-        0.2, "Fraction held out for the test if no data is given for it; 0: none.", minimum=0, below=1
+        0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1
     )
 
 

@@ -4,15 +4,13 @@ Notable:
 - The ids of a split's documents are in one memory-mapped file: `<bos> document <eos> <bos> document <eos> ...`
 - If a tokenizer has the same token for beginning and end, or only one of the two, that token is put once between two documents,
   and once at either end. So the first token that is predicted is the first of the text, unless there is neither token.
-- Long documents are tokenized in pieces, so memory does not grow with them. They are cut where every pre-tokenizer starts a word.
+- Long documents are tokenized in pieces, to limit memory. They are cut where every pre-tokenizer starts a word.
 """
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -95,8 +93,8 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
             file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
 
     made_from = f"tokens {marks} {backend.to_str()} {digest}"
-    path = cached_file(made_from, dtype.name, write, partial(_is_complete, dtype=dtype))
-    num_documents, num_ids = _counts(path)
+    path = cached_file(made_from, dtype.name, write, lambda path: _read_counts(path, dtype) is not None)
+    num_documents, num_ids = _read_counts(path, dtype) or (0, 0)  # never None: the file is complete now
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -155,16 +153,10 @@ def cut_into_pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _counts(path: Path) -> tuple[int, int]:
-    """Number of documents and of ids, from the end of a token file."""
-    with open(path, "rb") as file:
-        file.seek(-16, os.SEEK_END)
-        num_documents, num_ids = np.frombuffer(file.read(), dtype=np.uint64).tolist()
-    return num_documents, num_ids
-
-
-def _is_complete(path: Path, dtype: np.dtype) -> bool:
-    if not path.exists() or path.stat().st_size < 16:
-        return False
-    num_documents, num_ids = _counts(path)
-    return path.stat().st_size == num_ids * dtype.itemsize + (num_documents + 2) * 8
+def _read_counts(path: Path, dtype: np.dtype) -> tuple[int, int] | None:
+    """Number of documents and of ids in a token file; None if it is incomplete."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < 16:
+        return None
+    num_documents, num_ids = np.fromfile(path, dtype=np.uint64, offset=size - 16).tolist()
+    return (num_documents, num_ids) if size == num_ids * dtype.itemsize + (num_documents + 2) * 8 else None
