@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .interchange import NAMES, as_scratchgpt
@@ -234,8 +235,6 @@ class ScratchGPTConfig(PreTrainedConfig):
             )
         if self.position_embedding_type == "rotary":
             self._validate_rotary()
-        from transformers.activations import ACT2FN  # takes long, and whoever only wants a tokenizer needs none of it
-
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

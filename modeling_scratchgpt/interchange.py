@@ -8,13 +8,11 @@ Notable:
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, WeightTransform
 
 SHARED = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -150,10 +148,8 @@ def as_stock(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**fields, id2label=config.id2label, label2id=config.label2id)
 
 
-def gpt2_weights() -> "list[WeightTransform]":
+def gpt2_weights() -> list[WeightTransform]:
     """How transformers loads GPT-2's weights into ours; no name of our own weights is touched."""
-    from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming  # takes long
-
     renamed = [WeightRenaming(r"^transformer\.", "model.")]
     renamed += [WeightRenaming(rf"(?<![\w]){theirs}\.", f"{ours}.") for theirs, ours in GPT2_PARTS.items()]
     renamed += [WeightRenaming(r"^classifier\.", "score.")]  # of GPT2ForTokenClassification

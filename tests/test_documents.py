@@ -41,4 +41,4 @@ def test_programs_are_python_and_commands_name_files_that_are_there(document):
     for path in re.findall(r"\b(?:training|space|benchmarks|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"python -m (modeling_scratchgpt[\w.]*)", commands):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module
