@@ -17,13 +17,13 @@ from .adapters import (
     add_adapter,
     add_weighted_adapter,
     delete_adapter,
-    disabled,
+    disable_adapter,
     lora_layers,
-    merge,
+    merge_adapter,
     merge_and_unload,
     set_adapter,
     trainable_parameters,
-    unmerge,
+    unmerge_adapter,
 )
 from .config import LoraConfig
 from .files import load_adapter, save_adapter
@@ -35,13 +35,13 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "delete_adapter",
-    "disabled",
+    "disable_adapter",
     "load_adapter",
     "lora_layers",
-    "merge",
+    "merge_adapter",
     "merge_and_unload",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",
-    "unmerge",
+    "unmerge_adapter",
 ]

@@ -27,7 +27,7 @@ class Adapters:
     full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # by adapter: what replaces which parameter
     base: dict[str, nn.Parameter] = field(default_factory=dict)  # what is replaced
     frozen: list[nn.Parameter] = field(default_factory=list)  # what was so before there was an adapter
-    active: tuple[str, ...] = ()
+    active_adapters: tuple[str, ...] = ()
 
 
 def adapters_of(model: nn.Module, *names: str) -> Adapters:
@@ -91,7 +91,7 @@ def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: 
             for known in (adapters.base, *adapters.full.values()):  # what is in the layer now has a longer name
                 for old in [old for old in known if old.rpartition(".")[0] == name]:
                     known[f"{name}.base_layer.{old.rpartition('.')[2]}"] = known.pop(old)
-        targets[name].add(adapter_name, config.rank(name), config.scale(name), config)
+        targets[name].update_layer(adapter_name, config.rank(name), config.scaling(name), config)
     copies: dict[Any, nn.Parameter] = {}
     adapters.full[adapter_name] = {}
     for name, parameter in parameters_in_full(model, config, targets).items():
@@ -125,23 +125,26 @@ def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -
         replace_parameter(model.get_submodule(parent), child, own[0] if own else parameter)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
-        layer.active = [name for name in adapter_names if name in layer.lora_A]
-        for name in layer.active:
+        layer.active_adapters = [name for name in adapter_names if name in layer.lora_A]
+        for name in layer.active_adapters:
             for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
                 if name in parameters:
                     parameters[name].requires_grad_(trainable)
     for adapter in adapter_names:
         for parameter in adapters.full[adapter].values():
             parameter.requires_grad_(trainable)
-    adapters.active = adapter_names
+    adapters.active_adapters = adapter_names
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its base, whether or not adapters are merged."""
-    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    active, trained = (
+        adapters_of(model).active_adapters,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+    )
     is_merged = any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
-    unmerge(model)
+    unmerge_adapter(model)
     set_adapter(model)
     try:
         yield
@@ -150,7 +153,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         if is_merged:
-            merge(model)
+            merge_adapter(model)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -158,9 +161,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     adapters = adapters_of(model, adapter_name)
     _refuse_merged(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    set_adapter(model, *(name for name in adapters.active if name != adapter_name), trainable=False)
+    set_adapter(model, *(name for name in adapters.active_adapters if name != adapter_name), trainable=False)
     for layer in lora_layers(model, adapter_name).values():
-        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scale, layer.dropout):
+        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.dropout):
             if adapter_name in values:
                 del values[adapter_name]
     del adapters.configs[adapter_name], adapters.full[adapter_name]
@@ -194,12 +197,12 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_na
         for name, own in parts.items():
             layer = layers[name]
             layer.lora_A[adapter_name].copy_(torch.cat([layer.lora_A[adapter] for adapter in own]))
-            scaled = [weights[adapter] * layer.scale[adapter] * layer.lora_B[adapter] for adapter in own]
+            scaled = [weights[adapter] * layer.scaling[adapter] * layer.lora_B[adapter] for adapter in own]
             layer.lora_B[adapter_name].copy_(torch.cat(scaled, dim=1))
 
 
-def merge(model: nn.Module) -> None:
-    """Make what the active adapters add part of the weights: the model is as fast as its base, until `unmerge`.
+def merge_adapter(model: nn.Module) -> None:
+    """Make what the active adapters add part of the weights: the model is as fast as its base, until `unmerge_adapter`.
 
     Raises:
         ValueError: a layer holds no plain numbers.
@@ -211,8 +214,8 @@ def merge(model: nn.Module) -> None:
         layer.merge()
 
 
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit."""
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo `merge_adapter`, bit for bit."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
@@ -222,7 +225,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     A tied head that had an adapter is tied no more.
     """
-    merge(model)
+    merge_adapter(model)
     head, embedding = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input"))
     _unload(model)
     if isinstance(head, LoraLinear) and getattr(head.base_layer, "weight", None) is not getattr(embedding, "weight", None):
@@ -254,7 +257,7 @@ def _unload(model: nn.Module) -> None:
 def _refuse_merged(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if layer.unmerged_weight is not None:
-            raise ValueError(f"{name} has an adapter merged into it: call `unmerge` first.")
+            raise ValueError(f"{name} has an adapter merged into it: call `unmerge_adapter` first.")
 
 
 def _refuse_more_than_matrices(adapters: Adapters, names: Iterable[str]) -> None:
@@ -270,11 +273,11 @@ __all__ = [
     "add_adapter_of_any_rank",
     "add_weighted_adapter",
     "delete_adapter",
-    "disabled",
+    "disable_adapter",
     "lora_layers",
-    "merge",
+    "merge_adapter",
     "merge_and_unload",
     "set_adapter",
     "trainable_parameters",
-    "unmerge",
+    "unmerge_adapter",
 ]

@@ -83,7 +83,7 @@ class LoraConfig:
         """The rank of what is added to this module."""
         return _by_pattern(self.rank_pattern, module_name, self.r)
 
-    def scale(self, module_name: str) -> float:
+    def scaling(self, module_name: str) -> float:
         """What it is scaled by."""
         rank = self.rank(module_name)
         return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)

@@ -110,7 +110,10 @@ def load_adapter(
     there = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
     config = replace(config, modules_to_save=there)
     _check_ranks(model, config, tensors, file)
-    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    active, trained = (
+        adapters_of(model).active_adapters,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+    )
     add_adapter_of_any_rank(model, config, adapter_name)
     try:
         _check(model, tensors, _tensors(model, adapter_name), file)

@@ -1,8 +1,8 @@
 """The layer: a frozen linear layer, and what adapters add to it.
 
-    y = W x + b + scale * B A x          A: (r, in), B: (out, r), scale = lora_alpha / r
+    y = W x + b + scaling * B A x          A: (r, in), B: (out, r), scaling = lora_alpha / r
 
-B starts at zero, so that at first nothing changes. Only A and B are trained. Afterwards W + scale * B A is one matrix again.
+B starts at zero, so that at first nothing changes. Only A and B are trained. Afterwards W + scaling * B A is one matrix again.
 
 Notable:
 - B A, as large as W, is never made while training: x goes through the two thin matrices.
@@ -32,13 +32,13 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by adapter
         self.lora_magnitude_vector = nn.ParameterDict()  # of those with DoRA
-        self.scale: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.active: list[str] = []
+        self.active_adapters: list[str] = []
         self.unmerged_weight: nn.Parameter | None = None  # while merged: the weight as it was before
         self.train(base_layer.training)
 
-    def add(self, adapter_name: str, rank: int, scale: float, config: LoraConfig) -> None:
+    def update_layer(self, adapter_name: str, rank: int, scaling: float, config: LoraConfig) -> None:
         """A new adapter, not yet active."""
         weight = self.base_layer.weight
         # Small steps would be lost in half precision: the adapter of such a layer has float32.
@@ -52,7 +52,7 @@ class LoraLinear(nn.Module):
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
-        self.scale[adapter_name], self.dropout[adapter_name] = scale, config.lora_dropout
+        self.scaling[adapter_name], self.dropout[adapter_name] = scaling, config.lora_dropout
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = nn.Parameter(self._row_lengths(adapter_name).to(options["dtype"]))
 
@@ -60,44 +60,44 @@ class LoraLinear(nn.Module):
         """(..., in) to (..., out)."""
         output = self.base_layer(x)
         if self.unmerged_weight is None:
-            for name in self.active:
+            for name in self.active_adapters:
                 output = self._adapted(name, x, output)
         return output
 
     def _adapted(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        a, b, scale = self.lora_A[name], self.lora_B[name], self.scale[name]
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
         dropout = self.dropout[name] if self.training else 0.0
         x = nn.functional.dropout(x.to(a.dtype), dropout)
         low = nn.functional.linear(x, a)  # (..., r); B A itself, as large as W, is never made
         if name not in self.lora_magnitude_vector:
             rows = output.reshape(-1, self.out_features).to(low.dtype)
             # One product that adds to what is there, instead of a product, a scaling and a sum.
-            return torch.addmm(rows, low.reshape(-1, len(a)), b.t(), alpha=scale).view_as(output).to(output.dtype)
-        # DoRA: m (W + scale B A) / |W + scale B A|, row by row. The lengths are taken for constants, as in the paper (4.3).
+            return torch.addmm(rows, low.reshape(-1, len(a)), b.t(), alpha=scaling).view_as(output).to(output.dtype)
+        # DoRA: m (W + scaling B A) / |W + scaling B A|, row by row. The lengths are taken for constants, as in the paper (4.3).
         factor = self.lora_magnitude_vector[name] / self._row_lengths(name)  # (out,)
         bias = self.base_layer.bias
         if dropout:
             base = nn.functional.linear(x, self.base_layer.weight.to(x.dtype))
         else:
             base = output if bias is None else output - bias
-        added = (factor - 1) * base + factor * scale * nn.functional.linear(low, b)
+        added = (factor - 1) * base + factor * scaling * nn.functional.linear(low, b)
         return (output + added).to(output.dtype)
 
-    def delta(self, name: str) -> torch.Tensor:
+    def get_delta_weight(self, name: str) -> torch.Tensor:
         """What an adapter adds to the weight: (out, in), float32 or, where that is, float64."""
-        return self.scale[name] * (_precise(self.lora_B[name]) @ _precise(self.lora_A[name]))
+        return self.scaling[name] * (_precise(self.lora_B[name]) @ _precise(self.lora_A[name]))
 
     @torch.no_grad()
     def _row_lengths(self, name: str) -> torch.Tensor:
-        return torch.linalg.vector_norm(_precise(self.base_layer.weight) + self.delta(name), dim=1)  # (out,)
+        return torch.linalg.vector_norm(_precise(self.base_layer.weight) + self.get_delta_weight(name), dim=1)  # (out,)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Make what the active adapters add part of the weight."""
         weight: Any = self.base_layer.weight
-        if self.unmerged_weight is None and self.active:
-            merged = _precise(weight) + sum(self.delta(name) for name in self.active)
-            for name in self.active:
+        if self.unmerged_weight is None and self.active_adapters:
+            merged = _precise(weight) + sum(self.get_delta_weight(name) for name in self.active_adapters)
+            for name in self.active_adapters:
                 if name in self.lora_magnitude_vector:
                     merged *= (self.lora_magnitude_vector[name] / self._row_lengths(name))[:, None]
             # Another parameter, not other numbers in this one: the embeddings may hold it as well.
