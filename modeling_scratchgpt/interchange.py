@@ -14,6 +14,13 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, WeightTransform
 
+# The suffixes of the models with a head, and PEFT's name of each one's task. `AutoModel{suffix}` loads `ScratchGPT{suffix}`.
+HEADS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 SHARED = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 # What each is of all that a ScratchGPT can be (dropout, which is for training alone, may differ); what its fields are called;
@@ -125,7 +132,7 @@ def as_scratchgpt(fields: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in fields.items() if name in common and name not in result}, **result}
 
 
-def as_stock(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
+def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
     """A `GPT2Config` or `Qwen3Config` of the very model that a `ScratchGPTConfig` describes.
 
     Raises:

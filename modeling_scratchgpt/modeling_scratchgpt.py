@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
 from .cross_entropy import IGNORE_INDEX, cross_entropy, linear_cross_entropy, reduce_losses
-from .interchange import gpt2_weights
+from .interchange import HEADS, gpt2_weights
 from .packed_linear import packed_linears
 
 
@@ -161,9 +161,11 @@ class ScratchGPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
+        output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
         output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
@@ -251,11 +253,10 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         """
         if not self._hf_peft_config_loaded and any(".lora_" in name for name, _ in self.named_parameters()):
             raise ValueError("this model has adapters: save them with `save_adapter`, or the whole after `merge_and_unload`.")
-        heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
         self.config.auto_map = {
             "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
-            **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in heads},
+            **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in HEADS},
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -8,8 +8,8 @@
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0   # for llama.cpp
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/onnx --to onnx           # for onnxruntime
 
-What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is, the model is compared
-with transformers' own of the same weights, or with what onnxruntime computes.
+What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before that, the model is compared with
+transformers' own of the same weights, or with what onnxruntime computes.
 """
 
 import argparse
@@ -26,21 +26,21 @@ from transformers import PreTrainedConfig, TokenizersBackend
 from .gguf import TYPES, check_gguf, write_gguf
 from .onnx import FILE as ONNX_FILE
 from .onnx import onnx_logits, write_onnx
-from .reading import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
+from .reading import LoadedModel, check_tokenizer, read, tokenizer_as, tokenizer_of
 
 TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
 
 
-def compared(found: Found, tolerance: float = TOLERANCE) -> str:
+def verify_outputs(loaded: LoadedModel, tolerance: float = TOLERANCE) -> str:
     """A line on how far the outputs of the two models are apart in float32, on the same random ids.
 
     Raises:
         ValueError: further than rounding makes them.
     """
-    ids = _some_ids(found.ours.config)
+    ids = _some_ids(loaded.ours.config)
     outputs = []
-    for model in (found.ours, found.stock):
+    for model in (loaded.ours, loaded.reference):
         dtype = model.dtype
         with torch.no_grad():
             outputs.append(
@@ -48,9 +48,9 @@ def compared(found: Found, tolerance: float = TOLERANCE) -> str:
             )
         if dtype != torch.float32:
             model.to(dtype)  # no bit of the weights has changed
-    ours, stock = outputs
+    ours, reference = outputs
     key = "start_logits" if "start_logits" in ours else "logits" if "logits" in ours else "last_hidden_state"
-    return _difference(ours[key], stock[key], tolerance, f"{type(found.stock).__name__} in transformers")
+    return _difference(ours[key], reference[key], tolerance, f"{type(loaded.reference).__name__} in transformers")
 
 
 def _some_ids(config: PreTrainedConfig) -> torch.Tensor:
@@ -99,32 +99,32 @@ def convert(arguments: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     if arguments.type and arguments.to != "gguf":
         raise ValueError(f"--type {arguments.type} is for --to gguf: leave it out.")
-    found = read(arguments.source, arguments.to, arguments.num_attention_heads, arguments.hidden_act)
-    if not found.is_bare and (arguments.num_attention_heads or arguments.hidden_act):
+    loaded = read(arguments.source, arguments.to, arguments.num_attention_heads, arguments.hidden_act)
+    if not loaded.is_bare and (arguments.num_attention_heads or arguments.hidden_act):
         raise ValueError(
             f"{arguments.source} tells its heads and its activation: leave out --num_attention_heads, --hidden_act."
         )
     if arguments.tokenizer is not None:
-        found.tokenizer, remark = tokenizer_of(arguments.tokenizer)
-        if not found.tokenizer:
+        loaded.tokenizer, remark = tokenizer_of(arguments.tokenizer)
+        if not loaded.tokenizer:
             raise ValueError(f"--tokenizer {arguments.tokenizer}: {remark}.")
-    config = found.ours.config
-    if found.tokenizer:
-        check_tokenizer(found.tokenizer, config.vocab_size)
+    config = loaded.ours.config
+    if loaded.tokenizer:
+        check_tokenizer(loaded.tokenizer, config.vocab_size)
     print(
-        f"{arguments.source}: {found.kind}; {found.ours.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
+        f"{arguments.source}: {loaded.kind}; {loaded.ours.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
         f"{config.max_position_embeddings:,} positions"
     )
-    print(f"Tokenizer: {len(found.tokenizer):,} tokens" if found.tokenizer else f"No tokenizer: {found.remark}")
-    if found.stock:
-        print(compared(found))
+    print(f"Tokenizer: {len(loaded.tokenizer):,} tokens" if loaded.tokenizer else f"No tokenizer: {loaded.remark}")
+    if loaded.reference:
+        print(verify_outputs(loaded))
     if arguments.to == "gguf":
-        check_gguf(config, found.tokenizer)
+        check_gguf(config, loaded.tokenizer)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
         whole = Path(folder) / "model"
-        _write(found, whole, arguments)
+        _write(loaded, whole, arguments)
         whole.rename(destination)
     match arguments.to:
         case "gguf":
@@ -132,33 +132,34 @@ def convert(arguments: argparse.Namespace) -> None:
         case "onnx":
             print(f"{destination / ONNX_FILE} is for onnxruntime and what is built on it.")
         case to:
-            name, trust = (type(found.stock).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
-            what = f"a complete {name}" if found.tokenizer else f"a {name} without a tokenizer"
-            auto_class = f"Auto{type(found.ours).__name__.replace('ScratchGPT', 'Model').replace('ModelModel', 'Model')}"
-            print(f"{destination}/ is {what}: {auto_class}.from_pretrained({str(destination)!r}{trust})")
+            name, trust = (type(loaded.reference).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
+            what = f"a complete {name}" if loaded.tokenizer else f"a {name} without a tokenizer"
+            print(f"{destination}/ is {what}: {loaded.ours._auto_class}.from_pretrained({str(destination)!r}{trust})")
 
 
-def _write(found: Found, folder: Path, arguments: argparse.Namespace) -> None:
-    tokenizer = found.tokenizer
+def _write(loaded: LoadedModel, folder: Path, arguments: argparse.Namespace) -> None:
+    tokenizer = loaded.tokenizer
     if tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
         tokenizer = tokenizer_as(TokenizersBackend, tokenizer)
     match arguments.to:
         case "gguf":
-            config, file = found.stock.config, "model.gguf"
+            config, file = loaded.reference.config, "model.gguf"
             config.save_pretrained(folder)  # of its fields transformers' reader of GGUF takes only some from the file
             kind = arguments.type or "f16"
-            write_gguf(folder / file, found.ours.config, found.ours.state_dict(), tokenizer, kind)
-            found.stock = type(found.stock).from_pretrained(folder, gguf_file=file, config=config, dtype=torch.float32)
-            print(f"Read back from {kind}. {compared(found, ROUNDING[kind])}")
+            write_gguf(folder / file, loaded.ours.config, loaded.ours.state_dict(), tokenizer, kind)
+            loaded.reference = type(loaded.reference).from_pretrained(
+                folder, gguf_file=file, config=config, dtype=torch.float32
+            )
+            print(f"Read back from {kind}. {verify_outputs(loaded, ROUNDING[kind])}")
             return
         case "onnx":
-            write_onnx(folder, found.ours.float())
-            ids = _some_ids(found.ours.config)
+            write_onnx(folder, loaded.ours.float())
+            ids = _some_ids(loaded.ours.config)
             with torch.no_grad():
-                ours = found.ours(ids).logits
+                ours = loaded.ours(ids).logits
             print(_difference(ours, onnx_logits(folder / ONNX_FILE, ids), TOLERANCE, "what onnxruntime computes"))
         case to:
-            (found.stock if to else found.ours).save_pretrained(folder)
+            (loaded.reference if to else loaded.ours).save_pretrained(folder)
     if tokenizer:
         tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import as_stock, gpt2_state_dict
+from ..interchange import as_transformers, gpt2_state_dict
 
 TYPES = ("f32", "f16", "q8_0")
 ACTIVATIONS = {"gpt2": "gelu_pytorch_tanh", "qwen3": "silu"}  # what programs compute that read `gpt2` or `qwen3`
@@ -32,7 +32,7 @@ def check_gguf(config: ScratchGPTConfig, tokenizer: PreTrainedTokenizerBase | No
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("writing GGUF takes the library gguf: pip install gguf.")
     architecture = "qwen3" if config.position_embedding_type == "rotary" else "gpt2"
-    as_stock(config, architecture)
+    as_transformers(config, architecture)
     if config.hidden_act.replace("gelu_new", "gelu_pytorch_tanh") != ACTIVATIONS[architecture]:
         raise ValueError(
             f"hidden_act is {config.hidden_act!r}, and in a GGUF {architecture} has {ACTIVATIONS[architecture]!r}."

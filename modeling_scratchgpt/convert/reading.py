@@ -26,10 +26,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-import modeling_scratchgpt
-
+from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state_dict
+from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
 from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
 from .onnx import check_onnx
@@ -40,18 +39,18 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask of older files
 
 
 @dataclass
-class Found:
+class LoadedModel:
     """A model of ours, the same in transformers' own class, and what is known of its tokens."""
 
     kind: str
     ours: Any  # a PreTrainedModel, as the next
-    stock: Any
+    reference: Any
     tokenizer: PreTrainedTokenizerBase | None
     remark: str = ""  # why there is no tokenizer
     is_bare: bool = False  # whether the source tells its numbers and names of nothing else
 
 
-def read(source: str, to: str | None, num_attention_heads: int | None, hidden_act: str | None) -> Found:
+def read(source: str, to: str | None, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     """Read a source.
 
     Args:
@@ -77,7 +76,7 @@ def read(source: str, to: str | None, num_attention_heads: int | None, hidden_ac
         raise ValueError(f"{source} is damaged, or is not what it says it is ({type(error).__name__}: {said}).") from error
 
 
-def _others(source: str, num_attention_heads: int | None, hidden_act: str | None) -> Found:
+def _others(source: str, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     path = Path(source).expanduser()
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and not (len(path.parts) > 1 and path.parent.is_dir())
     if not path.exists() and not is_id:
@@ -99,24 +98,24 @@ def _others(source: str, num_attention_heads: int | None, hidden_act: str | None
     return _folder(source if not path.exists() else str(path))
 
 
-def _folder(source: str) -> Found:
+def _folder(source: str) -> LoadedModel:
     """GPT-2's or Qwen3's, as transformers saves them, with any head."""
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") == "scratchgpt":
         raise ValueError(f"{source} is a ScratchGPT already: to make another of it, say which with --to.")
     ScratchGPTConfig(**as_scratchgpt(fields))  # says what cannot be, in words of our own
     plain = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
-    stock_name = (fields.get("architectures") or [plain])[0]
-    head = stock_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
-    our_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}", None)
-    if our_class is None or not hasattr(our_class, "forward") or head == "PreTrainedModel":
-        raise ValueError(f"{source} is a {stock_name}, for which ScratchGPT has no head.")
+    class_name = (fields.get("architectures") or [plain])[0]
+    head = class_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
+    if head not in ("Model", *HEADS):
+        raise ValueError(f"{source} is a {class_name}, for which ScratchGPT has no head.")
+    our_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}")
     _check_files(Path(source))
     with _loading(source):
         ours, report = _with_report(our_class, source)
         _check_report(source, report)
-        stock = getattr(transformers, stock_name).from_pretrained(source)
-    return Found(f"{stock_name} of transformers", ours, stock, *tokenizer_of(source))
+        reference = getattr(transformers, class_name).from_pretrained(source)
+    return LoadedModel(f"{class_name} of transformers", ours, reference, *tokenizer_of(source))
 
 
 @contextmanager
@@ -147,7 +146,7 @@ def _check_files(folder: Path) -> None:
             places[place] = name
 
 
-def _openai(folder: Path) -> Found:
+def _openai(folder: Path) -> LoadedModel:
     """OpenAI's own files."""
     try:
         hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
@@ -180,11 +179,11 @@ def _openai(folder: Path) -> Found:
         parts[-1] = {"w": "weight", "g": "weight", "b": "bias"}.get(parts[-1], f"{parts[-1]}.weight")
         tensor = torch.from_numpy(array.copy())
         state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
-    ours, stock = _models(config, state, str(indices[0]))
-    return Found("OpenAI's checkpoint for TensorFlow", ours, stock, *_openai_tokenizer(folder, ours.config))
+    ours, reference = _models(config, state, str(indices[0]))
+    return LoadedModel("OpenAI's checkpoint for TensorFlow", ours, reference, *_openai_tokenizer(folder, ours.config))
 
 
-def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> Found:
+def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     """nanoGPT's checkpoint, or the bare weights of any model that names them as GPT-2, minGPT and nanoGPT do."""
     content = _read_tensors(file)
     kind = "bare weights"
@@ -245,8 +244,8 @@ def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | N
         bos_token_id=None,
         eos_token_id=None,
     )
-    ours, stock = _models(config, state, str(file))
-    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")), is_bare=is_bare)
+    ours, reference = _models(config, state, str(file))
+    return LoadedModel(kind, ours, reference, *_characters_of(file.with_name("meta.pkl")), is_bare=is_bare)
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:
@@ -275,28 +274,28 @@ def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedMode
     """Ours and transformers' GPT-2 with these weights, which bear its names and lie as it wants them."""
     our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
     with torch.device("meta"):
-        stock = transformers.GPT2LMHeadModel(config)
-    expected = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+        reference = transformers.GPT2LMHeadModel(config)
+    expected = {name: tensor.shape for name, tensor in reference.state_dict().items()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
         expected.pop("lm_head.weight")
     is_bias = tuple(f"{name}.bias" for name in ("ln_1", "ln_2", "ln_f", *GPT2_MATRICES))
     has_biases = any(name.endswith(is_bias) for name in state)
-    if not has_biases:  # nanoGPT's bias=False; in the norms and in stock GPT-2 there must be one: zero
+    if not has_biases:  # nanoGPT's bias=False; in the norms and in reference GPT-2 there must be one: zero
         state = state | {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(is_bias)}
     _refuse(file, "lacks", expected.keys() - state.keys())
     _refuse(file, "has no place for", state.keys() - expected.keys())
     for name, shape in expected.items():
         if state[name].shape != shape:
             raise ValueError(f"{file}: {name} is {tuple(state[name].shape)}, and should be {tuple(shape)}.")
-    stock.load_state_dict(state, strict=False, assign=True)
-    stock.tie_weights()
+    reference.load_state_dict(state, strict=False, assign=True)
+    reference.tie_weights()
     if not has_biases:
         our_config.attention_bias = our_config.mlp_bias = False
         state = {name: tensor for name, tensor in state.items() if not name.endswith(is_bias) or ".ln_" in name}
     ours, report = _with_report(ScratchGPTForCausalLM, None, config=our_config, state_dict=state)
     _check_report(file, report)
-    return ours, stock.eval()
+    return ours, reference.eval()
 
 
 def _with_report(model_class: Any, source: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -322,7 +321,7 @@ def _refuse(source: str, what: str, names: Any) -> None:
         raise ValueError(f"{source} {what} {listed}{', ...' if len(names) > 5 else ''}: it is not the model it should be.")
 
 
-def _ours(source: str, to: str) -> Found:
+def _ours(source: str, to: str) -> LoadedModel:
     """A folder of ours, also as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is; for ONNX, as neither.
 
     Raises:
@@ -339,22 +338,22 @@ def _ours(source: str, to: str) -> Found:
         raise ValueError(f"{source} also holds an adapter, which would be left out: merge it into the model first.")
     _check_files(Path(source))
     our_config = ScratchGPTConfig.from_dict(fields)
-    stock_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
+    model_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
     if to == "onnx":
         check_onnx(our_config)
     else:
-        as_stock(our_config, stock_type)
+        as_transformers(our_config, model_type)
     with _loading(source):
         ours, report = _with_report(ScratchGPTForCausalLM, source)
         _check_report(source, report)
-    stock = None
+    reference = None
     if to != "onnx":
-        config = as_stock(ours.config, stock_type)
-        stock_class = transformers.GPT2LMHeadModel if stock_type == "gpt2" else transformers.Qwen3ForCausalLM
-        state = gpt2_state_dict(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
-        stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
-        stock.generation_config = ours.generation_config
-    return Found("ScratchGPT", ours, stock, *tokenizer_of(source))
+        config = as_transformers(ours.config, model_type)
+        reference_class = transformers.GPT2LMHeadModel if model_type == "gpt2" else transformers.Qwen3ForCausalLM
+        state = gpt2_state_dict(ours.state_dict()) if model_type == "gpt2" else ours.state_dict()
+        reference = reference_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
+        reference.generation_config = ours.generation_config
+    return LoadedModel("ScratchGPT", ours, reference, *tokenizer_of(source))
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
@@ -455,4 +454,4 @@ def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 
 
-__all__ = ["Found", "check_tokenizer", "read", "tokenizer_as", "tokenizer_of"]
+__all__ = ["LoadedModel", "check_tokenizer", "read", "tokenizer_as", "tokenizer_of"]

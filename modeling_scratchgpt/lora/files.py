@@ -24,17 +24,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
+from ..interchange import HEADS
 from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter
 from .config import LoraConfig, matches, modules_in_full, targets_of
 from .layer import LoraLinear, is_plain
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 # Fields of PEFT's that say nothing about what is computed, at least while the features they belong to are off.
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
 
@@ -48,7 +43,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     """
     adapters, base_config = adapters_of(model, adapter_name), getattr(model, "config", None)
     config, full = adapters.configs[adapter_name], adapters.full[adapter_name]
-    layers, task = lora_layers(model, adapter_name), (end for end in TASKS if type(model).__name__.endswith(end))
+    layers, task = lora_layers(model, adapter_name), (end for end in HEADS if type(model).__name__.endswith(end))
     written = {
         **asdict(config),
         "peft_type": "LORA",
@@ -59,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         "layers_to_transform": None,
         "layers_pattern": None,
         "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
-        "task_type": config.task_type or TASKS.get(next(task, "")),
+        "task_type": config.task_type or HEADS.get(next(task, "")),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
         "revision": config.revision or getattr(base_config, "_commit_hash", None),
     }

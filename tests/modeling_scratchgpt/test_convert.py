@@ -28,8 +28,8 @@ from modeling_scratchgpt import (
     ScratchGPTForCausalLM,
     ScratchGPTForSequenceClassification,
     ScratchGPTTokenizer,
-    convert,
 )
+from modeling_scratchgpt.convert import __main__ as convert
 from modeling_scratchgpt.convert import reading
 from modeling_scratchgpt.convert.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
@@ -37,7 +37,7 @@ from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, 
 
 
 def run(monkeypatch, capsys, *words: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
     convert.main()
     return capsys.readouterr().out
 
@@ -335,10 +335,10 @@ def test_a_round_trip_through_gpt2_loses_nothing(tie, tmp_path, monkeypatch, cap
     tokenizer.save_pretrained(tmp_path / "ours")
     said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
     assert "a complete GPT2LMHeadModel" in said
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    assert type(stock) is GPT2LMHeadModel
-    assert difference(ours, stock) < 1e-5
-    assert stock.generation_config.top_k == 7
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    assert type(reference) is GPT2LMHeadModel
+    assert difference(ours, reference) < 1e-5
+    assert reference.generation_config.top_k == 7
     other = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert not isinstance(other, ScratchGPTTokenizer)
     assert other(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
@@ -366,11 +366,11 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
     ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN))).to(dtype)
     ours.save_pretrained(tmp_path / "ours")
     run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "qwen3", "--to", "qwen3")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
-    assert type(stock) is Qwen3ForCausalLM
-    assert stock.dtype == dtype
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
+    assert type(reference) is Qwen3ForCausalLM
+    assert reference.dtype == dtype
     again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
-    assert difference(again.float(), stock.float()) < 1e-5
+    assert difference(again.float(), reference.float()) < 1e-5
     run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "again")
     for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name

@@ -227,8 +227,8 @@ def test_up_to_the_last_learned_position():
     longest = generate(model, prompts(), max_new_tokens=58)
     assert longest.shape == (2, 65)
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
-    assert generate(stock, prompts(), max_new_tokens=58).shape == (2, 65)
+    reference = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    assert generate(reference, prompts(), max_new_tokens=58).shape == (2, 65)
 
 
 def wrapped(model: torch.nn.Module) -> list[torch.nn.Module]:

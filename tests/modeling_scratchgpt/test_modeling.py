@@ -7,6 +7,7 @@ from transformers import AutoModel
 
 import modeling_scratchgpt
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY
 
 
@@ -151,9 +152,7 @@ def test_fresh_weights_have_gpt2s_spread():
     assert not layer.mlp.up_proj.bias.any()
 
 
-@pytest.mark.parametrize(
-    "head", ["", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
-)
+@pytest.mark.parametrize("head", ["", *HEADS])
 def test_auto_classes_create_save_and_load_every_model(head, tiny_config, tmp_path):
     auto_class, name = getattr(transformers, f"AutoModel{head}"), f"ScratchGPT{head or 'Model'}"
     model = auto_class.from_config(tiny_config)
