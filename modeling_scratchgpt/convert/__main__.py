@@ -14,7 +14,6 @@ transformers' own of the same weights, or with what onnxruntime computes.
 
 import argparse
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, TokenizersBackend
 
+from ..atomic import atomic_directory
 from .gguf import TYPES, check_gguf, write_gguf
 from .onnx import FILE as ONNX_FILE
 from .onnx import onnx_logits, write_onnx
@@ -121,11 +121,8 @@ def convert(arguments: argparse.Namespace) -> None:
         print(verify_outputs(loaded))
     if arguments.to == "gguf":
         check_gguf(config, loaded.tokenizer)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
-        whole = Path(folder) / "model"
-        _write(loaded, whole, arguments)
-        whole.rename(destination)
+    with atomic_directory(destination) as directory:
+        _write(loaded, directory, arguments)
     match arguments.to:
         case "gguf":
             print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")

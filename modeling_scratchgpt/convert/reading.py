@@ -9,7 +9,6 @@ Notable:
 import json
 import pickle
 import pickletools
-import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers.activations import ACT2FN
 
 from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
+from ..hub import is_hub_id
 from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
 from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
@@ -78,9 +78,8 @@ def read(source: str, to: str | None, num_attention_heads: int | None, hidden_ac
 
 def _others(source: str, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     path = Path(source).expanduser()
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and not (len(path.parts) > 1 and path.parent.is_dir())
-    if not path.exists() and not is_id:
-        raise ValueError(f"{source} is not there, and is no id of a repository on the Hub.")
+    if not path.exists() and not is_hub_id(source):
+        raise ValueError(f"{source} does not exist, and is not the id of a repository on the Hub.")
     if hidden_act is not None and hidden_act not in ACT2FN:
         raise ValueError(
             f"--hidden_act {hidden_act} is not one that transformers knows: these are {', '.join(sorted(ACT2FN))}."

@@ -24,6 +24,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
+from ..atomic import atomic_file
+from ..hub import is_hub_id
 from ..interchange import HEADS
 from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter
 from .config import LoraConfig, matches, modules_in_full, targets_of
@@ -60,17 +62,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".writing-{os.getpid()}"
+    tensors = {f"{PREFIX}{name}": _whole(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
     try:
-        tensors = {f"{PREFIX}{name}": _whole(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
-        save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
-        os.replace(temporary, folder / WEIGHTS)
-        temporary.write_text(json.dumps(written, indent=2) + "\n")  # not sorted: of two patterns that match, the first counts
-        os.replace(temporary, folder / CONFIG)
-    except SafetensorError as error:  # it wraps the system's errors into its own words
+        with atomic_file(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
+        with atomic_file(folder / CONFIG) as temporary:  # keys unsorted: of two patterns that match, the first one wins
+            temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except SafetensorError as error:  # safetensors wraps OSError
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -133,8 +132,8 @@ def _file(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> str:
                 f"{source} holds no {name}: it is no adapter, or one in an old format, which could run code."
             )
         return os.path.join(source, name)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"{source} is no folder, and no id of a repository on the Hub.")
+    if not is_hub_id(source):
+        raise FileNotFoundError(f"{source} is neither a directory nor the id of a repository on the Hub.")
     return str(cached_file(source, name, **hub))
 
 

@@ -397,7 +397,7 @@ def test_what_is_no_file_of_weights_or_not_there(tmp_path, monkeypatch, capsys):
     said = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
     assert "is no file of weights (it is neither a file of PyTorch's nor of safetensors)" in said
     said = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
-    assert "nothing is not there, and is no id of a repository on the Hub" in said
+    assert "nothing does not exist, and is not the id of a repository on the Hub" in said
     said = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
     assert "someone/nothing is no file or folder here, and the Hub did not give it (" in said
 

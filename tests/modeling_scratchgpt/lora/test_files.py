@@ -80,8 +80,8 @@ def test_damaged_adapters(saved):
     (saved / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json: it is no adapter"):
         load_adapter(model_of(), saved)
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder, and no id of a repository"):
-        load_adapter(model_of(), "nowhere")
+    with pytest.raises(FileNotFoundError, match="./nowhere is neither a directory nor the id of a repository"):
+        load_adapter(model_of(), "./nowhere")
 
 
 def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
