@@ -217,7 +217,7 @@ def test_stop_strings(tiny_model, tokenizer):
 def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatch):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     monkeypatch.setattr(ScratchGPTModel, "forward", None)  # not to be called
-    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones are more than the 64 positions .* max_new_tokens=58"):
+    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones exceed the 64 learned positions .* max_new_tokens=58"):
         generate(model, prompts(), max_new_tokens=59)
 
 

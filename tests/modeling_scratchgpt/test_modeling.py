@@ -111,7 +111,7 @@ def test_loss_is_one_whatever_the_split(tiny_model):
 
 def test_too_many_tokens_for_learned_positions_say_what_to_do():
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
-    with pytest.raises(ValueError, match=r"65 tokens were given, but this model has learned only 64 positions .* rotary"):
+    with pytest.raises(ValueError, match=r"65 tokens exceed the 64 learned positions of this model .* rotary"):
         model(random_ids(1, 65))
 
 
