@@ -42,7 +42,7 @@ def test_programs_are_python_and_commands_name_files_that_are_there(document):
     for path in re.findall(r"\b(?:training|space|benchmarks|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"python -m (modeling_scratchgpt[\w.]*)", commands):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module
 
 
 def test_the_page_of_options_is_generated_from_the_options():

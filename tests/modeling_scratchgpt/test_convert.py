@@ -28,8 +28,8 @@ from modeling_scratchgpt import (
     ScratchGPTForCausalLM,
     ScratchGPTForSequenceClassification,
     ScratchGPTTokenizer,
-    convert,
 )
+from modeling_scratchgpt.convert import __main__ as convert
 from modeling_scratchgpt.convert import reading
 from modeling_scratchgpt.convert.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
@@ -37,7 +37,7 @@ from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, 
 
 
 def run(monkeypatch, capsys, *words: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
     convert.main()
     return capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_mingpts_sorter_sorts(ending, real_data, tmp_path, monkeypatch, capsys):
     file = tmp_path / f"model.{ending}"
     torch.save(state, file) if ending == "pt" else save_file(state, file)
     message = refused(monkeypatch, capsys, file, tmp_path / "ours")
-    assert f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads" in message
+    assert f"{file} does not contain its number of heads: pass --num_attention_heads" in message
     assert "does not divide the width" in refused(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 5)
     said = run(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 3)
     assert "85,728 parameters" in said
@@ -227,9 +227,9 @@ def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypa
 def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
-    assert reading._plain_content(pickle.dumps(table, protocol)) == table
-    with pytest.raises(ValueError, match="it holds more than dictionaries, strings and whole numbers"):
-        reading._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
+    assert reading.parse_plain_pickle(pickle.dumps(table, protocol)) == table
+    with pytest.raises(ValueError, match="it contains more than dictionaries, strings and integers"):
+        reading.parse_plain_pickle(pickle.dumps({"stoi": 0.5}, protocol))
 
 
 class Explosive:
@@ -245,7 +245,7 @@ class Explosive:
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, monkeypatch, capsys):
     torch.save({"model": Explosive(tmp_path / "ran")}, tmp_path / "model.pt")
     message = refused(monkeypatch, capsys, tmp_path / "model.pt", tmp_path / "ours", "--num_attention_heads", 3)
-    assert "reading it could run code that it brings, so it is not read" in message
+    assert "contains more than weights, which could run code" in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -261,8 +261,8 @@ def test_damaged_files_are_named(real_data, tmp_path, monkeypatch, capsys):
     key = "transformer__h__1__mlp__c_fc__bias"
     for file, expected in (
         (saved("missing.pt", **{key: None}), "missing.pt lacks transformer.h.1.mlp.c_fc.bias"),
-        (saved("surplus.pt", transformer__h__1__mlp__gate=torch.ones(3)), "has no place for transformer.h.1.mlp.gate"),
-        (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), and should be (192,)"),
+        (saved("surplus.pt", transformer__h__1__mlp__gate=torch.ones(3)), "has the unknown transformer.h.1.mlp.gate"),
+        (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), expected (192,)"),
         (saved("other.pt", transformer__wte__weight=None), "'transformer.wte.weight' is missing"),
     ):
         assert expected in refused(monkeypatch, capsys, file, tmp_path / "ours", *heads)
@@ -302,7 +302,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
     state = load_file(file)
     for changed, expected in (
         ({**state, "transformer.h.1.ln_1.weight": None}, "lacks model.layers.1.input_layernorm.weight"),
-        ({**state, "transformer.h.1.ln_3.weight": torch.ones(3)}, "has no place for model.layers.1.ln_3.weight"),
+        ({**state, "transformer.h.1.ln_3.weight": torch.ones(3)}, "has the unknown model.layers.1.ln_3.weight"),
         ({**state, "transformer.h.1.ln_1.weight": torch.ones(3)}, "model.layers.1.input_layernorm.weight"),
     ):
         save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, {"format": "pt"})
@@ -311,7 +311,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
         assert str(tmp_path / "gpt2") in message
     os.truncate(file, 5000)
     assert "model.safetensors is damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
-    assert "exists already" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
+    assert "exists: pass" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
 
 
 def refused_existing(monkeypatch, capsys, folder: Path) -> str:
@@ -335,10 +335,10 @@ def test_a_round_trip_through_gpt2_loses_nothing(tie, tmp_path, monkeypatch, cap
     tokenizer.save_pretrained(tmp_path / "ours")
     said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
     assert "a complete GPT2LMHeadModel" in said
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    assert type(stock) is GPT2LMHeadModel
-    assert difference(ours, stock) < 1e-5
-    assert stock.generation_config.top_k == 7
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    assert type(reference) is GPT2LMHeadModel
+    assert difference(ours, reference) < 1e-5
+    assert reference.generation_config.top_k == 7
     other = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert not isinstance(other, ScratchGPTTokenizer)
     assert other(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
@@ -366,11 +366,11 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
     ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN))).to(dtype)
     ours.save_pretrained(tmp_path / "ours")
     run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "qwen3", "--to", "qwen3")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
-    assert type(stock) is Qwen3ForCausalLM
-    assert stock.dtype == dtype
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
+    assert type(reference) is Qwen3ForCausalLM
+    assert reference.dtype == dtype
     again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
-    assert difference(again.float(), stock.float()) < 1e-5
+    assert difference(again.float(), reference.float()) < 1e-5
     run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "again")
     for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
@@ -395,20 +395,20 @@ def test_a_classifier_does_not_go_out(tmp_path, monkeypatch, capsys):
 def test_what_is_no_file_of_weights_or_not_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.json").write_text("{}")
     said = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
-    assert "is no file of weights (it is neither a file of PyTorch's nor of safetensors)" in said
+    assert "is damaged or not a file of weights (neither PyTorch nor safetensors)" in said
     said = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
-    assert "nothing is not there, and is no id of a repository on the Hub" in said
+    assert "nothing does not exist, and is not the id of a repository on the Hub" in said
     said = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
-    assert "someone/nothing is no file or folder here, and the Hub did not give it (" in said
+    assert "someone/nothing does not exist here, and the Hub did not provide it (" in said
 
 
 @pytest.mark.parametrize(
     ("fields", "target", "expected"),
     [
-        (MODERN, "gpt2", "position_embedding_type is 'rotary', and a gpt2 model has only 'learned'"),
-        ({}, "qwen3", "position_embedding_type is 'learned', and a qwen3 model has only 'rotary'"),
-        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, and a gpt2 model has only 4"),
-        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, and a qwen3 model has only True"),
+        (MODERN, "gpt2", "position_embedding_type is 'rotary', but a gpt2 model has only 'learned'"),
+        ({}, "qwen3", "position_embedding_type is 'learned', but a qwen3 model has only 'rotary'"),
+        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, but a gpt2 model has only 4"),
+        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, but a qwen3 model has only True"),
     ],
 )
 def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
@@ -429,12 +429,12 @@ def gpt2(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("[1, 2]", "is damaged, or is not what it says it is"),
-        ("[" * 100_000, "is damaged, or is not what it says it is"),
+        ("[1, 2]", "is damaged or mislabeled"),
+        ("[" * 100_000, "is damaged or mislabeled"),
         ({"n_embd": "24"}, "n_embd"),
         ({"n_layer": 10**9}, "num_hidden_layers must be at most 10,000"),
         ({"architectures": ["GPT2Config"]}, "is a GPT2Config, for which ScratchGPT has no head"),
-        ({"quantization_config": "x"}, "is damaged, or is not what it says it is"),
+        ({"quantization_config": "x"}, "is damaged or mislabeled"),
     ],
 )
 def test_a_config_that_cannot_be(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
@@ -448,10 +448,10 @@ def test_a_config_that_cannot_be(changed, expected, gpt2, tmp_path, monkeypatch,
     [
         (
             {"transformer.h.1.ln_1.weight": torch.full((24,), torch.nan)},
-            "input_layernorm.weight holds numbers that are not finite",
+            "input_layernorm.weight has values that are not finite",
         ),
         ({"transformer.h.1.ln_1.weight": torch.ones(24, dtype=torch.int8)}, "transformer.h.1.ln_1.weight is of type I8"),
-        ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one place: transformer.wpe.weight and wpe.weight"),
+        ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one weight: transformer.wpe.weight and wpe.weight"),
     ],
 )
 def test_weights_that_are_none(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
@@ -463,8 +463,8 @@ def test_weights_that_are_none(changed, expected, gpt2, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"transformer.h.9.ln_1.weight": torch.ones(24)}, "to 9, and 3 of them: some are missing"),
-        ({"transformer.wte.weight": torch.ones(90, 24)}, "has two tensors for one place"),
+        ({"transformer.h.9.ln_1.weight": torch.ones(24)}, "has 3 layers, from 0 to 9: some are missing"),
+        ({"transformer.wte.weight": torch.ones(90, 24)}, "has two tensors for transformer.wte.weight"),
         ({"_orig_mod.transformer.wte.weight": torch.ones(90, 24, dtype=torch.int32)}, "is of type torch.int32"),
     ],
 )
@@ -501,17 +501,17 @@ def test_a_bit_that_has_turned_in_a_checkpoint_is_found(tmp_path, monkeypatch, c
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1  # in the middle of some matrix
     file.write_bytes(content)
-    assert "has changed since it was written" in refused(monkeypatch, capsys, file, tmp_path / "ours")
+    assert "is wrong" in refused(monkeypatch, capsys, file, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--type", "q8_0"], "--type q8_0 is for --to gguf"),
-        (["--num_attention_heads", 3], "tells its heads and its activation"),
+        (["--num_attention_heads", 3], "contains its heads and its activation"),
         (["--tokenizer", ""], "--tokenizer : "),
         (["--tokenizer", "nowhere/at/all"], "--tokenizer nowhere/at/all: that of nowhere/at/all cannot be read"),
-        (["--hidden_act", "nope"], "--hidden_act nope is not one that transformers knows: these are "),
+        (["--hidden_act", "nope"], "--hidden_act nope is unknown to transformers: choose one of "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(words, expected, gpt2, tmp_path, monkeypatch, capsys):
@@ -521,7 +521,7 @@ def test_options_that_do_not_fit_are_refused(words, expected, gpt2, tmp_path, mo
 def test_a_tokenizer_without_rows_for_its_ids_is_refused(gpt2, tmp_path, monkeypatch, capsys):
     ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290).save_pretrained(tmp_path / "tokenizer")
     message = refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer")
-    assert "and the model rows for 90 tokens" in message
+    assert "but the model 90 embeddings" in message
 
 
 def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, monkeypatch, capsys):

@@ -65,15 +65,15 @@ def test_llama_cpp_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "kind", "expected"),
     [
-        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', and in a GGUF gpt2 has 'gelu_pytorch_tanh'"),
+        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', but 'gelu_pytorch_tanh' in a GGUF gpt2"),
         (
             {**MODERN, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "bpe",
             "scaled rope_parameters",
         ),
-        ({}, "bpe-gpt4", "a GGUF file can only hold `bpe`"),
-        ({}, "character", "a GGUF file can only hold `bpe`"),
-        ({}, "lowercase", "would do without and see other ids"),
+        ({}, "bpe-gpt4", "GGUF can only contain the tokenizer `bpe`"),
+        ({}, "character", "GGUF can only contain the tokenizer `bpe`"),
+        ({}, "lowercase", "would ignore these and compute other ids"),
     ],
 )
 def test_what_a_gguf_cannot_say_is_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be, that is the question 12"] * 9, 290)
     tokenizer.save_pretrained(tmp_path / "ours")
     said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
-    assert "Largest difference from what onnxruntime computes: " in said
+    assert "Largest difference from onnxruntime: " in said
     assert "torch.onnx" not in said
     for file in (tmp_path / "out").iterdir():  # no word of where the code lay that it was made by
         assert str(Path(convert.__file__).parent).encode() not in file.read_bytes(), file.name
@@ -132,7 +132,7 @@ def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
     ("fields", "expected"),
     [
         ({**MODERN, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
-        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX takes 7 or more"),
+        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX requires at least 7"),
     ],
 )
 def test_what_a_graph_cannot_say_is_refused(fields, expected, tmp_path, monkeypatch, capsys):

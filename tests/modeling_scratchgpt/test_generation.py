@@ -217,7 +217,7 @@ def test_stop_strings(tiny_model, tokenizer):
 def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatch):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     monkeypatch.setattr(ScratchGPTModel, "forward", None)  # not to be called
-    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones are more than the 64 positions .* max_new_tokens=58"):
+    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones exceed the 64 learned positions .* max_new_tokens=58"):
         generate(model, prompts(), max_new_tokens=59)
 
 
@@ -227,8 +227,8 @@ def test_up_to_the_last_learned_position():
     longest = generate(model, prompts(), max_new_tokens=58)
     assert longest.shape == (2, 65)
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
-    assert generate(stock, prompts(), max_new_tokens=58).shape == (2, 65)
+    reference = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    assert generate(reference, prompts(), max_new_tokens=58).shape == (2, 65)
 
 
 def wrapped(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -201,15 +201,13 @@ def test_what_a_scratchgpt_cannot_do_is_refused_by_name(field, value, tmp_path):
 
 def test_other_model_types_are_refused(tmp_path):
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model_type 'llama' is not one that ScratchGPT loads: these are scratchgpt, gpt2, qwen3"
-    ):
+    with pytest.raises(ValueError, match="model_type 'llama' is not supported: ScratchGPT loads scratchgpt, gpt2, qwen3"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
     Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
     Qwen3Config(**QWEN3, layer_types=["sliding_attention", "full_attention"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="layer_types is .* ScratchGPT has only full_attention"):
+    with pytest.raises(ValueError, match="layer_types is .* ScratchGPT supports only full_attention"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
 
 

@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+import transformers
+from transformers import AutoModel
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
+import modeling_scratchgpt
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY
 
 
@@ -108,7 +111,7 @@ def test_loss_is_one_whatever_the_split(tiny_model):
 
 def test_too_many_tokens_for_learned_positions_say_what_to_do():
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
-    with pytest.raises(ValueError, match=r"65 tokens were given, but this model has learned only 64 positions .* rotary"):
+    with pytest.raises(ValueError, match=r"65 tokens exceed the 64 learned positions of this model .* rotary"):
         model(random_ids(1, 65))
 
 
@@ -149,15 +152,24 @@ def test_fresh_weights_have_gpt2s_spread():
     assert not layer.mlp.up_proj.bias.any()
 
 
-def test_auto_classes_know_the_model(tiny_model, tiny_config, tmp_path):
-    assert type(AutoModel.from_config(tiny_config)) is ScratchGPTModel
+@pytest.mark.parametrize("head", ["", *HEADS])
+def test_auto_classes_create_save_and_load_every_model(head, tiny_config, tmp_path):
+    auto_class, name = getattr(transformers, f"AutoModel{head}"), f"ScratchGPT{head or 'Model'}"
+    model = auto_class.from_config(tiny_config)
+    assert type(model) is getattr(modeling_scratchgpt, name)
+    model.save_pretrained(tmp_path)
+    assert model.config.auto_map[f"AutoModel{head}"] == f"modeling_scratchgpt.{name}"
+    assert (tmp_path / "modeling_scratchgpt.py").is_file()
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_auto_model_loads_the_backbone_of_a_language_model(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is ScratchGPTForCausalLM
-    for name, tensor in tiny_model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    backbone = AutoModel.from_pretrained(tmp_path)
     ids = random_ids(1, 6)
+    backbone = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(backbone(ids).last_hidden_state, tiny_model.model(ids).last_hidden_state)
 
 

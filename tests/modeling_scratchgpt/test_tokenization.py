@@ -111,7 +111,7 @@ def test_a_text_without_spaces_is_no_harder(letter):
 
 
 def test_one_text_is_not_a_list_of_texts():
-    with pytest.raises(TypeError, match="texts must be a list or an iterator of texts, got one text"):
+    with pytest.raises(TypeError, match="texts must be a list or an iterator of strings, got one string"):
         ScratchGPTTokenizer.train("to be or not to be", vocab_size=300)
 
 
@@ -336,7 +336,7 @@ def test_report_by_hand(kinds):
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (17 / 5, 5 / 4, 1 / 5)
     report = tokenizer_report(kinds["bpe"], iter(["\x00 \x01"]))
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (1, 3 / 2, 0)
-    with pytest.raises(ValueError, match="there is no word in the first 1000 texts"):
+    with pytest.raises(ValueError, match="the first 1000 texts have no words"):
         tokenizer_report(kinds["bpe"], ["", " \n"])
 
 

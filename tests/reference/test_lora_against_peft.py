@@ -153,7 +153,7 @@ def test_embeddings_that_peft_saves_beside_an_adapter(changed, tmp_path):
     theirs.save_pretrained(tmp_path)
     model, ids = base().eval(), torch.arange(24).view(2, 12)
     if changed:
-        with pytest.raises(ValueError, match="brings embeddings of its own, .*, which is not done here: load it with PEFT"):
+        with pytest.raises(ValueError, match="has its own embeddings, .*, which is not supported: load it with PEFT"):
             load_adapter(model, tmp_path)
     else:
         load_adapter(model, tmp_path)
@@ -187,10 +187,10 @@ def test_what_only_peft_can_do_is_refused_by_name(feature, value, tmp_path):
     both(tmp_path, {})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, feature: value}))
-    with pytest.raises(ValueError, match=f"{feature} is .*, which is not done here: load it with PEFT"):
+    with pytest.raises(ValueError, match=f"{feature} is .*, which is not supported: load it with PEFT"):
         load_adapter(base(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
-    with pytest.raises(ValueError, match="peft_type is 'LOHA': only LORA is read here"):
+    with pytest.raises(ValueError, match="peft_type is 'LOHA': only LORA is supported"):
         load_adapter(base(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     with pytest.raises(ValueError, match="init_lora_weights must be .*, got 'pissa'"):

@@ -37,15 +37,15 @@ def refused(saved: Path, expected: str, **fields: Any) -> None:
 def test_an_adapter_of_another_base(saved):
     refused(
         saved,
-        r"q_proj.lora_A.weight is \(2, 32\), and should be \(2, 64\): it is damaged, or belongs to another",
+        r"q_proj.lora_A.weight is \(2, 32\), expected \(2, 64\): it is damaged or belongs to another",
         hidden_size=64,
     )
-    refused(saved, "has no place for model.layers.1", num_hidden_layers=1)
+    refused(saved, "has the unknown model.layers.1", num_hidden_layers=1)
     refused(saved, "lacks model.layers.2", num_hidden_layers=3)
     other = model_of()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="was trained on other weights than this model's: load the base that it belongs to"):
+    with pytest.raises(ValueError, match="was trained on other weights than this model's: load the base it belongs to"):
         load_adapter(other, saved)
     load_adapter(model_of().bfloat16(), saved)  # the same base, rounded
 
@@ -55,7 +55,7 @@ def test_an_adapter_of_another_revision(saved):
     (saved / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "someone/base", "revision": "aaa"}))
     model = model_of()
     model.config._name_or_path, model.config._commit_hash = "someone/base", "bbb"
-    with pytest.raises(ValueError, match="was trained on revision aaa of its base, and this is bbb: load that one"):
+    with pytest.raises(ValueError, match="was trained on revision aaa of its base, but this is bbb: load the former"):
         load_adapter(model, saved)
 
 
@@ -63,7 +63,7 @@ def test_damaged_adapters(saved):
     whole = (saved / WEIGHTS).read_bytes()
     for content in (b"", whole[:100], whole[:-10]):
         (saved / WEIGHTS).write_bytes(content)
-        refused(saved, "adapter_model.safetensors is damaged, or is no file of weights")
+        refused(saved, "adapter_model.safetensors is damaged or not a safetensors file")
     (saved / WEIGHTS).write_bytes(whole)
     tensors = load_file(saved / WEIGHTS)
     name = next(iter(tensors))
@@ -73,19 +73,19 @@ def test_damaged_adapters(saved):
         save_file(tensors, saved / WEIGHTS, {"base": told})
         refused(saved, "adapter_model.safetensors is damaged")
     save_file({**tensors, "more": torch.ones(1)}, saved / WEIGHTS)
-    refused(saved, "has no place for more")
+    refused(saved, "has the unknown more")
     for content in (b"[1]", b"{", b"\xff", b'{"peft_type": "LORA", "r": "x"}', b'{"peft_type": "LORA", "target_modules": 3}'):
         (saved / CONFIG).write_bytes(content)
         refused(saved, "adapter_config.json: ")
     (saved / CONFIG).unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json: it is no adapter"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json: it is not an adapter"):
         load_adapter(model_of(), saved)
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder, and no id of a repository"):
-        load_adapter(model_of(), "nowhere")
+    with pytest.raises(FileNotFoundError, match="./nowhere is neither a directory nor the id of a repository"):
+        load_adapter(model_of(), "./nowhere")
 
 
 def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
-    with pytest.raises(ValueError, match="the model has no adapter 'default': it has none"):
+    with pytest.raises(ValueError, match="the model has no adapter 'default': its adapters are: none"):
         save_adapter(model_of(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -99,4 +99,4 @@ def test_the_same_base_in_any_precision_is_known(saved):
 def test_a_rank_that_is_not_that_of_the_matrices_takes_no_memory(saved, rank):
     config = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**config, "r": rank}))
-    refused(saved, rf"q_proj.lora_A.weight is \(2, 32\), and r is {rank} in adapter_config.json: one of them is damaged")
+    refused(saved, rf"q_proj.lora_A.weight is \(2, 32\), but r is {rank} in adapter_config.json: one of them is damaged")

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge
+from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_adapter
 
 
 @settings(max_examples=30, deadline=None)
@@ -20,7 +20,7 @@ def test_the_layer_computes_what_its_formula_says(rank, inputs, outputs, alpha, 
     a, b = model[0].lora_A["default"], model[0].lora_B["default"]
     expected = layer(x) + alpha / (rank**0.5 if use_rslora else rank) * (x @ a.T @ b.T)
     torch.testing.assert_close(model(x), expected)
-    merge(model)
+    merge_adapter(model)
     torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -46,6 +46,6 @@ def test_merging_rounds_once_from_float32():
     model = nn.Sequential(layer)
     weight = layer.weight.detach().float()
     add_adapter(model, LoraConfig(r=4, init_lora_weights=False))
-    delta = model[0].scale["default"] * (model[0].lora_B["default"] @ model[0].lora_A["default"])
-    merge(model)
+    delta = model[0].scaling["default"] * (model[0].lora_B["default"] @ model[0].lora_A["default"])
+    merge_adapter(model)
     assert torch.equal(layer.weight, (weight + delta).bfloat16())

@@ -154,5 +154,5 @@ def test_a_tokenizer_that_makes_its_library_panic_is_refused(run, tmp_path):
     content = json.loads(path.read_text())
     content["model"]["continuing_subword_prefix"] = "longer than a token"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"model: its tokenizer cannot be loaded \(tokenizers panics: "):
+    with pytest.raises(UserError, match=r"model: its tokenizer cannot be loaded \(tokenizers panicked: "):
         load_tokenizer(str(tmp_path / "model"), trust_remote_code=False)
