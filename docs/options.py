@@ -1,6 +1,6 @@
 """Generate options.md, the options of every program, from the options themselves.
 
-    python docs/options.py > docs/options.md
+python docs/options.py > docs/options.md
 """
 
 from typing import Any

@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
-    if not any(part.startswith(".") for part in path.parts[-2:])
+    path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")] if not any(part.startswith(".") for part in path.parts[-2:])
 )
 
 

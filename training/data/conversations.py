@@ -47,12 +47,8 @@ class ConversationArguments(SplitArguments):
         "`docs` (describe a function by its signature); .json, .jsonl and .parquet files, directories and globs of them; ids "
         "of datasets on the Hub. Columns: instruction, output and perhaps input (Alpaca); prompt and completion; or messages",
     )
-    validation_fraction: float = option(
-        0.05, "fraction held out for validation if no data is given for it", minimum=0, below=1
-    )
-    test_fraction: float = option(
-        0.1, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1
-    )
+    validation_fraction: float = option(0.05, "fraction held out for validation if no data is given for it", minimum=0, below=1)
+    test_fraction: float = option(0.1, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -
     if not sources or not all(source.strip() for source in sources):
         problem = "holds an empty name" if sources else "is empty"
         raise UserError(f"--dataset {problem}: pass `docs`, files, directories or the id of a dataset on the Hub.")
-    return [path for source in sources if source != "docs" and not is_dataset_id(source) for path in find_files(source, endings)]
+    return [
+        path for source in sources if source != "docs" and not is_dataset_id(source) for path in find_files(source, endings)
+    ]
 
 
 def is_dataset_id(source: str) -> bool:

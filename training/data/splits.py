@@ -34,9 +34,7 @@ class SplitArguments:
     test_dataset: list[str] = option([], "test data, evaluated once, at the end; default: a fraction of --dataset")
     encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
     validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
-    test_fraction: float = option(
-        0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1
-    )
+    test_fraction: float = option(0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
 
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
