@@ -172,11 +172,9 @@ def upload(api: HfApi, repository: str, kind: str, revision: str, files: Files, 
         existing = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
         # Weights that were sharded differently would be loaded together with the new ones.
         stale = [name for name in existing - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
-        additions = [CommitOperationAdd(name, file) for name, file in files.items()]
-        deletions = [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             repository,
-            [*additions, *deletions],
+            [*(CommitOperationAdd(*item) for item in files.items()), *(CommitOperationDelete(name) for name in stale)],
             commit_message=f"{title} {COMMIT_SUFFIX}",
             repo_type=kind,
             revision=revision,

@@ -179,22 +179,14 @@ def check_loads(directory: Path, files: Files) -> None:
         command = [sys.executable, "-c", LOAD_PROGRAM, copy]
         try:
             process = subprocess.run(
-                command,
-                env=environment,
-                cwd=cache,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=LOAD_SECONDS,
+                command, env=environment, cwd=cache, capture_output=True, text=True, errors="replace", timeout=LOAD_SECONDS
             )
         except subprocess.TimeoutExpired as error:
-            minutes = LOAD_SECONDS // 60
-            raise UserError(f"{directory} would not work for others: it does not load in {minutes} minutes.") from error
+            raise UserError(f"{directory} would not work for others: loading takes over {LOAD_SECONDS // 60} minutes.") from error
     output = process.stderr if process.returncode else process.stdout
     problem = output.rstrip("\n").rpartition("\n")[2].replace(copy, str(directory))
     if problem or process.returncode:
-        problem = problem or f"loading it ends with exit code {process.returncode}"
-        raise UserError(f"{directory} would not work for others: {problem}.")
+        raise UserError(f"{directory} would not work for others: {problem or f'exit code {process.returncode} on loading'}.")
 
 
 def _known_files(directory: Path) -> dict[str, Path]:
