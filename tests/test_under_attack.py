@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from modeling_scratchgpt.convert import convert
+from modeling_scratchgpt.convert.__main__ import convert
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, save_adapter
 from tests.conftest import TINY
 from training.cli import option, parse_arguments

@@ -182,7 +182,7 @@ def check_loads(directory: Path, files: Files) -> None:
                 command, env=environment, cwd=cache, capture_output=True, text=True, errors="replace", timeout=LOAD_SECONDS
             )
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"{directory} would not work for others: loading takes over {LOAD_SECONDS // 60} minutes.") from error
+            raise UserError(f"{directory} would not work for others: it loads for {LOAD_SECONDS // 60} minutes.") from error
     output = process.stderr if process.returncode else process.stdout
     problem = output.rstrip("\n").rpartition("\n")[2].replace(copy, str(directory))
     if problem or process.returncode:
