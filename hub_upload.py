@@ -22,11 +22,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from training.cli import run_main
-from training.engine.pretrained import ADAPTER
+from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
 from training.errors import UserError, one_line, printable
-from training.results.cards import CARD
-from training.results.classification_report import MISTAKES
-from training.results.responses import PAGE, RESPONSES
 from training.sharing.checks import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -125,7 +122,7 @@ def print_files(files: Files, arguments: argparse.Namespace) -> None:
     for name, size in sizes.items():
         print(f"{size:>15,}  {printable(name)}")
     print(f"{sum(sizes.values()):>15,}  bytes in total, for {arguments.repository} ({arguments.revision})")
-    if quoting := sorted(files.keys() & {MISTAKES, RESPONSES, PAGE}):
+    if quoting := sorted(files.keys() & {MISTAKES, RESPONSES, RESPONSES_PAGE}):
         print(f"Note: {', '.join(quoting)} and {CARD} contain texts of the test data.")
     skipped = sorted(path.name for path in arguments.directory.iterdir() if path.name not in files)
     print(f"Not uploaded: {', '.join(map(printable, skipped)) or 'nothing'}")

@@ -28,12 +28,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
-from training.engine.checkpoints import METRICS
-from training.engine.report import CURVE
+from training.engine.run_folder import CARD, CURVE, METRICS, MISTAKES, PREDICTIONS, RESPONSES, RESPONSES_PAGE, SCORES
 from training.errors import UserError, one_line
-from training.results.cards import BASE, CARD, HERE, SCORES
-from training.results.classification_report import MISTAKES, PICTURE
-from training.results.responses import PAGE, RESPONSES
+from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER
 from training.sharing.leaks import SECRET_NAMES, Files
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -42,7 +39,7 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
-RESULTS = (CURVE, METRICS, SCORES, PICTURE, MISTAKES, RESPONSES, PAGE)
+RESULTS = (CURVE, METRICS, SCORES, PREDICTIONS, MISTAKES, RESPONSES, RESPONSES_PAGE)
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
 LOAD_SECONDS = 1800
 
@@ -122,7 +119,9 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
     if not path.is_file():
         raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
     try:
-        card = ModelCard(_read_text(path).replace(BASE, base_model or BASE).replace(HERE, repository))
+        card = ModelCard(
+            _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER).replace(MODEL_PLACEHOLDER, repository)
+        )
         if license:
             card.data["license"] = license
         metadata = card.data.to_dict()
