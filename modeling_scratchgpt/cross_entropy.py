@@ -12,7 +12,9 @@ Notable:
 """
 
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
@@ -35,18 +37,25 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
     return reduce_losses(loss, num_items_in_batch)
 
 
-def infer_problem_type(labels: torch.Tensor, num_labels: int) -> str:
-    """The `problem_type` of a text classifier that its config leaves open, as transformers infers it."""
-    if num_labels == 1:
-        return "regression"
-    is_class = labels.dtype in (torch.long, torch.int)
-    return "single_label_classification" if is_class else "multi_label_classification"
+def span_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Cross-entropy of logits (B, T) on positions (B,); those beyond the text are ignored."""
+    positions = positions.flatten()
+    return cross_entropy(logits, positions.masked_fill(positions >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
 
 
 def classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, problem_type: str, num_items_in_batch: torch.Tensor | int | None
+    logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Loss of logits (B, num_labels) on classes (B,), or on class probabilities or targets (B, num_labels)."""
+    """Loss of logits (B, num_labels) on classes (B,), or on class probabilities or targets (B, num_labels).
+
+    As in transformers, `config.problem_type` is inferred from the labels and set if it is None.
+    """
+    if config.problem_type is None and config.num_labels == 1:
+        config.problem_type = "regression"
+    elif config.problem_type is None:
+        is_class = labels.dtype in (torch.long, torch.int)
+        config.problem_type = "single_label_classification" if is_class else "multi_label_classification"
+    problem_type = config.problem_type
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification" and not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
@@ -57,6 +66,11 @@ def classification_loss(
     is_regression = problem_type == "regression"
     per_element = functional.mse_loss if is_regression else functional.binary_cross_entropy_with_logits
     return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Can `linear_cross_entropy` use this head's weight? With LoRA, quantization or tensor parallelism, it must be called."""
+    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
 
 
 def linear_cross_entropy(

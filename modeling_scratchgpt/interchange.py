@@ -197,6 +197,8 @@ def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class InterchangeModel(PreTrainedModel):
     """A model that also loads GPT-2's weights, and that is saved with its code."""
 
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # the causal mask in GPT-2's older files
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> tuple:
         """Also convert GPT-2's weights. The conversion is not kept: `save_pretrained` writes this model's own names."""

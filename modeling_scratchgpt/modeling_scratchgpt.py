@@ -1,15 +1,13 @@
 """ScratchGPT: a decoder-only transformer to be read from top to bottom, with transformers' interfaces.
 
 Notable:
-- With the default config it computes what GPT-2 computes; with rotary positions, RMSNorm, QK-norm and a gated MLP, what Qwen3
-  computes. Four fields of the config choose (see `configuration_scratchgpt.py`).
+- Four fields of the config choose the architecture, from GPT-2 to Qwen3 (see `configuration_scratchgpt.py`).
 - Pre-norm: a norm precedes each attention, each MLP and the head.
 - `nn.Linear` everywhere, under the names that PEFT, quantizers and tensor-parallel plans expect.
 - Positions are derived from the attention mask, so padding on either side does not change the result.
 - Attention comes from transformers' registry (SDPA, flash, flex); the eager form is written out below.
 
-Shapes: B batch, T new tokens, S attended tokens (cached and new), C hidden_size, H query heads, K key-value heads,
-D head_dim, V vocab_size.
+Shapes: B batch, T new tokens, S attended tokens, C hidden_size, H query heads, K key-value heads, D head_dim, V vocab_size.
 """
 
 import inspect
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -39,9 +36,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
-from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, infer_problem_type, linear_cross_entropy
+from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, is_plain_head, linear_cross_entropy, span_loss
 from .interchange import InterchangeModel
-from .packed_linear import decode_packed
+from .packed_linear import PackedGenerationMixin
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
@@ -118,7 +115,7 @@ class ScratchGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # see `_init_weights`
+        self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # for `_init_weights`, which only gets the module
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         # Copied from the config, whose attribute lookup is slow: decoding reads them in every layer for every token.
@@ -132,8 +129,7 @@ class ScratchGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -151,7 +147,7 @@ class ScratchGPTAttention(nn.Module):
         output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H, D) to (B, T, H * D)
+        output = output.flatten(-2).contiguous()  # (B, T, H, D) to (B, T, H * D)
         return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
 
 
@@ -204,15 +200,11 @@ class ScratchGPTPreTrainedModel(InterchangeModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # the causal mask in GPT-2's older files
     _can_record_outputs = {"hidden_states": ScratchGPTDecoderLayer, "attentions": ScratchGPTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Also scale down the residual projections, by the square root of their number (Radford et al., 2019, section 2.3).
-
-        They carry a mark themselves, because transformers skips modules of custom code without parameters of their own.
-        """
+        """Also scale down the residual projections by the square root of their number (GPT-2: Radford et al., 2019, 2.3)."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and hasattr(module, "writes_to_residual"):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
@@ -250,13 +242,12 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         if batch == 0 or length == 0:
             raise ValueError(f"the inputs are empty ({batch} rows, {length} columns): pass at least one token.")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            rows, columns = attention_mask.shape
-            if rows != batch or (columns != length if past_key_values is None else columns < length):
-                expected = (batch, length + (past_key_values.get_seq_length() if past_key_values is not None else 0))
-                raise ValueError(
-                    f"attention_mask is {(rows, columns)}: it must be (batch, cached + new tokens), here {expected}."
-                )
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return
+        rows, columns = attention_mask.shape
+        if rows != batch or (columns != length if past_key_values is None else columns < length):
+            expected = (batch, length + (past_key_values.get_seq_length() if past_key_values is not None else 0))
+            raise ValueError(f"attention_mask is {(rows, columns)}: it must be (batch, cached + new tokens), here {expected}.")
 
     def _embed_positions(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int
@@ -299,8 +290,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         self._check_shapes(inputs_embeds, attention_mask, past_key_values)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-
-        # Before position_ids are filled in and a cache exists: only those of the caller can mark packed documents.
+        # First, since packed documents are detected from the caller's position_ids, and only without a cache.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -336,14 +326,13 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     return hidden_states[:, logits_to_keep]
 
 
-class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
+class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
     """Language model: next-token logits, loss and generation."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    generate = decode_packed(GenerationMixin.generate)
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
@@ -387,29 +376,13 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         loss = logits = None
-        if skip_logits and shift_labels is not None and self._has_plain_head():
+        if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
             loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:
             logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
             if shift_labels is not None:
                 loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
-
-    def _has_plain_head(self) -> bool:
-        """Can the loss use the head's weight directly? LoRA, quantizers and tensor parallelism need the head to be called."""
-        head = self.lm_head
-        return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        """Also refuse lengths beyond the learned positions. The last token needs none, since it is not read."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
-            new = generation_config.max_length - input_ids_length
-            raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
-                f"pass max_new_tokens={max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
-            )
 
 
 # `generate` inspects the signature of custom code for every token: cached here, that takes no time.
@@ -461,10 +434,7 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         outputs = self.model(input_ids, attention_mask, **kwargs)
         pooled = pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
         logits = self.score(pooled)  # (B, num_labels)
-        loss = None
-        if labels is not None:
-            self.config.problem_type = self.config.problem_type or infer_problem_type(labels, self.num_labels)
-            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
@@ -525,9 +495,6 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            losses = [
-                cross_entropy(logits, targets.masked_fill(targets >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
-                for logits, targets in ((start_logits, start_positions.flatten()), (end_logits, end_positions.flatten()))
-            ]
-            loss = (losses[0] + losses[1]) / 2
+            start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
+            loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
         return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)

@@ -14,7 +14,7 @@ Notable:
 - Only plain float32 `nn.Linear` layers are packed, not layers with an adapter, quantized or compiled ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from time import perf_counter
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 MAX_ROWS = 32  # plain products are as fast for more
 TRIES = 3  # timed calls of each kind
@@ -50,15 +51,26 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)  # another thread may have removed it
 
 
-def decode_packed(generate: Callable) -> Callable:
-    """Decorate `generate` to run with packed linear layers."""
+class PackedGenerationMixin(GenerationMixin):
+    """`generate` with packed linear layers, limited to the learned positions."""
 
-    @wraps(generate)
-    def wrapper(model: nn.Module, *args, **kwargs) -> Any:
-        with packed_linears(model):
-            return generate(model, *args, **kwargs)
+    config: Any
 
-    return wrapper
+    @wraps(GenerationMixin.generate)  # type: ignore[arg-type]
+    def generate(self, *args, **kwargs) -> Any:  # type: ignore[override]
+        with packed_linears(self):  # type: ignore[arg-type]
+            return super().generate(*args, **kwargs)
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
+        """Also refuse lengths beyond the learned positions. The last token needs none, since it is not read."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
+            new = generation_config.max_length - input_ids_length
+            raise ValueError(
+                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
+                f"pass max_new_tokens={max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
+            )
 
 
 def _can_be_packed(module: nn.Module) -> bool:
