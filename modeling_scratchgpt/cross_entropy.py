@@ -69,7 +69,7 @@ def classification_loss(
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """Can `linear_cross_entropy` use this head's weight? With LoRA, quantization or tensor parallelism, it must be called."""
+    """Check for a head whose weight can be used directly: with LoRA, quantization or tensor parallelism, it must be called."""
     return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
 
 

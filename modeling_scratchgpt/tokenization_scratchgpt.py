@@ -75,7 +75,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
     @property
     def add_prefix_space(self) -> bool:
-        """Whether a space is added before the first word, as pre-tokenized texts need it. Only "bpe" supports it."""
+        """Add a space before the first word, as pre-tokenized texts need it. Only "bpe" supports it."""
         return getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
 
     @add_prefix_space.setter

@@ -26,7 +26,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FILE = "model.onnx"
-EXAMPLE, PAST = (2, 7), 3  # traced (batch, tokens) and cached tokens: dynamic sizes, which must differ to be told apart
+EXAMPLE, PAST = (2, 7), 3  # traced (batch, tokens) and cached tokens: dynamic sizes, which must all differ
 
 
 def check_onnx(config: PreTrainedConfig) -> None:

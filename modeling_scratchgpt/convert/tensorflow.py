@@ -77,17 +77,17 @@ def _iterate_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = table[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
         raise ValueError("it has no valid footer")
-    _, place = _parse_handle(footer, 0)
-    (offset, size), _ = _parse_handle(footer, place)
+    _, position = _parse_handle(footer, 0)
+    (offset, size), _ = _parse_handle(footer, position)
     for _, value in _iterate_block(table, offset, size):
         (offset, size), _ = _parse_handle(value, 0)
         yield from _iterate_block(table, offset, size)
 
 
-def _parse_handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    offset, place = _parse_varint(data, place)
-    size, place = _parse_varint(data, place)
-    return (offset, size), place
+def _parse_handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
+    offset, position = _parse_varint(data, position)
+    size, position = _parse_varint(data, position)
+    return (offset, size), position
 
 
 def _iterate_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -97,45 +97,45 @@ def _iterate_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes
     if block[-1] != 0:
         raise ValueError("it is compressed, unlike TensorFlow's checkpoints")
     (num_restarts,) = struct.unpack("<I", block[-5:-1])
-    end, place, key = len(block) - 5 - 4 * num_restarts, 0, b""
-    while place < end:
-        shared, place = _parse_varint(block, place)
-        unshared, place = _parse_varint(block, place)
-        length, place = _parse_varint(block, place)
-        key = key[:shared] + block[place : place + unshared]
-        place += unshared + length
-        yield key, block[place - length : place]
+    end, position, key = len(block) - 5 - 4 * num_restarts, 0, b""
+    while position < end:
+        shared, position = _parse_varint(block, position)
+        unshared, position = _parse_varint(block, position)
+        length, position = _parse_varint(block, position)
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared + length
+        yield key, block[position - length : position]
 
 
 def _parse_message(data: bytes) -> dict[int, list]:
     """Parse a protocol buffer into its fields by number: integers, or bytes for fields with a length."""
     fields: dict[int, list] = {}
-    place = 0
-    while place < len(data):
-        tag, place = _parse_varint(data, place)
+    position = 0
+    while position < len(data):
+        tag, position = _parse_varint(data, position)
         value: int | bytes
         if tag & 7 == 0:
-            value, place = _parse_varint(data, place)
+            value, position = _parse_varint(data, position)
         elif tag & 7 == 2:
-            length, place = _parse_varint(data, place)
-            value, place = data[place : place + length], place + length
+            length, position = _parse_varint(data, position)
+            value, position = data[position : position + length], position + length
         elif tag & 7 == 5:
-            value, place = struct.unpack("<I", data[place : place + 4])[0], place + 4
+            value, position = struct.unpack("<I", data[position : position + 4])[0], position + 4
         else:
             raise ValueError("it has a field of an unexpected wire type")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
-def _parse_varint(data: bytes, place: int) -> tuple[int, int]:
+def _parse_varint(data: bytes, position: int) -> tuple[int, int]:
     """Decode a varint (seven bits per byte; the high bit says that more follow); also return the offset after it."""
     value = shift = 0
     while True:
-        value |= (data[place] & 127) << shift
+        value |= (data[position] & 127) << shift
         shift += 7
-        place += 1
-        if data[place - 1] < 128:
-            return value, place
+        position += 1
+        if data[position - 1] < 128:
+            return value, position
 
 
 def _mask(checksum: int) -> int:

@@ -36,7 +36,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, each atomically.
 
     Raises:
@@ -60,16 +60,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
         "revision": config.revision or getattr(base_config, "_commit_hash", None),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}": _full_tensor(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
     try:
-        with atomic_file(folder / WEIGHTS) as temporary:
+        with atomic_file(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
-        with atomic_file(folder / CONFIG) as temporary:  # keys unsorted: of two patterns that match, the first one wins
+        with atomic_file(directory / CONFIG) as temporary:  # keys unsorted: of two patterns that match, the first one wins
             temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except SafetensorError as error:  # safetensors wraps OSError
-        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+        raise OSError(f"{directory / WEIGHTS} cannot be written: {error}") from error
 
 
 def load_adapter(

@@ -112,7 +112,7 @@ class LoraLinear(nn.Module):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Is this a linear layer with an ordinary floating-point weight, neither quantized nor sharded?"""
+    """Check for an `nn.Linear` with an ordinary floating-point weight, neither quantized nor sharded."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 

@@ -1,4 +1,4 @@
-"""LoRA: what it promises, by hand and by bits. That it is PEFT's is shown in tests/reference."""
+"""LoRA adapters of a model. Comparisons with PEFT are in tests/reference."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def model_of(**fields: Any) -> ScratchGPTForCausalLM:
 
 
 def shake(model: nn.Module, seed: int = 0) -> None:
-    """Move what is trained, as training would."""
+    """Perturb the trainable parameters, as training would."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,12 +65,12 @@ def test_gpt2_124m_with_rank_16_trains_2654208_parameters():
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_it_starts_as_nothing_trains_itself_alone_and_leaves_the_base_as_it_was(fields, use_dora):
+def test_a_new_adapter_changes_nothing_and_training_never_changes_the_base(fields, use_dora):
     model = model_of(**fields)
     before, state = logits(model), bits(model)
     add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
     torch.testing.assert_close(logits(model), before, atol=1e-6 if use_dora else 0, rtol=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # even if it is given everything
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # even with all parameters
     for _ in range(5):
         model.train()(IDS, labels=IDS).loss.backward()
         assert all((parameter.grad is not None) == (".lora_" in name) for name, parameter in model.named_parameters())
@@ -89,7 +89,7 @@ def test_it_starts_as_nothing_trains_itself_alone_and_leaves_the_base_as_it_was(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_merging_unmerging_and_the_folder_of_the_merged_model(dtype, tie, use_dora, tmp_path):
+def test_merging_unmerging_and_saving_the_merged_model(dtype, tie, use_dora, tmp_path):
     model = model_of(tie_word_embeddings=tie).to(dtype)
     state = bits(model)
     add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
@@ -122,7 +122,7 @@ def test_generation_is_the_same_with_an_adapter_and_merged():
     assert torch.equal(merge_and_unload(model).generate(IDS, **options), adapted)
 
 
-def test_several_adapters_are_switched_added_combined_and_deleted():
+def test_several_adapters_are_switched_combined_and_deleted():
     model = model_of()
     base = logits(model)
     alone, deltas = {}, {}
@@ -154,7 +154,7 @@ def test_several_adapters_are_switched_added_combined_and_deleted():
     torch.testing.assert_close(logits(merged), alone["b"], atol=1e-6, rtol=1e-5)
 
 
-def test_a_combination_is_saved_and_read(tmp_path):
+def test_a_weighted_adapter_is_saved_and_loaded(tmp_path):
     model = model_of()
     for seed, name in enumerate(("a", "b")):
         add_adapter(model, LoraConfig(r=2 + seed, target_modules=["v_proj", "up_proj"][: seed + 1]), name)
@@ -167,7 +167,7 @@ def test_a_combination_is_saved_and_read(tmp_path):
     torch.testing.assert_close(logits(other), expected)
 
 
-def test_a_new_head_is_trained_in_full_and_goes_with_its_adapter(tmp_path):
+def test_a_new_head_is_trained_in_full_and_saved_with_its_adapter(tmp_path):
     torch.manual_seed(0)
     model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3)).eval()
     head, before = model.score.weight.detach().clone(), logits(model)
@@ -189,7 +189,7 @@ def test_a_new_head_is_trained_in_full_and_goes_with_its_adapter(tmp_path):
     torch.testing.assert_close(logits(merge_and_unload(other)), adapted, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_tied_stays_tied_where_it_is_trained():
+def test_tied_weights_stay_tied_when_trained_in_full():
     model = model_of(tie_word_embeddings=True)
     base = model.lm_head.weight
     add_adapter(model, LoraConfig(r=2, modules_to_save=["lm_head"]))
@@ -236,7 +236,7 @@ def test_a_quantized_base_is_adapted_but_not_merged(tmp_path):
 
 @pytest.mark.parametrize("bits_", [4, 8])
 def test_qlora(bits_, tmp_path):
-    """The base in 4 or 8 bits by bitsandbytes, as transformers loads it; PEFT computes the same."""
+    """A base in 4 or 8 bits by bitsandbytes, loaded by transformers; the result equals PEFT's."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     fields = {"hidden_size": 64, "hidden_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
     model_of(**fields).save_pretrained(tmp_path / "base")
@@ -247,7 +247,7 @@ def test_qlora(bits_, tmp_path):
         )
         return ScratchGPTForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu").train()
 
-    model = quantized()  # never evaluated: on some CPUs bitsandbytes then packs the weights, and can train no more
+    model = quantized()  # not eval(): on some CPUs bitsandbytes then packs the weights, which cannot be trained
     before = logits(model)
     assert 0 < (before - logits(model_of(**fields))).abs().max() < 0.5
     add_adapter(model, LoraConfig(r=4))
@@ -262,7 +262,7 @@ def test_qlora(bits_, tmp_path):
         merge_adapter(model)
 
 
-# What strangers broke ----------------------------------------------------------------------------------------------------
+# Regressions ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_tied_head_with_an_adapter_is_untied_by_merging(tmp_path):
@@ -281,7 +281,7 @@ def test_a_tied_head_with_an_adapter_is_untied_by_merging(tmp_path):
     torch.testing.assert_close(logits(ScratchGPTForCausalLM.from_pretrained(tmp_path)), adapted, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_that_share_a_weight_get_it_back():
+def test_layers_that_share_a_weight_share_it_again_after_unmerging():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     weight = model[0].weight
@@ -300,7 +300,7 @@ def test_layers_that_share_a_weight_get_it_back():
         add_adapter(model, LoraConfig(r=2))
 
 
-def test_the_first_of_two_patterns_counts_on_disk_too(tmp_path):
+def test_the_first_of_two_matching_patterns_wins_after_saving_too(tmp_path):
     model = model_of()
     patterns = {"q_proj": 2, r"layers\.0\.self_attn\.q_proj": 6, r".*v_proj": 3}
     add_adapter(
@@ -322,7 +322,7 @@ def test_the_first_of_two_patterns_counts_on_disk_too(tmp_path):
         ({"target_modules": ["up_proj"]}, {"target_modules": ["q_proj"], "bias": "all"}),
     ],
 )
-def test_adapters_that_meet_in_one_layer(first, second, tmp_path):
+def test_two_adapters_on_one_layer(first, second, tmp_path):
     model = model_of()
     base, expected = logits(model), {}
     for seed, (name, settings_) in enumerate({"a": first, "b": second}.items()):
@@ -343,7 +343,7 @@ def test_adapters_that_meet_in_one_layer(first, second, tmp_path):
     assert torch.equal(logits(model), base)
 
 
-def test_what_is_put_aside_moves_with_the_model():
+def test_replaced_parameters_move_with_the_model():
     model = model_of()
     add_adapter(model, LoraConfig(r=2, modules_to_save=["lm_head"]))
     model.bfloat16()
@@ -358,7 +358,7 @@ def test_what_is_put_aside_moves_with_the_model():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
-def test_what_was_frozen_stays_so_and_what_was_not_does_not():
+def test_deleting_the_last_adapter_restores_which_parameters_are_frozen():
     model = model_of()
     with disable_adapter(model):
         set_adapter(model)
@@ -374,14 +374,14 @@ def test_what_was_frozen_stays_so_and_what_was_not_does_not():
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
-def test_a_backbone_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
+def test_save_pretrained_refuses_a_backbone_with_adapters(tmp_path):
     model = model_of()
     add_adapter(model.model, LoraConfig(r=2))
     with pytest.raises(ValueError, match="this model has adapters"):
         model.save_pretrained(tmp_path)
 
 
-def test_names_that_mean_more_than_was_adapted(tmp_path):
+def test_target_modules_on_disk_select_only_the_adapted_layers(tmp_path):
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -399,7 +399,7 @@ def test_names_that_mean_more_than_was_adapted(tmp_path):
     assert not isinstance(other.b["proj"], LoraLinear)
 
 
-# What people get wrong ---------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_names_that_mean_more_than_was_adapted(tmp_path):
         ({"modules_to_save": ["score"]}, "modules_to_save contains 'score', but the model has no such module with parameters"),
     ],
 )
-def test_settings_that_cannot_be(values, expected):
+def test_invalid_settings_are_refused(values, expected):
     model = model_of()
     state = bits(model)
     with pytest.raises(ValueError, match=expected):

@@ -1,4 +1,4 @@
-"""Adapters on disk: those of another base, and damaged ones. That PEFT reads them is shown in tests/reference."""
+"""Adapter files of another base, and damaged ones. Tests with PEFT are in tests/reference."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def saved(tmp_path) -> Path:
 
 
 def refused(saved: Path, expected: str, **fields: Any) -> None:
-    """Loading fails, and leaves a model as it was: with one adapter, which is being trained."""
+    """Loading fails, and does not change a model with one trainable adapter."""
     model = model_of(**fields)
     add_adapter(model, LoraConfig(r=3), "mine")
     before, trained = logits(model), [parameter.requires_grad for parameter in model.parameters()]
@@ -36,9 +36,7 @@ def refused(saved: Path, expected: str, **fields: Any) -> None:
 
 def test_an_adapter_of_another_base(saved):
     refused(
-        saved,
-        r"q_proj.lora_A.weight is \(2, 32\), expected \(2, 64\): it is damaged or belongs to another",
-        hidden_size=64,
+        saved, r"q_proj.lora_A.weight is \(2, 32\), expected \(2, 64\): it is damaged or belongs to another", hidden_size=64
     )
     refused(saved, "has the unknown model.layers.1", num_hidden_layers=1)
     refused(saved, "lacks model.layers.2", num_hidden_layers=3)
@@ -47,7 +45,7 @@ def test_an_adapter_of_another_base(saved):
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="was trained on other weights than this model's: load the base it belongs to"):
         load_adapter(other, saved)
-    load_adapter(model_of().bfloat16(), saved)  # the same base, rounded
+    load_adapter(model_of().bfloat16(), saved)
 
 
 def test_an_adapter_of_another_revision(saved):
@@ -84,19 +82,19 @@ def test_damaged_adapters(saved):
         load_adapter(model_of(), "./nowhere")
 
 
-def test_nothing_is_written_where_there_is_no_adapter(tmp_path):
+def test_saving_without_an_adapter_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="the model has no adapter 'default': its adapters are: none"):
         save_adapter(model_of(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_same_base_in_any_precision_is_known(saved):
+def test_the_base_is_recognised_in_every_precision(saved):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         load_adapter(model_of().to(dtype), saved)
 
 
 @pytest.mark.parametrize("rank", [3, 2**31, 10**30])
-def test_a_rank_that_is_not_that_of_the_matrices_takes_no_memory(saved, rank):
+def test_a_rank_other_than_that_of_the_matrices_is_refused_before_allocating(saved, rank):
     config = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**config, "r": rank}))
     refused(saved, rf"q_proj.lora_A.weight is \(2, 32\), but r is {rank} in adapter_config.json: one of them is damaged")
