@@ -2,8 +2,9 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers run side by side: each, and what it starts, has a core
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: each, and each process it starts, gets one
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores: threads that wait must not keep them busy
 # Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
