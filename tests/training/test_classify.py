@@ -51,10 +51,10 @@ def test_printed_lines_metrics_and_card(finished):
 
 def test_printed_lengths_of_the_training_texts(tune, tmp_path, capsys):
     """Recomputed with the saved tokenizer, BOS and EOS included."""
-    texts = [f"dark{' night' * (number * 7 % 24)} {number}" for number in range(9)]
+    texts = [f"{'ab'[number % 2]}{' night' * (number * 7 % 24)} {number}" for number in range(9)]
     held_out = [{"text": f"held out {number}", "label": "ab"[number % 2]} for number in range(4)]
     files = [
-        *("--dataset", write_table(tmp_path / "train.jsonl", [{"text": text, "label": "ab"[len(text) % 2]} for text in texts])),
+        *("--dataset", write_table(tmp_path / "train.jsonl", [{"text": text, "label": text[0]} for text in texts])),
         *("--validation_dataset", write_table(tmp_path / "validation.jsonl", held_out[:2])),
         *("--test_dataset", write_table(tmp_path / "test.jsonl", held_out[2:])),
     ]
@@ -63,7 +63,7 @@ def test_printed_lengths_of_the_training_texts(tune, tmp_path, capsys):
     lengths = [len(tokenizer(text, truncation=True)["input_ids"]) for text in texts]
     longer = sum(len(tokenizer(text)["input_ids"]) > 24 for text in texts)
     assert 0 < longer < 9
-    line = f"Tokens per text: mean {np.mean(lengths):,.0f}, maximum 24; truncated to 24: {longer} of train, 0 of validation, 0 of test"
+    line = f"Tokens per text: mean {np.mean(lengths):,.0f}, maximum 24; truncated to 24: {longer} of train, 0 of validation"
     assert line in capsys.readouterr().out
 
 
@@ -84,22 +84,22 @@ def test_the_pipeline_gives_the_probabilities_of_the_model(finished):
 def test_several_labels_and_numbers(tune, tmp_path):
     table = [
         {
-            "text": f"It was a {'dark' if number % 2 else 'bright'} night, and {'stormy' if number % 3 else 'calm'}, like {number} before",
+            "text": f"It was a {['bright', 'dark'][number % 2]} night, {'stormy' if number % 3 else 'calm'}, like {number} before",
             "dark": number % 2,
             "calm": int(number % 3 == 0),
             "length": 1.0 + number % 2,
         }
         for number in range(90)
-    ]  # fmt: skip
+    ]
     words = ["--dataset", write_table(tmp_path / "table.jsonl", table), "--num_train_epochs", "8"]
     multi = tune(classify, *words, "--problem_type", "multi_label_classification", "--label_column", "dark", "calm")
     assert scores(multi)["test"]["accuracy"] > 0.9
     assert scores(multi)["test"]["labels"].keys() == {"dark", "calm"}
-    (found,) = load_pipeline(multi)(["It was a dark night, and calm, like 6 before"])
+    (found,) = load_pipeline(multi)(["It was a dark night, calm, like 6 before"])
     assert sum(item["score"] for item in found) > 1.5
     number = tune(classify, *words, "--problem_type", "regression", "--label_column", "length", output="number")
     assert scores(number)["test"]["r2"] > 0.8
-    (found,) = load_pipeline(number)(["It was a dark night, and calm, like 6 before"])
+    (found,) = load_pipeline(number)(["It was a dark night, calm, like 6 before"])
     assert found[0]["label"] == "length"
     assert found[0]["score"] == pytest.approx(2, abs=0.4)
 

@@ -1,4 +1,4 @@
-"""What all recipes do that start from a pretrained model: fine-tune all of it or a part, publish, resume, and refuse mistakes."""
+"""The recipes that start from a pretrained model: training all of it or a part, publishing, resuming, mistakes."""
 
 import json
 import re
@@ -16,7 +16,18 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE
-from tests.training.conftest import ANSWERS, ROOT, TORCHRUN, TUNING, evaluations, interrupted_after, launch, rows, scores, snippet_of
+from tests.training.conftest import (
+    ANSWERS,
+    ROOT,
+    TORCHRUN,
+    TUNING,
+    evaluations,
+    interrupted_after,
+    launch,
+    rows,
+    scores,
+    snippet_of,
+)
 from training import classify, instruct, pretrain
 from training.data.prompts import CHAT_TEMPLATES
 from training.errors import UserError
@@ -29,21 +40,10 @@ QUESTIONS = {
 }
 
 
-def answer(recipe, output: list[dict]) -> str:
-    """The label or the answer in the output of a pipeline."""
-    return output[0]["label"] if recipe is classify else output[0]["generated_text"][-1]["content"]
-
-
-def expect(recipe) -> str:
-    return "dark" if recipe is classify else ANSWERS["dark"]
-
-
-def run_without_the_package(program: str) -> str:
-    """The rest of the output of a program after RESULT, in a process that cannot import this project."""
-    code = f"{WITHOUT_THE_PACKAGE}\n{program}"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.partition("RESULT")[2]
+def answer(recipe, model) -> str:
+    """The label or the answer that a pipeline gives to the question."""
+    (output,) = model([QUESTIONS[recipe]]) if recipe is classify else model(QUESTIONS[recipe])
+    return output["label"] if recipe is classify else output["generated_text"][-1]["content"]
 
 
 @BOTH
@@ -62,20 +62,36 @@ def test_the_model_directory_describes_the_run(recipe, finished):
         f"pipeline_tag: {TASKS[recipe]}",
         f"| Training | {len(steps)} steps, {tokens:,} tokens, {seconds:.1f} seconds (excluding evaluation) |",
         "![Loss over steps](loss.png)",
-        "license: other" if False else "library_name: transformers",
+        "library_name: transformers",
     ):
         assert part in card
     assert str(ROOT) not in card
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@BOTH
-def test_the_cards_program_runs_without_the_package(recipe, finished):
-    folder, _ = finished(recipe)
-    snippet = snippet_of((folder / "README.md").read_text()).replace("PATH_OR_HUB_ID", str(folder))
-    use = f'print("RESULT" + json.dumps({"classify" if recipe is classify else "chat"}({QUESTIONS[recipe]!r})))'
-    output = json.loads(run_without_the_package(f"{snippet}\n{use}"))
-    assert answer(recipe, output[0] if recipe is classify else output) == expect(recipe)
+def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run):
+    """One after another, in a process that cannot import this project."""
+    (labels, _), (answers, _) = finished(classify), finished(instruct)
+    adapted = tune(classify, "--lora_r", "4", "--max_steps", "2")
+    snippets = [
+        snippet_of((folder / "README.md").read_text())
+        .replace("PATH_OR_HUB_ID_OF_THE_BASE", str(run[0]))
+        .replace("PATH_OR_HUB_ID", str(folder))
+        for folder in (labels, answers, adapted / "adapter")
+    ]
+    ids = torch.tensor([[0, 40, 41, 42, 1]])
+    use = (
+        f"import torch\nprint('RESULT' + json.dumps([classify({QUESTIONS[classify]!r}), chat({QUESTIONS[instruct]!r}), "
+        f"model.eval()(torch.tensor({ids.tolist()})).logits.tolist()]))"
+    )
+    program = "\n".join([WITHOUT_THE_PACKAGE, *snippets, use])
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    (found, *_), (chat,), logits = json.loads(process.stdout.partition("RESULT")[2])
+    assert found[0]["label"] == "dark"
+    assert chat["generated_text"][-1] == {"role": "assistant", "content": "stormy"}
+    merged = ScratchGPTForSequenceClassification.from_pretrained(adapted)
+    torch.testing.assert_close(torch.tensor(logits), merged(ids).logits.detach(), atol=1e-5, rtol=1e-4)
 
 
 @BOTH
@@ -93,11 +109,11 @@ def test_gpt2_is_a_base_model(recipe, tune, tmp_path):
     folder = tune(recipe, *options[recipe], base=base)
     assert scores(folder)["test"]["accuracy" if recipe is classify else "finished"] == 1
     model = pipeline(TASKS[recipe], str(folder), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    assert answer(recipe, model([QUESTIONS[recipe]])[0:1] if recipe is classify else model(QUESTIONS[recipe])) in (*ANSWERS, *ANSWERS.values())
+    assert answer(recipe, model) in (*ANSWERS, *ANSWERS.values())
     if recipe is classify:
         texts = ["It was a dark night", "It was a bright and calm night, like 7 before."]
         alone = [model(text)[0]["score"] for text in texts]
-        assert [scores["score"] for scores in model(texts, batch_size=2)] == pytest.approx(alone, abs=1e-5)
+        assert [row["score"] for row in model(texts, batch_size=2)] == pytest.approx(alone, abs=1e-5)
     else:
         assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id == 0
 
@@ -123,10 +139,17 @@ def test_only_the_last_blocks_are_trained(recipe, num_layers, trained, tune, run
 
 @pytest.mark.parametrize("recipe", [pretrain, classify, instruct], ids=["pretrain", "classify", "instruct"])
 def test_the_adapter_on_its_base_equals_the_merged_model(recipe, tune, run, capsys):
-    folder = tune(recipe, "--lora_r", "4", *([] if recipe is pretrain else ["--num_train_epochs", "16", "--optimizer", "adamw"]))
-    assert re.search(r"Model: LoRA: [\d,]+ of [\d,]+ parameters", capsys.readouterr().out)
+    folder = tune(
+        recipe, "--lora_r", "4", *([] if recipe is pretrain else ["--num_train_epochs", "16", "--optimizer", "adamw"])
+    )
+    trained = re.search(r"Model: ([\d,]+) of [\d,]+ parameters are trained", capsys.readouterr().out)[1]
+    assert recipe is not pretrain or trained == "4,352"
     after, before = load_file(folder / "model.safetensors"), load_file(run[0] / "model.safetensors")
-    changed = {name for name in before.keys() & after.keys() if after[name].shape != before[name].shape or not torch.equal(after[name], before[name])}
+    changed = {
+        name
+        for name in before.keys() & after.keys()
+        if after[name].shape != before[name].shape or not torch.equal(after[name], before[name])
+    }
     saved_whole = {"model.embed_tokens.weight", "lm_head.weight"} if recipe is instruct else set()
     assert {name for name in changed if "_proj" not in name} == saved_whole
     for checkpoint in (folder / "checkpoints").glob("step-*"):
@@ -147,12 +170,6 @@ def test_the_adapter_on_its_base_equals_the_merged_model(recipe, tune, run, caps
         new = merged.get_input_embeddings().weight[300:]
         assert len(new) == 3
         assert not torch.allclose(new[1], new[2], atol=1e-2)  # equal before training
-    if recipe is classify:  # with the program of the adapter's card
-        snippet = snippet_of((folder / "adapter" / "README.md").read_text())
-        snippet = snippet.replace("PATH_OR_HUB_ID_OF_THE_BASE", str(run[0])).replace("PATH_OR_HUB_ID", str(folder / "adapter"))
-        use = f"import torch\nprint('RESULT' + json.dumps(model.eval()(torch.tensor({ids.tolist()})).logits.tolist()))"
-        logits = json.loads(run_without_the_package(f"{snippet}\n{use}"))
-        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +212,9 @@ def test_an_interrupted_run_resumes_with_its_own_data_and_base_only(recipe, step
     tune(recipe, *options, "--resume", output="resumed", base=base)
     one, two = (load_file(path / "model.safetensors") for path in (straight, folder))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    for name in {pretrain: ["adapter/adapter_model.safetensors"], classify: ["metrics.json"], instruct: ["responses.jsonl"]}[recipe]:
+    for name in {pretrain: ["adapter/adapter_model.safetensors"], classify: ["metrics.json"], instruct: ["responses.jsonl"]}[
+        recipe
+    ]:
         assert (straight / name).read_bytes() == (folder / name).read_bytes()
 
 

@@ -81,7 +81,9 @@ def test_tensorboard_and_the_curve_show_the_metrics(book, tmp_path, monkeypatch)
                 assert event.value == pytest.approx(value, rel=1e-6), (name, row)
     steps = [row for row in rows(folder) if "loss" in row]
     (figure,) = figures
-    for axes, label, length in zip(figure.axes, ("step", "tokens", "seconds of training"), (None, "tokens", "seconds"), strict=True):
+    for axes, label, length in zip(
+        figure.axes, ("step", "tokens", "seconds of training"), (None, "tokens", "seconds"), strict=True
+    ):
         reached = [sum(row[length] if length else 1 for row in steps[:number]) for number in range(5)]
         training, validation = axes.lines
         assert axes.get_xlabel() == label
@@ -236,7 +238,7 @@ def test_probabilities_of_sources():
 
 
 def test_the_default_corpus(caches, tmp_path):
-    """The first command of the README, with fewer documents and steps and a small model: the docstrings of what is installed."""
+    """The first command of the README, with fewer documents and steps and a smaller model."""
     short = ["--max_documents", "300", "--max_steps", "2", "--model", "hidden_size=32", "num_hidden_layers=1"]
     process = launch(LAUNCH, "--output_dir", str(tmp_path / "docs"), *short, **caches)
     assert process.returncode == 0, process.stderr

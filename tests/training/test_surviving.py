@@ -80,7 +80,9 @@ def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, cache
     wait_for(first, lambda: steps_done(folder) >= 5)
     first.send_signal(signal.SIGSTOP)
     for resume in ([], ["--resume"]):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: another run is writing there. Wait for it to end, or pass"):
+        with pytest.raises(
+            UserError, match=f"--output_dir {folder}: another run is writing there. Wait for it to end, or pass"
+        ):
             pretrain.main([*options, *resume])
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGCONT)

@@ -1,5 +1,6 @@
 """Training, resuming, early stopping, and what is printed, on a tiny task."""
 
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -99,7 +100,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupt_after):
 def test_a_run_that_was_interrupted_after_its_last_step_only_evaluates(tmp_path):
     expected, straight, run_folder = run(tmp_path, RandomTask())
     rows = history(run_folder)
-    run_folder._file.close()
+    del run_folder  # which holds the lock
+    gc.collect()
     result, model, again = run(tmp_path, RandomTask(resume=True, interrupt_after=0))
     assert (result.after, result.preview_after, result.steps) == (expected.after, expected.preview_after, 9)
     assert history(again) == rows
@@ -141,9 +143,10 @@ def test_what_is_printed(tmp_path, capsys):
     result, _, run_folder = run(tmp_path, RandomTask())
     out = capsys.readouterr().out
     losses = {row["step"]: row["eval_loss"] for row in run_folder.history if "eval_loss" in row}
-    before, at_3, at_6, at_9 = (out.index(f"{start}: loss {losses[step]:.3f}") for start, step in (
-        ("Before training", 0), ("Step 3", 3), ("Step 6", 6), ("Step 9", 9)
-    ))
+    before, at_3, at_6, at_9 = (
+        out.index(f"{start}: loss {losses[step]:.3f}")
+        for start, step in (("Before training", 0), ("Step 3", 3), ("Step 6", 6), ("Step 9", 9))
+    )
     parts = out[before:at_3], out[at_3:at_6], out[at_6:at_9], out[at_9:]
     assert [part.count("second example") for part in parts] == [1, 0, 0, 1]
     assert result.preview_before[0] in parts[0]
