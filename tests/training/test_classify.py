@@ -84,7 +84,7 @@ def test_the_pipeline_gives_the_probabilities_of_the_model(finished):
 def test_several_labels_and_numbers(tune, tmp_path):
     table = [
         {
-            "text": f"It was a {['bright', 'dark'][number % 2]} night, {'stormy' if number % 3 else 'calm'}, like {number} before",
+            "text": f"It was a {['bright', 'dark'][number % 2]} night, {'stormy' if number % 3 else 'calm'}, like {number}",
             "dark": number % 2,
             "calm": int(number % 3 == 0),
             "length": 1.0 + number % 2,
@@ -95,11 +95,11 @@ def test_several_labels_and_numbers(tune, tmp_path):
     multi = tune(classify, *words, "--problem_type", "multi_label_classification", "--label_column", "dark", "calm")
     assert scores(multi)["test"]["accuracy"] > 0.9
     assert scores(multi)["test"]["labels"].keys() == {"dark", "calm"}
-    (found,) = load_pipeline(multi)(["It was a dark night, calm, like 6 before"])
+    (found,) = load_pipeline(multi)(["It was a dark night, calm, like 6"])
     assert sum(item["score"] for item in found) > 1.5
     number = tune(classify, *words, "--problem_type", "regression", "--label_column", "length", output="number")
     assert scores(number)["test"]["r2"] > 0.8
-    (found,) = load_pipeline(number)(["It was a dark night, calm, like 6 before"])
+    (found,) = load_pipeline(number)(["It was a dark night, calm, like 6"])
     assert found[0]["label"] == "length"
     assert found[0]["score"] == pytest.approx(2, abs=0.4)
 
