@@ -1,5 +1,6 @@
 """Training, resuming, early stopping, and what is printed, on a tiny task."""
 
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -99,7 +100,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupt_after):
 def test_a_run_that_was_interrupted_after_its_last_step_only_evaluates(tmp_path):
     expected, straight, run_folder = run(tmp_path, RandomTask())
     rows = history(run_folder)
-    run_folder._file.close()
+    del run_folder  # which holds the lock
+    gc.collect()
     result, model, again = run(tmp_path, RandomTask(resume=True, interrupt_after=0))
     assert (result.after, result.preview_after, result.steps) == (expected.after, expected.preview_after, 9)
     assert history(again) == rows
