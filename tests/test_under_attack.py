@@ -25,8 +25,9 @@ from training.cli import option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
 from training.data.corpora import CorpusArguments, read_corpora
 from training.data.examples import ExampleArguments, check_examples, read_examples
+from training.engine.arguments import EngineArguments
 from training.engine.checkpoints import find_checkpoint, save_checkpoint
-from training.engine.optimizers import make_optimizers
+from training.engine.optimizers import build_optimizers
 from training.engine.pretrained import load_config_and_tokenizer, load_pretrained
 from training.errors import UserError
 
@@ -143,7 +144,7 @@ def test_checkpoint(model, tmp_path, seeds):
     trained = ScratchGPTForCausalLM.from_pretrained(model)
     ids = torch.arange(10)[None]
     trained(ids, labels=ids).loss.backward()
-    optimizers = make_optimizers(trained, "muon", 0.01, 0.02, 0.1)
+    optimizers = build_optimizers(EngineArguments(optimizer="muon", learning_rate=0.01, warmup_ratio=0.0), trained)[0]
     for optimizer in optimizers:
         optimizer.step()
     checkpoints, skipped = tmp_path / "checkpoints", []

@@ -91,8 +91,7 @@ class _Run(Generic[Metrics]):
         self.accelerator, self.task, self.model, self.run_folder = accelerator, task, model, run_folder
         self.arguments = task.arguments
         if self.arguments.gradient_checkpointing:
-            # Renamed in transformers 5.23; the oldest supported version has only the old name.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            enable_gradient_checkpointing(model)
         optimizers, self.schedulers = build_optimizers(self.arguments, model)
         self.frozen = frozen_digest(model)
         self.prepared_model, *self.optimizers = accelerator.prepare(model, *optimizers)
@@ -222,6 +221,12 @@ class _Run(Generic[Metrics]):
             raise UserError(f"the base model of the run in {path} has changed since it was started: resume with that one.")
         if self.task.data_digest != state["data"]:
             raise UserError(f"the data of the run in {path} has changed since it was started: resume with that, or start anew.")
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    # Renamed in transformers 5.23; the oldest supported version has only the old name.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def _settings(arguments: EngineArguments) -> dict[str, Any]:
