@@ -149,7 +149,7 @@ def test_checkpoint(model, tmp_path, seeds):
         optimizer.step()
     checkpoints, skipped = tmp_path / "checkpoints", []
     for step in (1, 2):
-        save_checkpoint(checkpoints, Accelerator(), trained, optimizers, {"step": step, "validation_loss": 1.0}, keep=2)
+        save_checkpoint(checkpoints, Accelerator(), trained, optimizers, {"step": step, "eval_loss": 1.0}, save_total_limit=2)
     last = checkpoints / "step-00000002"
     contents = {path.name: path.read_bytes() for path in last.iterdir()}
     assert len(contents) == 4
