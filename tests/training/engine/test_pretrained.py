@@ -124,8 +124,8 @@ def test_gpt2s_own_folder_is_trained_further(real_data, book, caches, tmp_path):
         (["--base_model", "nowhere"], "--base_model nowhere cannot be loaded"),
         (["--base_model", "BASE", "--context_length", "64"], "--context_length 64 is longer than the 32 positions of"),
         (["--base_model", "BASE", "--lora_r", "-1"], "r must be a positive integer, got -1"),
-        (["--base_model", "BASE", "--lora_r", "99"], "r is 99, and model.layers.0.self_attn.q_proj is 32 x 32"),
-        (["--base_model", "BASE", "--lora_r", "4", "--lora_target_modules", "c_attn"], "means no layer; linear layers of"),
+        (["--base_model", "BASE", "--lora_r", "99"], "r is 99, but model.layers.0.self_attn.q_proj is 32 x 32"),
+        (["--base_model", "BASE", "--lora_r", "4", "--lora_target_modules", "c_attn"], "selects no layer; the linear layers"),
     ],
 )
 def test_mistakes_end_in_one_line(words, expected, run, book, tmp_path, monkeypatch):
