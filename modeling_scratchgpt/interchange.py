@@ -87,7 +87,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": False},
 }
 
-# Parts of weight names, GPT-2's to ours. The matrices are transposed.
+# Parts of weight names, from GPT-2's to ScratchGPT's. The matrices are transposed.
 GPT2_PARTS = {
     "wte": "embed_tokens",
     "wpe": "embed_positions",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, pip
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 from .conftest import TINY
+from .test_ecosystem import trainer_options
 
 PAIRS = [
     ("to be or not to be,", " that is the question"),
@@ -36,24 +37,6 @@ def folder(tiny_model, tokenizer, tmp_path) -> str:
     return str(tmp_path / "saved")
 
 
-def trainer_options(folder, **options) -> dict:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 60,
-        "per_device_train_batch_size": 6,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,  # the losses are compared with float32
-        "seed": 0,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return {**defaults, **options}
-
-
 def test_trl_sft_on_completions(tiny_model, tokenizer, tmp_path):
     """TRL has its own loss over the backbone: it is the same, ignores the prompt, and the completions are learned."""
     from trl import SFTConfig, SFTTrainer
@@ -61,7 +44,7 @@ def test_trl_sft_on_completions(tiny_model, tokenizer, tmp_path):
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,
-        args=SFTConfig(**trainer_options(tmp_path), max_length=64),
+        args=SFTConfig(**trainer_options(tmp_path, max_steps=60), max_length=64),
         train_dataset=Dataset.from_list(pairs * 8),
         eval_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
@@ -93,7 +76,7 @@ def test_trl_packing(tiny_model, tokenizer, tmp_path, attention):
     texts = [prompt + completion for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,
-        args=SFTConfig(**trainer_options(tmp_path, max_steps=12, per_device_train_batch_size=3), max_length=64, packing=True),
+        args=SFTConfig(**trainer_options(tmp_path, per_device_train_batch_size=3), max_length=64, packing=True),
         train_dataset=Dataset.from_dict({"text": texts * 12}),
         processing_class=tokenizer,
     )

@@ -15,7 +15,7 @@ from modeling_scratchgpt.hub import is_hub_id
         ("~/model", False),
         ("data/*.txt", False),
         ("with space", False),
-        ("großes/modell", False),
+        ("größer/model", False),
         ("", False),
         ("directory", False),  # it exists
         ("directory/missing", False),  # a mistyped path is not looked up on the Hub

@@ -75,9 +75,10 @@ def book(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def run(book, caches, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A finished run of pretraining, started as the README says."""
+    """A finished run of pretraining, started as the README says, on the CPU."""
     output_dir = tmp_path_factory.mktemp("outputs") / "book"
-    process = launch(LAUNCH, "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
+    launcher = [*LAUNCH, "--config_file", "training/configs/accelerate/cpu.yaml"]
+    process = launch(launcher, "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
     assert process.returncode == 0, process.stderr
     return output_dir, process
 

@@ -15,8 +15,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from modeling_scratchgpt import ScratchGPTForCausalLM
-from tests.conftest import on_two_processes
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from tests.conftest import MODERN, TINY, on_two_processes
 from tests.training.conftest import LAUNCH, ROOT, SMALL, launch
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
@@ -167,27 +167,12 @@ for _ in range(3):
 """
 
 
-def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tmp_path):
-    for tied in (True, False):
-        tiny_config.tie_word_embeddings = tied
+def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
+    cases = [({**TINY, **more}, tied) for more in ({}, MODERN) for tied in (True, False)]
+    for number, (shape, tied) in enumerate(cases):
         torch.manual_seed(0)
-        ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / f"tied_{tied}")
+        ScratchGPTForCausalLM(ScratchGPTConfig(**shape, tie_word_embeddings=tied)).save_pretrained(tmp_path / str(number))
     environment = {
         name: value for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2")).items() if name.startswith("FSDP_")
     }
-    on_two_processes(PROGRAM, tmp_path, [tmp_path / "tied_True"], [tmp_path / "tied_False"], **environment)
-
-
-def test_the_cpu_file_runs_the_recipe(tmp_path):
-    """As typed: `accelerate launch --config_file training/configs/accelerate/cpu.yaml`."""
-    script = tmp_path / "script.py"
-    script.write_text("from accelerate import Accelerator\nprint(Accelerator().device, Accelerator().num_processes)\n")
-    process = subprocess.run(
-        [*LAUNCH, "--config_file", str(FOLDER / "cpu.yaml"), str(script)],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["cpu", "1"]
+    on_two_processes(PROGRAM, tmp_path, *([tmp_path / str(number)] for number in range(len(cases))), **environment)

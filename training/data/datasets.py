@@ -73,7 +73,7 @@ class Windows(Dataset[Row]):
         pad_token_id: fills the last window.
         split: its name, for errors.
         stride: ids from the start of a window to the start of the next, 1 to `context_length` (the default).
-        once: give overlapping windows labels only for the ids that no earlier window has predicted.
+        once: label in overlapping windows only the ids that no earlier window has predicted.
 
     Raises:
         UserError: there are too few ids for one window.

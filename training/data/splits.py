@@ -138,8 +138,8 @@ def split_indices(
 
 
 def _boundaries(draws: np.ndarray, num_validation: int, num_test: int) -> tuple[int, int]:
-    """Where the validation examples end and the test examples start. No group (a number in `draws`, ascending) is divided, and
-    at least one is left between them."""
+    """The end of the validation examples and the start of the test examples. No group (a number in `draws`, ascending) is
+    divided, and at least one is left between them."""
     if not len(draws):
         return 0, 0
     end = np.searchsorted(draws, draws[num_validation - 1], "right") if num_validation else 0
