@@ -113,16 +113,15 @@ def test_processes_for_gpus_that_do_not_exist(book, caches, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def fsdp_plugin(monkeypatch) -> FullyShardedDataParallelPlugin:
-    """The plugin of a process that the launcher starts."""
-    for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2")).items():
-        if name.startswith("FSDP_"):
-            monkeypatch.setenv(name, value)
-    return FullyShardedDataParallelPlugin()
+def fsdp_environment() -> dict[str, str]:
+    """What the launcher passes to its processes."""
+    return {name: value for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2")).items() if name.startswith("FSDP_")}
 
 
 def test_fsdp2_plugin(monkeypatch):
-    plugin = fsdp_plugin(monkeypatch)
+    for name, value in fsdp_environment().items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap == ["ScratchGPTDecoderLayer"]
@@ -172,7 +171,4 @@ def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
     for number, (shape, tied) in enumerate(cases):
         torch.manual_seed(0)
         ScratchGPTForCausalLM(ScratchGPTConfig(**shape, tie_word_embeddings=tied)).save_pretrained(tmp_path / str(number))
-    environment = {
-        name: value for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2")).items() if name.startswith("FSDP_")
-    }
-    on_two_processes(PROGRAM, tmp_path, *([tmp_path / str(number)] for number in range(len(cases))), **environment)
+    on_two_processes(PROGRAM, tmp_path, *([tmp_path / str(number)] for number in range(4)), **fsdp_environment())

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
-from tests.training.conftest import evaluations, scores
+from tests.training.conftest import scores
 from training import classify
 from training.engine.arguments import resolve_epochs
 from training.errors import UserError
@@ -102,19 +102,6 @@ def test_several_labels_and_numbers(tune, tmp_path):
     (found,) = load_pipeline(number)(["It was a dark night, calm, like 6"])
     assert found[0]["label"] == "length"
     assert found[0]["score"] == pytest.approx(2, abs=0.4)
-
-
-def test_early_stopping_publishes_the_best_model(tune, tmp_path):
-    """Random labels can only be memorized: the held-out loss rises, and the run ends two evaluations later."""
-    labels = np.random.default_rng(0).integers(2, size=80).tolist()
-    table = [{"text": f"night {number * 7919}", "label": label} for number, label in enumerate(labels)]
-    words = ["--dataset", write_table(tmp_path / "chance.jsonl", table), "--early_stopping_patience", "2"]
-    folder = tune(classify, *words, "--num_train_epochs", "60", "--save_steps", "1000")
-    losses = {row["step"]: row["eval_loss"] for row in evaluations(folder)[1:]}
-    best = min(losses, key=losses.__getitem__)
-    assert [step for step in losses if step > best] == [best + 7, best + 14]
-    assert list(losses)[-1] < 420
-    assert scores(folder)["validation"]["loss"] == pytest.approx(losses[best], rel=1e-4)
 
 
 def test_the_tokenizer_of_the_classifier_lowercases(tune):

@@ -3,9 +3,7 @@
 import inspect
 import json
 import math
-import os
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tqdm import tqdm
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
-from tests.training.conftest import ROOT, TORCHRUN, evaluations
+from tests.training.conftest import TORCHRUN, evaluations, launch
 from training import evaluate
 from training.data.datasets import Windows, evaluation_dataloader
 from training.data.splits import SPLITS
@@ -168,14 +166,7 @@ def test_the_splits_together_are_the_text(run, book, report):
 def test_two_processes_report_the_same(folder, text, caches, report):
     words = ["--dataset", str(text), "--context_length", "16", "--batch_size", "2"]
     one = report(folder, *words)
-    process = subprocess.run(
-        [*TORCHRUN, "training/evaluate.py", str(folder), *words, "--json"],
-        cwd=ROOT,
-        env={**os.environ, **caches, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    process = launch(TORCHRUN, str(folder), *words, "--json", script="evaluate.py", ACCELERATE_USE_CPU="true", **caches)
     assert process.returncode == 0, process.stderr
     two = json.loads(process.stdout)
     assert two.pop("loss") == pytest.approx(one["loss"], rel=1e-6)

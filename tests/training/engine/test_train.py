@@ -112,6 +112,7 @@ def test_early_stopping_restores_the_model_with_the_lowest_loss(tmp_path, capsys
     task = RandomTask(losses=[4.0, 3.0, 3.5, 3.6, 9.0], early_stopping_patience=2, max_steps=30, save_steps=100)
     result, model, run_folder = run(tmp_path, task)
     assert result.steps == 12  # evaluated at 3, 6, 9 and 12; the lowest loss is that of step 6
+    assert result.after.loss == 9.0  # evaluated again after restoring
     assert [row["eval_loss"] for row in run_folder.history if "eval_loss" in row][1:] == [4.0, 3.0, 3.5, 3.6]
     assert "Restored the model of step 6, which has the lowest held-out loss" in capsys.readouterr().out
     weights = load_file(run_folder.checkpoints / "step-00000006" / "model.safetensors")
