@@ -113,6 +113,7 @@ def test_files(path):
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_help(path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    monkeypatch.syspath_prepend(path.parent)  # as Python does; the page imports its neighbour
     program = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     with pytest.raises(SystemExit, match="^0$"):
         program.main()
