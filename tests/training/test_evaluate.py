@@ -163,6 +163,7 @@ def test_the_splits_together_are_the_text(run, book, report):
     assert sizes["validation"] < sizes["test"] < sizes["train"]
 
 
+@pytest.mark.parametrize("tiny_config", ["modern"], indirect=True)
 def test_two_processes_report_the_same(folder, text, caches, report):
     words = ["--dataset", str(text), "--context_length", "16", "--batch_size", "2"]
     one = report(folder, *words)
