@@ -1,12 +1,12 @@
-"""Share a model on the Hub: checked first, shown, and then sent in one commit.
+"""Upload a model to the Hub in one commit, after checks and a list of what is sent.
 
     python hub_upload.py outputs/pretrain USER/NAME --dry_run
     python hub_upload.py outputs/pretrain USER/NAME --private
     python hub_upload.py outputs/lora USER/NAME --adapter --base_model USER/BASE
     python hub_upload.py outputs/pretrain USER/NAME --space
 
-It needs a token that may write: `hf auth login`, or HF_TOKEN in the environment. When a connection breaks, the same command
-sends what is missing.
+This needs a token with write access: run `hf auth login` or set HF_TOKEN. If the connection breaks, run the same command again:
+it sends only what is missing.
 """
 
 import argparse
@@ -19,31 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from training.cli import run_main
-from training.engine.pretrained import ADAPTER
+from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
 from training.errors import UserError, one_line, printable
-from training.results.cards import CARD
-from training.results.classification_report import MISTAKES
-from training.results.responses import PAGE, RESPONSES
 from training.sharing.checks import (
     ADAPTER_CONFIG,
     WEIGHTS,
-    adapter_files,
     check_loads,
+    check_repo_id,
     check_weights,
     model_files,
-    prepared_adapter_config,
-    prepared_card,
+    prepare_adapter_config,
+    prepare_card,
 )
 from training.sharing.leaks import Files, check_leaks
 
 SPACE = Path(__file__).parent / "space"
-SILENCE_SECONDS = 120  # of the Hub, before we give up
-ALL_OR_NOTHING = "the files there change all at once or not at all"
-MARK = "(hub_upload.py)"  # ends what our commits say
+TIMEOUT_SECONDS = 120  # without any answer from the Hub
+ATOMIC = "an upload changes all files or none"
+COMMIT_SUFFIX = "(hub_upload.py)"  # marks the commits made here: others are not overwritten
 SPACE_CARD = """---
 title: "{name}"
 license: apache-2.0
@@ -54,134 +50,129 @@ models:
 - {repository}
 ---
 
-A page on which to try [{repository}](https://huggingface.co/{repository}).
+A page for trying [{repository}](https://huggingface.co/{repository}).
 """
 
 
-def parse() -> argparse.Namespace:
-    """What is asked for.
-
-    Raises:
-        UserError: it makes no sense.
-    """
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of a finished model, with any head")
-    parser.add_argument("repository", metavar="USER/NAME", help="where it goes; it is made if it is not there")
-    parser.add_argument("--private", action="store_true", help="if it is made: for nobody else to see")
-    parser.add_argument("--revision", default="main", help="the branch; it is made if it is not there (default: main)")
-    parser.add_argument("--adapter", action="store_true", help="send the LoRA adapter alone")
-    parser.add_argument("--base_model", default="", metavar="USER/BASE", help="where the model lies that this one comes from")
-    parser.add_argument("--license", default="", help="that others may use it under, as apache-2.0, if the card names none yet")
-    parser.add_argument("--space", action="store_true", help="make a Space of the same name, too: a page to try the model")
-    parser.add_argument("--overwrite", action="store_true", help="also what others have changed there meanwhile")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the folder that is not this package's")
-    parser.add_argument("--dry_run", action="store_true", help="check and show, and send nothing")
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="directory of a finished model, with any head")
+    parser.add_argument("repository", metavar="USER/NAME", help="repository to upload to; created if missing")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
+    parser.add_argument("--revision", default="main", help="branch to upload to; created if missing (default: main)")
+    parser.add_argument("--adapter", action="store_true", help="upload only the LoRA adapter")
+    parser.add_argument("--base_model", default="", metavar="USER/BASE", help="Hub id of the base model")
+    parser.add_argument("--license", default="", help="license to put into the model card, such as apache-2.0")
+    parser.add_argument("--space", action="store_true", help="also create a Space of the same name, to try the model in")
+    parser.add_argument("--overwrite", action="store_true", help="upload even if others have changed the repository")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code in DIRECTORY that is not from this package")
+    parser.add_argument("--dry_run", action="store_true", help="check and list the files, without uploading them")
     arguments = parser.parse_args()
-    for option, name in (("USER/NAME", arguments.repository), ("--base_model", arguments.base_model)):
-        try:
-            validate_repo_id(name or "user/name")
-        except HFValidationError as error:
-            raise UserError(f"{option} {name!r} cannot be a name on the Hub: {one_line(error)}") from error
-        if name and "/" not in name:
-            raise UserError(f"{option} {name!r} lacks a user: give it as USER/NAME.")
-    if arguments.adapter and arguments.space:
-        raise UserError("--space shows a whole model: send the adapter by itself.")
-    if arguments.adapter and not arguments.base_model:
-        raise UserError("--adapter is of use with its base alone: say where that lies, by --base_model USER/BASE.")
-    branch = arguments.revision
-    if (
-        not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", branch, re.ASCII)
-        or ".." in branch
-        or re.match("refs/|[0-9a-f]{40}$", branch)
-    ):
-        raise UserError(f"--revision {branch!r:.80} cannot be a branch: give letters, digits, `-` and `_`, as in v2.")
-    arguments.folder = Path(os.path.expanduser(arguments.folder))
-    if not arguments.folder.is_dir():
-        raise UserError(f"{arguments.folder} is no folder: give the one of a finished model.")
+    arguments.directory = Path(os.path.expanduser(arguments.directory))
+    check_arguments(arguments)
     return arguments
 
 
-def checked_files(arguments: argparse.Namespace) -> Files:
-    """What is sent, when nothing about it is to be refused."""
-    folder = arguments.folder
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Validate arguments before any file is read.
+
+    Raises:
+        UserError: invalid value or invalid combination of options.
+    """
+    check_repo_id(arguments.repository, "USER/NAME")
+    if arguments.base_model:
+        check_repo_id(arguments.base_model, "--base_model")
+    if arguments.adapter and arguments.space:
+        raise UserError("--space needs a whole model: drop --space or --adapter.")
+    if arguments.adapter and not arguments.base_model:
+        raise UserError("--adapter needs the base model on the Hub: pass --base_model USER/BASE.")
+    branch = arguments.revision
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", branch, re.ASCII) and ".." not in branch
+    if not is_name or re.match("refs/|[0-9a-f]{40}$", branch):
+        raise UserError(f"--revision {branch!r:.80} is not a branch name: use letters, digits, `-` and `_`, as in v2.")
+    if not arguments.directory.is_dir():
+        raise UserError(f"{arguments.directory} is not a directory: pass the directory of a finished model.")
+
+
+def collect_files(arguments: argparse.Namespace) -> Files:
+    """Collect and check the files to upload.
+
+    Raises:
+        UserError: a check failed.
+    """
+    directory = arguments.directory
     files: dict[str, Path | bytes]
     if arguments.adapter:
-        folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-        files = {
-            **adapter_files(folder, arguments.trust_remote_code),
-            ADAPTER_CONFIG: prepared_adapter_config(folder, arguments.base_model),
-        }
+        directory = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
+        files = {**model_files(directory, arguments.trust_remote_code, ADAPTER_CONFIG)}
+        files[ADAPTER_CONFIG] = prepare_adapter_config(directory, arguments.base_model)
     else:
-        files = {**model_files(folder, arguments.trust_remote_code)}
-    files[CARD] = prepared_card(folder, arguments.repository, arguments.base_model, arguments.license)
+        files = {**model_files(directory, arguments.trust_remote_code)}
+    files[CARD] = prepare_card(directory, arguments.repository, arguments.base_model, arguments.license)
     check_leaks(files)
-    check_weights(folder, files)
+    check_weights(directory, files)
     if not arguments.adapter:
-        check_loads(folder, files)
+        check_loads(directory, files)
     return files
 
 
-def show(files: Files, arguments: argparse.Namespace) -> None:
-    """What is sent, how large it is, and what stays here."""
+def print_files(files: Files, arguments: argparse.Namespace) -> None:
+    """Print the files to upload with their sizes in bytes, and the files that are left out."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in sorted(files.items())}
     for name, size in sizes.items():
         print(f"{size:>15,}  {printable(name)}")
-    print(f"{sum(sizes.values()):>15,}  bytes in all, for {arguments.repository} ({arguments.revision})")
-    if told := sorted(files.keys() & {MISTAKES, RESPONSES, PAGE}):
-        print(f"Of these {', '.join(told)} and {CARD} hold texts of the data that it was tested on.")
-    stays = sorted(path.name for path in arguments.folder.iterdir() if path.name not in files)
-    print(f"Stays here: {', '.join(map(printable, stays)) or 'nothing'}")
+    print(f"{sum(sizes.values()):>15,}  bytes in total, for {arguments.repository} ({arguments.revision})")
+    if quoting := sorted(files.keys() & {MISTAKES, RESPONSES, RESPONSES_PAGE}):
+        print(f"Note: {', '.join(quoting)} and {CARD} contain texts of the test data.")
+    skipped = sorted(path.name for path in arguments.directory.iterdir() if path.name not in files)
+    print(f"Not uploaded: {', '.join(map(printable, skipped)) or 'nothing'}")
     if arguments.space:
-        print(f"And a Space of the same name: {', '.join([CARD, *page_files()])}")
+        print(f"Space of the same name: {', '.join([CARD, *space_files()])}")
 
 
-def page_files() -> dict[str, Path]:
+def space_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
 
 
-def place(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> str:
-    """The commit that the next one follows, in a repository and a branch that are made if they are not there.
+def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> str:
+    """Create the repository and the branch if missing, and return the id of the branch's last commit.
 
     Raises:
-        UserError: it may not be written, others have changed it since, or all can read what is to be private.
+        UserError: no write access, changed by others since the last upload, or public although --private was passed.
     """
     with hub_errors(repository):
         sdk = "gradio" if kind == "space" else None
         api.create_repo(repository, private=arguments.private or None, repo_type=kind, exist_ok=True, space_sdk=sdk)
         if arguments.private and not api.repo_info(repository, repo_type=kind).private:
-            raise UserError(
-                f"{repository} is there already, and public: make it private in its settings, or leave --private out."
-            )
+            raise UserError(f"{repository} exists and is public: make it private in its settings, or drop --private.")
         is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, repo_type=kind).branches}
         if is_new:
             api.create_branch(repository, branch=revision, repo_type=kind)
         head = api.list_repo_commits(repository, repo_type=kind, revision=revision)[0]
-        there = api.list_repo_files(repository, repo_type=kind, revision=head.commit_id)
-        if not (is_new or arguments.overwrite or head.title.endswith(MARK) or set(there) <= {".gitattributes"}):
+        existing = set(api.list_repo_files(repository, repo_type=kind, revision=head.commit_id))
+        is_ours = is_new or head.title.endswith(COMMIT_SUFFIX) or existing <= {".gitattributes"}
+        if not (is_ours or arguments.overwrite):
             raise UserError(
-                f"{repository} ({revision}) is ahead: others have changed it, the last time by {head.title!r:.80}. Look at it, "
-                "and pass --overwrite, or another --revision."
+                f"{repository} ({revision}) was changed by others, last in {head.title!r:.80}: review the changes, then pass "
+                "--overwrite or another --revision."
             )
         return head.commit_id
 
 
-def send(api: HfApi, repository: str, kind: str, revision: str, files: Files, title: str, parent: str) -> CommitInfo:
-    """One commit with all files.
+def upload(api: HfApi, repository: str, kind: str, revision: str, files: Files, title: str, parent: str) -> CommitInfo:
+    """Upload all files in one commit on top of `parent`.
 
     Raises:
-        UserError: others were there in this moment, or the connection broke.
+        UserError: the branch has moved on, or the connection broke.
     """
     with hub_errors(repository):
-        there = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
-        # Weights in other parts would be loaded beside the new ones.
-        old = [name for name in there - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        existing = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
+        # Weights that were sharded differently would be loaded together with the new ones.
+        stale = [name for name in existing - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         return api.create_commit(
             repository,
-            [
-                *(CommitOperationAdd(name, file) for name, file in files.items()),
-                *(CommitOperationDelete(name) for name in old),
-            ],
-            commit_message=f"{title} {MARK}",
+            [*(CommitOperationAdd(*item) for item in files.items()), *(CommitOperationDelete(name) for name in stale)],
+            commit_message=f"{title} {COMMIT_SUFFIX}",
             repo_type=kind,
             revision=revision,
             parent_commit=parent,
@@ -190,65 +181,62 @@ def send(api: HfApi, repository: str, kind: str, revision: str, files: Files, ti
 
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
-    """What the Hub refuses, and what does not reach it, as one line."""
+    """Turn errors of the Hub and of the connection into a UserError of one line."""
     try:
         yield
     except HfHubHTTPError as error:
-        said = one_line(ValueError(error.server_message or str(error)))
+        message = one_line(ValueError(error.server_message or str(error)))
         advice = {
-            401: "log in again by `hf auth login`",
-            403: "take a token that may write there",
-            412: "it has changed in this very moment; run the same command again",
-        }.get(error.response.status_code, ALL_OR_NOTHING)
-        raise UserError(f"the Hub refuses {repository} ({said}): {advice}.") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the last: a large file that did not get through
+            401: "log in again with `hf auth login`",
+            403: "use a token with write access to it",
+            412: "it changed during the upload; run the same command again",
+        }.get(error.response.status_code, ATOMIC)
+        raise UserError(f"the Hub rejected {repository} ({message}): {advice}.") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the upload of a large file failed
         cause: Any = error.__cause__ or error
-        raise UserError(
-            f"the connection to the Hub broke ({one_line(cause)}): {ALL_OR_NOTHING}, and the same command sends what is "
-            "missing."
-        ) from error
+        remedy = f"{ATOMIC}; run the same command again to send what is missing"
+        raise UserError(f"the connection to the Hub broke ({one_line(cause)}): {remedy}.") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        if type(error) is ValueError:  # what the Hub says of a card
-            raise UserError(f"the Hub refuses {repository} ({one_line(error)}): {ALL_OR_NOTHING}.") from error
+        if type(error) is ValueError:  # the Hub rejects the metadata of a card
+            raise UserError(f"the Hub rejected {repository} ({one_line(error)}): {ATOMIC}.") from error
         raise UserError(
-            f"what answers as the Hub does not speak as one ({type(error).__name__}): look at HF_ENDPOINT, and at HF_TOKEN."
+            f"the server does not answer like the Hub ({type(error).__name__}): check HF_ENDPOINT and HF_TOKEN."
         ) from error
 
 
 def main() -> None:
-    arguments = parse()
-    name, revision = arguments.repository, arguments.revision
-    files = checked_files(arguments)
-    show(files, arguments)
+    arguments = parse_arguments()
+    name, revision, base_model = arguments.repository, arguments.revision, arguments.base_model
+    files = collect_files(arguments)
+    print_files(files, arguments)
     if arguments.dry_run:
         return
     if not get_token():
-        raise UserError("there is no token to write with: log in by `hf auth login`, or set HF_TOKEN.")
-    get_session().timeout = SILENCE_SECONDS
+        raise UserError("no token: log in with `hf auth login`, or set HF_TOKEN.")
+    get_session().timeout = TIMEOUT_SECONDS
     api = HfApi()
-    if base := arguments.base_model:
-        with hub_errors(base):
-            if not api.repo_exists(base):
-                raise UserError(f"--base_model {base} is not on the Hub, or not for you to see: upload it first.")
-    title = arguments.folder.resolve().name
-    head = place(api, name, "model", revision, arguments)
-    space_head = place(api, name, "space", "main", arguments) if arguments.space else ""
-    commit = send(api, name, "model", revision, files, title, head)
-    print(f"It is at {api.endpoint}/{name}. To load this version, whatever comes after it:")
+    with hub_errors(base_model):
+        if base_model and not api.repo_exists(base_model):
+            raise UserError(f"--base_model {base_model} is not on the Hub, or not visible to you: upload it first.")
+    title = arguments.directory.resolve().name
+    head = prepare_branch(api, name, "model", revision, arguments)
+    space_head = prepare_branch(api, name, "space", "main", arguments) if arguments.space else ""
+    commit = upload(api, name, "model", revision, files, title, head)
+    print(f"Uploaded to {api.endpoint}/{name}. To load exactly this version:")
     if arguments.adapter:
-        print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base}")
+        print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base_model}")
     else:
         print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
     if arguments.space:
         card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
-        send(api, name, "space", "main", {**page_files(), CARD: card}, title, space_head)
+        upload(api, name, "space", "main", {**space_files(), CARD: card}, title, space_head)
         with hub_errors(name):
             api.add_space_variable(name, "MODEL", name)
             api.add_space_variable(name, "REVISION", commit.oid)
             is_private = api.repo_info(name).private
-        print(f"Its page is at {api.endpoint}/spaces/{name}.")
+        print(f"The page is at {api.endpoint}/spaces/{name}.")
         if is_private:
-            print("The model is private: in the page's settings, add a token that may read it, as the secret HF_TOKEN.")
+            print("The model is private: in the settings of the Space, add a token with read access as the secret HF_TOKEN.")
 
 
 if __name__ == "__main__":

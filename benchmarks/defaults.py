@@ -1,19 +1,18 @@
-"""Why the recipe's settings are what they are: the first run, shortened, with one thing changed at a time.
+"""Ablation of the default settings: a shortened first run, with one setting changed at a time.
 
-    python benchmarks/defaults.py                                  # two to three minutes a row
-    ACCELERATE_MIXED_PRECISION=bf16 python benchmarks/defaults.py  # where the processor has bfloat16
+    python benchmarks/defaults.py                                  # two to three minutes per row
+    ACCELERATE_MIXED_PRECISION=bf16 python benchmarks/defaults.py  # where the processor supports bfloat16
 
-Every row trains on as many tokens, from scratch, and is measured on the same held-out modules.
+Every row trains from scratch on the same number of tokens, and is evaluated on the same held-out modules.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from measuring import run_recipe
+from measuring import make_parser, run_recipe
 
-BATCH = 8  # the recipe's
+BATCH_SIZE = 8  # of the recipe
 GPT2 = "--model preset=124M hidden_size=256 num_hidden_layers=6 num_attention_heads=4"
 CHANGES = {
     "the recipe": "",
@@ -32,21 +31,19 @@ CHANGES = {
 }
 
 
-def measure(words: list[str], num_steps: int) -> tuple[float, float]:
-    """Bits per byte at the end, and the minutes of training."""
-    batch_size = int(words[words.index("--batch_size") + 1]) if "--batch_size" in words else BATCH
-    steps = str(num_steps * BATCH // batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        often = ["--max_steps", steps, "--eval_steps", steps, "--save_steps", steps]
-        run_recipe("pretrain", "--output_dir", f"{folder}/model", *words, *often)
-        rows = [json.loads(line) for line in Path(folder, "model", "metrics.jsonl").read_text().splitlines()]
-    return rows[-1]["bits_per_byte"], sum(row.get("seconds", 0) for row in rows) / 60
+def measure(argv: list[str], num_steps: int) -> tuple[float, float]:
+    """Final bits per byte, and minutes of training."""
+    batch_size = int(argv[argv.index("--batch_size") + 1]) if "--batch_size" in argv else BATCH_SIZE
+    steps = str(num_steps * BATCH_SIZE // batch_size)
+    with tempfile.TemporaryDirectory() as directory:
+        lengths = ["--max_steps", steps, "--eval_steps", steps, "--save_steps", steps]
+        run_recipe("pretrain", "--output_dir", f"{directory}/model", *argv, *lengths)
+        rows = [json.loads(line) for line in Path(directory, "model", "metrics.jsonl").read_text().splitlines()]
+    return rows[-1]["eval_bits_per_byte"], sum(row.get("seconds", 0) for row in rows) / 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    num_steps = parser.parse_args().steps
+    num_steps = make_parser(__doc__, steps=200).parse_args().steps
     print("| | bits per byte | minutes |\n|---|---|---|")
     for name, change in CHANGES.items():
         bits, minutes = measure(change.split(), num_steps)

@@ -1,13 +1,12 @@
-"""Following instructions: everything trained, LoRA, and the last block, from one base; and answers in batches or one by one.
+"""Instruction tuning of one base model: full fine-tuning, LoRA, and the last block; and answers in batches or one by one.
 
     python benchmarks/instruct.py --data ../shared/data --base_model outputs/pretrain
 
-The task of chapter 7 of "Build a Large Language Model From Scratch": 1,100 instructions in the Alpaca shape, split 85/5/10.
-Minutes and memory are those of a whole command: training, and answering the test split by base and tuned model. The base itself
-is made by `accelerate launch training/pretrain.py`. Speed is counted in tokens that are said, medians of three.
+The task of chapter 7 of "Build a Large Language Model From Scratch": 1,100 instructions in the Alpaca format, split 85/5/10.
+Minutes and memory are those of a whole command: training, and answering the test split with the base and the tuned model. The
+base is trained by `accelerate launch training/pretrain.py`. Speed is in generated tokens, the median of three.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -15,65 +14,61 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import run_recipe
+from measuring import make_parser, run_recipe
 from transformers import AutoTokenizer
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.results.responses import respond
 
-WAYS = {
+METHODS = {
     "everything trained": "",
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
     "the last block trained": "--train_last_n_layers 1 --learning_rate 0.003",
 }
-BATCH = 32
+BATCH_SIZE = 32
 
 
-def speeds(folder: Path) -> dict[int, float]:
-    """Tokens a second that a tuned model says, answering the test split in batches of each size."""
-    model = ScratchGPTForCausalLM.from_pretrained(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    prompts = [json.loads(line)["prompt"] for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
-    found: dict[int, list[float]] = {1: [], BATCH: []}
+def generation_speed(directory: Path, batch_size: int) -> float:
+    """Tokens per second that a tuned model generates in answering the test split."""
+    model = ScratchGPTForCausalLM.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    rows = (directory / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    speeds = []
     for _ in range(3):
-        for batch_size, values in found.items():
-            start = time.perf_counter()
-            answers = respond(model, tokenizer, prompts, batch_size, 256)
-            seconds = time.perf_counter() - start
-            num_tokens = sum(len(tokenizer(it.text, add_special_tokens=False)["input_ids"]) + it.ended for it in answers)
-            values.append(num_tokens / seconds)
-    return {batch_size: statistics.median(values) for batch_size, values in found.items()}
+        start = time.perf_counter()
+        answers = respond(model, tokenizer, prompts, batch_size, 256)
+        seconds = time.perf_counter() - start
+        lengths = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
+        speeds.append((sum(lengths) + sum(answer.finished for answer in answers)) / seconds)
+    return statistics.median(speeds)
 
 
-def row(title: str, validation: dict[str, Any], test: dict[str, Any] | None, answers: dict[str, Any], *used: str) -> str:
-    """A line of the table."""
-    losses = f"{validation['loss']:.3f}", f"{test['loss']:.3f}" if test else ""
-    return f"| {' | '.join((title, *losses, format(answers['ended'], '.1%'), format(answers['chrf'], '.1f'), *used))} |"
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with instructions/instruction-data.json")
-    parser.add_argument("--base_model", type=Path, default=Path("outputs/pretrain"), help="a folder of a pretrained model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = make_parser(__doc__, seed=0)
+    parser.add_argument("--data", type=Path, required=True, help="directory with instructions/instruction-data.json")
+    parser.add_argument("--base_model", type=Path, default=Path("outputs/pretrain"), help="directory of a pretrained model")
     arguments = parser.parse_args()
     source = (arguments.data / "instructions" / "instruction-data.json").resolve()
-    print(
-        "| | validation loss | test loss | test answers ended | chrF | minutes | peak memory |\n|---|---|---|---|---|---|---|"
-    )
+    shared = ["--dataset", str(source), "--base_model", str(arguments.base_model.resolve()), "--seed", str(arguments.seed)]
+    print(table_row("", "validation loss", "test loss", "test answers finished", "chrF", "minutes", "peak memory"))
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        for title, change in WAYS.items():
-            to = Path(name, title.replace(" ", "-"))
-            words = ["--dataset", str(source), "--base_model", str(arguments.base_model.resolve()), "--output_dir", str(to)]
-            words += ["--seed", str(arguments.seed), *change.split()]
-            minutes, memory = run_recipe("instruct", *words)
-            found = json.loads((to / "metrics.json").read_text(encoding="utf-8"))
-            if title == "everything trained":
-                print(row("the base", found["before"], None, found["base"], "", ""))
-            used = f"{minutes:.1f}", f"{memory / 1e9:.2f} GB"
-            print(row(title, found["validation"], found["test"], found["test"], *used), flush=True)
-        one, many = speeds(Path(name, "everything-trained")).values()
-    print(f"\nAnswers to the test split: one at a time {one:,.0f} tokens/s, {BATCH} at once {many:,.0f}: {many / one:.1f} x")
+        for method, options in METHODS.items():
+            directory = Path(name, method.replace(" ", "-"))
+            minutes, memory = run_recipe("instruct", *shared, "--output_dir", str(directory), *options.split())
+            scores = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+            base, test = (f"{scores[key]['finished']:.1%} | {scores[key]['chrf']:.1f}" for key in ("base", "test"))
+            if method == "everything trained":
+                print(table_row("the base", f"{scores['before']['loss']:.3f}", "", base, "", ""))
+            losses = [f"{scores[key]['loss']:.3f}" for key in ("validation", "test")]
+            print(table_row(method, *losses, test, f"{minutes:.1f}", f"{memory / 1e9:.2f} GB"), flush=True)
+        one, many = (generation_speed(Path(name, "everything-trained"), size) for size in (1, BATCH_SIZE))
+    print(f"\nAnswers to the test split: one by one {one:,.0f} tokens/s, {BATCH_SIZE} at once {many:,.0f}: {many / one:.1f} x")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What the training loop costs beside the bare forward pass, backward pass and optimizer step, and how long it waits for data.
+"""Overhead of the training loop over bare forward pass, backward pass and optimizer step, and time spent waiting for data.
 
     python benchmarks/loop.py
 
-A step of the loop, with its loader, metrics file and progress bar, and a bare step on a batch that is already there take
-turns, on one model and its optimizers. Medians over all steps.
+A step of the loop, with its dataloader, metrics file and progress bar, and a bare step on a fixed batch take turns, on one
+model and its optimizers. The medians over all steps are printed.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,19 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import make_parser
 from torch import nn
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.cli import model_config, parse_arguments
-from training.data.tokens import Tokens
-from training.data.windows import Batches, Windows, training_loader
+from training.data.datasets import TokenizedExamples, Windows, train_dataloader
+from training.data.samplers import MixtureBatchSampler
 from training.engine.flops import flops_per_token
 from training.engine.loop import start_accelerator, training_steps
-from training.engine.metrics import MetricsFile
+from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar
-from training.engine.train import build_optimizers
+from training.engine.run_folder import RunFolder
 from training.pretrain import PretrainArguments
 
+NUM_TOKENS = 5_000_000
 SHAPES = {
     "the first run's, 8 x 256 tokens": "",
     "4 layers x 128, 12 x 64 tokens, vocabulary 512": "--model hidden_size=128 num_hidden_layers=4 --batch_size 12 "
@@ -35,14 +36,14 @@ SHAPES = {
 }
 
 
-class Waiting:
-    """A loader that counts the seconds that it keeps others waiting."""
+class TimedDataloader:
+    """A dataloader that records how long each batch is waited for."""
 
-    def __init__(self, loader: Iterable[dict[str, torch.Tensor]]):
-        self.loader, self.seconds = loader, []
+    def __init__(self, dataloader: Iterable[dict[str, torch.Tensor]]):
+        self.dataloader, self.seconds = dataloader, list[float]()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        batches = iter(self.loader)
+        batches = iter(self.dataloader)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -52,57 +53,62 @@ class Waiting:
             yield batch
 
 
-def measure(words: str, num_steps: int, folder: Path) -> tuple[float, float, float]:
-    """Median seconds of a step of the loop and of a bare one, and of waiting for a batch."""
-    arguments = parse_arguments(PretrainArguments, "", [*words.split(), "--max_steps", str(2 * num_steps)])
+def random_windows(path: Path, vocab_size: int, context_length: int) -> Windows:
+    """Windows of random tokens in a memory-mapped file."""
+    np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS, dtype=np.uint16).tofile(path)
+    ids = np.memmap(path, dtype=np.uint16, mode="r")
+    return Windows(TokenizedExamples(ids, np.array([0, NUM_TOKENS])), context_length, 0, "training")
+
+
+def measure(options: str, num_steps: int, directory: Path) -> list[float]:
+    """Median seconds of a step of the loop, of a bare step, and of waiting for a batch."""
+    arguments = parse_arguments(PretrainArguments, "", [*options.split(), "--max_steps", str(2 * num_steps)])
     accelerator = start_accelerator()
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     model = ScratchGPTForCausalLM(config)
-    optimizers, schedules = build_optimizers(arguments, model)
+    optimizers, schedulers = build_optimizers(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
-
-    np.random.default_rng(0).integers(0, config.vocab_size, 5_000_000, dtype=np.uint16).tofile(folder / "tokens")
-    tokens = Tokens(np.memmap(folder / "tokens", dtype=np.uint16, mode="r"), 0, np.zeros(1, dtype=np.int64))
-    windows = Windows(tokens, arguments.context_length, 0, "training")
-    loader = training_loader([windows], Batches([len(windows)], arguments.batch_size, num_steps, seed=0))
-    waiting = Waiting(accelerator.prepare(loader))
+    windows = random_windows(directory / "tokens", config.vocab_size, arguments.context_length)
+    sampler = MixtureBatchSampler([len(windows)], arguments.batch_size, num_steps, seed=0)
+    dataloader = TimedDataloader(accelerator.prepare(train_dataloader([windows], sampler)))
     rows = [windows[index] for index in range(arguments.batch_size)]
     batch = {name: torch.stack([row[name] for row in rows]).to(accelerator.device) for name in rows[0]}
+    run_folder = RunFolder(directory / "run", accelerator)
+    run_folder.open()
 
-    metrics = MetricsFile(folder / "metrics.jsonl", accelerator)
-    steps = training_steps(accelerator, prepared_model, prepared, schedules, waiting, 1, arguments.max_grad_norm)
+    def bare_step() -> None:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()
+
+    steps = training_steps(accelerator, prepared_model, prepared, schedulers, dataloader, arguments)
     loop, bare = [], []
     with ProgressBar(num_steps, accelerator, flops_per_token(config, arguments.context_length), 1e12) as bar:
-        while True:
-            start = time.perf_counter()
-            step = next(steps, None)
-            if step is None:
-                break
+        start = time.perf_counter()
+        for step in steps:
             bar.update(step)
-            metrics.write(step.number, step)
+            run_folder.log_step(step)
             middle = time.perf_counter()
-            loss = model(**batch, use_cache=False).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            loss.item()
+            bare_step()
+            end = time.perf_counter()
             loop.append(middle - start)
-            bare.append(time.perf_counter() - middle)
-    return statistics.median(loop), statistics.median(bare), statistics.median(waiting.seconds)
+            bare.append(end - middle)
+            start = end
+    return [statistics.median(seconds) for seconds in (loop, bare, dataloader.seconds)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    num_steps = parser.parse_args().steps
+    num_steps = make_parser(__doc__, steps=100).parse_args().steps
     print("| a step | loop | bare | overhead | waiting for data |\n|---|---|---|---|---|")
-    for name, words in SHAPES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            loop, bare, waiting = measure(words, num_steps, Path(folder))
-        line = f"{1e3 * loop:.1f} ms | {1e3 * bare:.1f} ms | {loop / bare - 1:+.1%} | {waiting / loop:.2%}"
-        print(f"| {name} | {line} |", flush=True)
+    for name, options in SHAPES.items():
+        with tempfile.TemporaryDirectory() as directory:
+            loop, bare, waiting = measure(options, num_steps, Path(directory))
+        numbers = f"{1e3 * loop:.1f} ms | {1e3 * bare:.1f} ms | {loop / bare - 1:+.1%} | {waiting / loop:.2%}"
+        print(f"| {name} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

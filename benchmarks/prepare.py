@@ -1,13 +1,12 @@
-"""How long it takes to prepare a corpus, and how much memory: documents read, copies dropped, split, tokenizer trained, tokens.
+"""Preparing a corpus: time and memory of reading, deduplicating, splitting, training a tokenizer, and tokenizing.
 
     python benchmarks/prepare.py
 
-Each line is the recipe itself, training/pretrain.py, in a process of its own with an empty cache, told to train the smallest
-of models for one step: what it takes beside the preparation, imports above all, is counted too, and shown in the first line.
-The texts are lines of the docstrings of the installed libraries, drawn at random, in one .jsonl file.
+Each row is training/pretrain.py with an empty cache, training a minimal model for one step. So the rest of the recipe, imports
+above all, is included; the first row shows how much that is. The texts are lines of the docstrings of the installed libraries,
+drawn at random, in one .jsonl file.
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,48 +17,49 @@ import time
 from pathlib import Path
 
 import psutil
-from measuring import ROOT
+from measuring import ROOT, make_parser
 
 from training.data.docstrings import read_docs
 
-SMALLEST = "--max_steps 1 --context_length 64 --validation_fraction 0.001 --model num_hidden_layers=1 hidden_size=16"
+MINIMAL = (
+    "--max_steps 1 --context_length 64 --validation_fraction 0.001 "
+    "--model num_hidden_layers=1 hidden_size=16 num_attention_heads=1"
+)
 
 
 def write_corpus(path: Path, megabytes: float, lines: list[str]) -> None:
     """Documents of ten to two hundred lines."""
-    draw, size = random.Random(0), 0
+    generator, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:
         while size < megabytes * 1e6:
-            text = "\n".join(draw.choices(lines, k=draw.randint(10, 200)))
+            text = "\n".join(generator.choices(lines, k=generator.randint(10, 200)))
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             size += len(text.encode())
 
 
 def measure(megabytes: float, lines: list[str]) -> tuple[float, float]:
-    """Seconds, and the most bytes of memory, all processes together."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_corpus(Path(folder) / "corpus.jsonl", megabytes, lines)
-        words = ["--dataset", f"{folder}/corpus.jsonl", "--output_dir", f"{folder}/model", *SMALLEST.split()]
-        words += ["num_attention_heads=1"]
+    """Seconds, and the peak memory of all processes together in bytes."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_corpus(Path(directory) / "corpus.jsonl", megabytes, lines)
+        argv = ["--dataset", f"{directory}/corpus.jsonl", "--output_dir", f"{directory}/model", *MINIMAL.split()]
+        command, environment = [sys.executable, "training/pretrain.py", *argv], {**os.environ, "HF_HOME": directory}
         start, peak = time.perf_counter(), 0
-        command = [sys.executable, "training/pretrain.py", *words]
-        environment = {**os.environ, "HF_HOME": folder}
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            watched = psutil.Process(process.pid)
+            parent = psutil.Process(process.pid)
             while process.poll() is None:
                 try:
-                    family = [watched, *watched.children(recursive=True)]
-                    peak = max(peak, sum(member.memory_full_info().uss for member in family))
+                    processes = [parent, *parent.children(recursive=True)]
+                    peak = max(peak, sum(each.memory_full_info().uss for each in processes))
                 except psutil.Error:  # it has just ended
                     pass
                 time.sleep(0.05)
-            if process.returncode:
+            if process.returncode and process.stderr:
                 raise SystemExit(process.stderr.read().decode())
         return time.perf_counter() - start, peak
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 25, 100])
     sizes = parser.parse_args().megabytes
     lines = [line for text in read_docs()["text"] for line in text.splitlines()]

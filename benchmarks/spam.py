@@ -1,15 +1,14 @@
-"""SMS spam or ham: a GPT pretrained and fine-tuned here, beside scikit-learn's classifiers on the same splits.
+"""Classification of SMS as spam or ham, compared with scikit-learn's classifiers on the same splits.
 
-    python benchmarks/spam.py --data ../shared/data              # the SMS Spam Collection, in its folder sms-spam
+    python benchmarks/spam.py --data ../shared/data              # the SMS Spam Collection, in the directory sms-spam
     python benchmarks/spam.py --data ../shared/data --seeds 0    # one split
 
-The task of chapter 6 of "Build a Large Language Model From Scratch": as many ham as spam, 70/10/20. A seed decides which ham,
-which split, and all training. For each seed training/pretrain.py learns the ham that balancing leaves over, in small letters:
-no text that is in a split, and no copy of one. training/classify.py then trains all of that model, its last block, or LoRA.
-Minutes are those of a whole command, from its start to its end.
+The task of chapter 6 of "Build a Large Language Model From Scratch": balanced classes, split 70/10/20. The seed determines the
+undersampling, the split and the training. For each seed training/pretrain.py trains a base model on the ham that undersampling
+drops, in lowercase, without any text (or duplicate of one) in a split. training/classify.py then fine-tunes all of the model,
+its last block, or LoRA. Minutes are those of a whole command.
 """
 
-import argparse
 import json
 import tempfile
 from collections import defaultdict
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import run_recipe
+from measuring import make_parser, run_recipe
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -35,12 +34,12 @@ CLASSIFY = (
     "--columns label text --balance undersample --classifier_pooling mean --lowercase --subword_dropout 0.1 "
     "--token_dropout 0.2 --label_smoothing 0.05 --learning_rate 0.001 --num_train_epochs 14"
 )
-WAYS = {
+METHODS = {
     "everything trained": "",
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
     "the last block trained": "--train_last_n_layers 1 --learning_rate 0.002",
 }
-PEERS: dict[str, Callable[[], Any]] = {
+BASELINES: dict[str, Callable[[], Any]] = {
     "characters 2 to 5 within words, SVM": lambda: make_pipeline(
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True), LinearSVC()
     ),
@@ -52,20 +51,20 @@ PEERS: dict[str, Callable[[], Any]] = {
 
 
 def read_splits(path: Path, seed: int) -> Examples:
-    """The texts of a seed, as training/classify.py reads them."""
+    """The splits of a seed, as training/classify.py reads them."""
     return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample"), seed)
 
 
-def write_left_over(path: Path, splits: Examples, to: Path) -> None:
-    """The texts that are in no split, in small letters."""
-    held = {example.text.strip() for name in SPLITS for example in splits.splits[name]}
+def write_unused_texts(path: Path, splits: Examples, output: Path) -> None:
+    """Write the texts that are not in any split, in lowercase."""
+    used = {example.text.strip() for name in SPLITS for example in splits.splits[name]}
     rows = read_rows(path, {"text": "text_column"}, "strict", COLUMNS)
-    left = (row["text"].lower() for _, row in rows if row["text"].strip() not in held)
-    to.write_text("".join(json.dumps({"text": text}) + "\n" for text in left), encoding="utf-8")
+    unused = (row["text"].lower() for _, row in rows if row["text"].strip() not in used)
+    output.write_text("".join(json.dumps({"text": text}) + "\n" for text in unused), encoding="utf-8")
 
 
-def peer_accuracy(make: Callable[[], Any], splits: Examples) -> float:
-    """On the test split, from the training split."""
+def baseline_accuracy(make: Callable[[], Any], splits: Examples) -> float:
+    """Test accuracy of a classifier trained on the training split."""
     (texts, labels), (test_texts, test_labels) = (
         zip(*((example.text, example.label) for example in splits.splits[name]), strict=True) for name in ("train", "test")
     )
@@ -73,33 +72,33 @@ def peer_accuracy(make: Callable[[], Any], splits: Examples) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with sms-spam/SMSSpamCollection")
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="directory with sms-spam/SMSSpamCollection")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     arguments = parser.parse_args()
     path = (arguments.data / "sms-spam" / "SMSSpamCollection").resolve()
     accuracies, minutes = defaultdict(list), defaultdict(list)
     for seed in arguments.seeds:
         splits = read_splits(path, seed)
-        for title, make in PEERS.items():
-            accuracies[title].append(peer_accuracy(make, splits))
+        for title, make in BASELINES.items():
+            accuracies[title].append(baseline_accuracy(make, splits))
         with tempfile.TemporaryDirectory() as name:
-            folder, shared = Path(name), ["--seed", str(seed)]
-            write_left_over(path, splits, folder / "ham.jsonl")
-            words = ["--dataset", f"{folder}/ham.jsonl", "--output_dir", f"{folder}/base", *shared]
-            minutes[BASE].append(run_recipe("pretrain", *words, *PRETRAIN.split())[0])
-            for title, change in WAYS.items():
-                to = folder / title.replace(" ", "-")
-                words = ["--dataset", str(path), "--base_model", f"{folder}/base", "--output_dir", str(to), *shared]
-                minutes[title].append(run_recipe("classify", *words, *CLASSIFY.split(), *change.split())[0])
-                accuracies[title].append(json.loads((to / "metrics.json").read_text(encoding="utf-8"))["test"]["accuracy"])
-        found = ", ".join(f"{title} {values[-1]:.2%}" for title, values in accuracies.items())
-        print(f"Seed {seed}: {found}", flush=True)
+            directory, shared = Path(name), ["--seed", str(seed)]
+            write_unused_texts(path, splits, directory / "ham.jsonl")
+            argv = ["--dataset", f"{directory}/ham.jsonl", "--output_dir", f"{directory}/base", *shared]
+            minutes[BASE].append(run_recipe("pretrain", *argv, *PRETRAIN.split())[0])
+            for title, options in METHODS.items():
+                output = directory / title.replace(" ", "-")
+                argv = ["--dataset", str(path), "--base_model", f"{directory}/base", "--output_dir", str(output), *shared]
+                minutes[title].append(run_recipe("classify", *argv, *CLASSIFY.split(), *options.split())[0])
+                scores = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+                accuracies[title].append(scores["test"]["accuracy"])
+        print(f"Seed {seed}: " + ", ".join(f"{title} {values[-1]:.2%}" for title, values in accuracies.items()), flush=True)
     print("\n| | test accuracy | lowest to highest | minutes |\n|---|---|---|---|")
     print(f"| {BASE} | | | {np.mean(minutes[BASE]):.1f} |")
-    for title in (*WAYS, *PEERS):
-        values, took = accuracies[title], f"{np.mean(minutes[title]):.1f}" if title in minutes else ""
-        print(f"| {title} | {np.mean(values):.2%} | {min(values):.2%} to {max(values):.2%} | {took} |")
+    for title in (*METHODS, *BASELINES):
+        values, duration = accuracies[title], f"{np.mean(minutes[title]):.1f}" if title in minutes else ""
+        print(f"| {title} | {np.mean(values):.2%} | {min(values):.2%} to {max(values):.2%} | {duration} |")
 
 
 if __name__ == "__main__":

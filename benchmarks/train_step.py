@@ -1,94 +1,60 @@
-"""A training step beside transformers' GPT-2: tokens per second and peak memory, in one run.
+"""A training step compared with transformers' GPT-2: tokens per second and peak memory.
 
     python benchmarks/train_step.py
 
-Both models have the same shape and the same AdamW, in float32 on the CPU or, where there is one, in bfloat16 and compiled on
-the GPU. Each measurement is a process of its own, so that its peak memory is its own; the two take turns, and the medians are
-quoted.
+Both models have the same shape and the same AdamW, in float32 on the CPU or, if there is one, in bfloat16 and compiled on the
+GPU. Each measurement is a process of its own, so that the peak memory is that of one model. The two take turns, and the medians
+are printed.
 """
 
 import argparse
 import json
-import statistics
-import time
+from typing import Any
 
 import torch
-from measuring import apart, peak_bytes
+from measuring import TimedTraining, make_parser, median_of_each, peak_bytes, run_in_subprocess
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-SIDES = ("scratchgpt", "transformers")
+SIDES: dict[str, tuple[Any, Any]] = {
+    "scratchgpt": (ScratchGPTForCausalLM, ScratchGPTConfig),
+    "transformers": (GPT2LMHeadModel, GPT2Config),
+}
 
 
-def make(side: str, arguments: argparse.Namespace) -> torch.nn.Module:
+def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
+    torch.manual_seed(0)
     shape = {
         "vocab_size": arguments.vocab_size,
         "n_embd": arguments.width,
         "n_layer": arguments.layers,
         "n_head": arguments.width // 64,
         "n_positions": arguments.context,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
     }
-    if side == "scratchgpt":
-        return ScratchGPTForCausalLM(ScratchGPTConfig(**shape))
-    return GPT2LMHeadModel(GPT2Config(**shape))
-
-
-def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train for a few steps; the median step counts, the first does not."""
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make(side, arguments).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step_model = torch.compile(model) if device == "cuda" else model
-    ids = torch.randint(0, arguments.vocab_size, (arguments.batch, arguments.context), device=device)
-    seconds = []
+    switched_off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+    model_class, config_class = SIDES[side]
+    training = TimedTraining(
+        model_class(config_class(**shape, **switched_off)), arguments.batch, arguments.context, compile=True
+    )
     for _ in range(arguments.steps + 1):
-        start = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = step_model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"tokens_per_second": ids.numel() / statistics.median(seconds[1:]), "peak_gigabytes": peak_bytes() / 1e9}
+        training.step()
+    return {"speed": training.ids.numel() / training.median(), "memory": peak_bytes() / 1e9}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--vocab_size", type=int, default=50257)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = make_parser(__doc__, layers=6, width=384, context=256, batch=8, vocab_size=50257, steps=5, rounds=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments)))
         return
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(arguments.rounds):
-        for side in SIDES:
-            results[side].append(apart("--side", side))
-    medians = {
-        side: {name: statistics.median(result[name] for result in results[side]) for name in results[side][0]} for side in SIDES
-    }
+    runs = [{side: run_in_subprocess("--side", side) for side in SIDES} for _ in range(arguments.rounds)]
+    ours, theirs = medians = [median_of_each([run[side] for run in runs]) for side in SIDES]
     print("| | tokens/s | peak memory |\n|---|---|---|")
-    for side in SIDES:
-        print(f"| {side} | {medians[side]['tokens_per_second']:,.0f} | {medians[side]['peak_gigabytes']:.2f} GB |")
-    ours, theirs = medians["scratchgpt"], medians["transformers"]
-    speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    memory = ours["peak_gigabytes"] / theirs["peak_gigabytes"]
-    print(f"| ratio | {speed:.2f} x | {memory:.2f} x |")
+    for side, median in zip(SIDES, medians, strict=True):
+        print(f"| {side} | {median['speed']:,.0f} | {median['memory']:.2f} GB |")
+    print(f"| ratio | {ours['speed'] / theirs['speed']:.2f} x | {ours['memory'] / theirs['memory']:.2f} x |")
 
 
 if __name__ == "__main__":

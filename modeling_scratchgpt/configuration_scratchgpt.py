@@ -1,8 +1,8 @@
-"""The shape of a ScratchGPT: every number that decides what the model is, checked when it is made.
+"""Configuration of a ScratchGPT, validated on construction.
 
 Notable:
-- The fields bear transformers' standard names; GPT-2's old ones (`n_embd`, `n_layer`, ...) are accepted and mean the same.
-- Four words pick the architecture. The defaults are GPT-2; the other column is Qwen3 (dense):
+- Fields have transformers' standard names; GPT-2's (`n_embd`, `n_layer`, ...) are accepted as aliases.
+- Four fields choose the architecture. The defaults are GPT-2; the other column is Qwen3 (dense):
 
       position_embedding_type   "learned"    | "rotary"
       norm_type                 "layernorm"  | "rmsnorm"
@@ -17,11 +17,12 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .interchange import NAMES, as_scratchgpt
 
-# GPT-2's published sizes (Radford et al., 2019), by their number of parameters with the head tied to the embedding.
+# GPT-2's published sizes (Radford et al., 2019), by the number of parameters with tied embeddings.
 PRESETS = {
     "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "355M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -30,7 +31,7 @@ PRESETS = {
 }
 
 LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-MAX_LAYERS = 10_000  # beyond all measure; a damaged file would keep its reader busy for days
+MAX_LAYERS = 10_000  # sanity limit: building the model of a corrupt config would take days
 CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
     "norm_type": ("layernorm", "rmsnorm"),
@@ -45,37 +46,37 @@ class ScratchGPTConfig(PreTrainedConfig):
     Configuration of a ScratchGPT. The defaults make GPT-2 124M.
 
     Args:
-        vocab_size (`int`): number of token ids the model knows.
+        vocab_size (`int`): number of token ids.
         max_position_embeddings (`int`): longest sequence, in tokens.
         hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`, *optional*): width inside the MLP; when not given 4 x `hidden_size` if it is plain, and if it
-            is gated 8/3 x, rounded up to a multiple of 64.
+        intermediate_size (`int`, *optional*): width inside the MLP. Default: 4 x `hidden_size` if it is plain; if it is gated,
+            8/3 x, rounded up to a multiple of 64.
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): number of query heads.
         num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
-            (grouped-query attention, Ainslie et al., 2023); as many as query heads when not given.
-        head_dim (`int`, *optional*): width of one head; `hidden_size / num_attention_heads` when not given.
-        position_embedding_type (`str`): `"learned"` table of positions, or `"rotary"` (Su et al., 2021).
+            (grouped-query attention, Ainslie et al., 2023). Default: the number of query heads.
+        head_dim (`int`, *optional*): width of one head. Default: `hidden_size / num_attention_heads`.
+        position_embedding_type (`str`): `"learned"`, or `"rotary"` (Su et al., 2021).
         norm_type (`str`): `"layernorm"` or `"rmsnorm"` (Zhang and Sennrich, 2019), before attention, MLP and head.
         qk_norm (`bool`): RMS-normalise each query and key head, as Qwen3 does.
         mlp_type (`str`): `"plain"` (up, activation, down) or `"gated"` (Shazeer, 2020).
-        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`; tanh-approximated GELU for a plain MLP and
-            SiLU for a gated one when not given.
-        attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have a bias.
-        attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). Zero by default: a model
-            that sees its corpus about once has nothing to overfit. GPT-2 was published with 0.1.
+        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`. Default: tanh-approximated GELU for a plain MLP, SiLU
+            for a gated one.
+        attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have biases.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). The default is 0, since
+            training for about one epoch does not overfit; GPT-2 was published with 0.1.
         norm_eps (`float`): added to the variance in each norm.
-        initializer_range (`float`): standard deviation of fresh weights.
-        tie_word_embeddings (`bool`): whether the head shares the weights of the token embedding.
-        rope_parameters (`dict`, *optional*): transformers' description of rotary embeddings, scaling included. Only
-            read with `position_embedding_type="rotary"`.
-        classifier_pooling (`str`): what a classifier of texts reads: the hidden state of the `"last"` real token, or the
-            `"mean"` over all real tokens.
+        initializer_range (`float`): standard deviation of the initial weights.
+        tie_word_embeddings (`bool`): whether the head shares its weight with the token embedding.
+        rope_parameters (`dict`, *optional*): transformers' settings of rotary embeddings, including scaling. Only used with
+            `position_embedding_type="rotary"`.
+        classifier_pooling (`str`): hidden state that a text classifier reads: of the `"last"` real token, or the `"mean"` of
+            all real tokens.
         use_cache (`bool`): whether a forward pass returns keys and values for the next one.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
 
     Raises:
-        ValueError: a value or a combination of values that no model can have; the message says what is allowed.
+        ValueError: an invalid value or combination of values; the message says what is allowed.
 
     Example:
 
@@ -90,7 +91,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {theirs: ours for ours, theirs in NAMES["gpt2"].items()}
 
-    # How to split the model over devices: attention by heads, the MLP by its inner width.
+    # Tensor parallelism: attention is split by heads, the MLP by its inner width.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -132,12 +133,12 @@ class ScratchGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # GPT-2's names first, so that what is derived below sees their values.
+        # GPT-2's names first, since the defaults below depend on their values.
         for old_name in self.attribute_map.keys() & kwargs.keys():
             setattr(self, self.attribute_map[old_name], kwargs.pop(old_name))
         self._validate_sizes()
         if self.intermediate_size is None:
-            # A gated MLP has three matrices: 8/3 of the width gives it the size of a plain one (Shazeer, 2020).
+            # A gated MLP has three matrices: with 8/3 of the width it has as many parameters as a plain one (Shazeer, 2020).
             gated = 64 * -(-self.hidden_size // 24)
             self.intermediate_size = gated if self.mlp_type == "gated" else 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -146,14 +147,14 @@ class ScratchGPTConfig(PreTrainedConfig):
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}): change one of them, or give head_dim."
+                    f"({self.num_attention_heads}): change one of them, or pass head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.hidden_act is None:
             self.hidden_act = "gelu_pytorch_tanh" if self.mlp_type == "plain" else "silu"
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
-            del self.rope_parameters  # transformers takes a config that has them for a rotary model
+            del self.rope_parameters  # transformers recognises a rotary model by this attribute
         absent = {"gate_proj": self.mlp_type == "plain", "q_norm": not self.qk_norm, "k_norm": not self.qk_norm}
         self.base_model_tp_plan = {
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
@@ -161,21 +162,23 @@ class ScratchGPTConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers. PEFT asks for it before it looks up where LoRA goes by default, so that it is told just then:
-        importing PEFT for it would double the time that importing this package takes."""
+        """Also register LoRA's default target modules with PEFT, which calls this before it looks them up.
+
+        Importing PEFT to register them would double the import time of this package.
+        """
         if constants := sys.modules.get("peft.utils.constants"):
             constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["scratchgpt"] = LORA_TARGETS
         return super().to_dict()
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, and a GPT-2's or a Qwen3's config is turned into one of ours."""
+        """Also convert the configs of GPT-2 and Qwen3."""
         fields, unused = super().get_config_dict(*args, **kwargs)
         return as_scratchgpt(fields), unused
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ScratchGPTConfig":
-        """One of GPT-2's sizes (`"124M"`, `"355M"`, `"774M"`, `"1.5B"`), with any field overridden."""
+        """Build the config of a GPT-2 size (`"124M"`, `"355M"`, `"774M"`, `"1.5B"`); `overrides` replace fields."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -199,7 +202,7 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     def _validate_rotary(self) -> None:
         if self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers: head_dim must be even, got {self.head_dim}.")
+            raise ValueError(f"rotary positions rotate pairs of dimensions: head_dim must be even, got {self.head_dim}.")
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
@@ -213,10 +216,10 @@ class ScratchGPTConfig(PreTrainedConfig):
             if rope_type != "default":
                 ROPE_INIT_FUNCTIONS[rope_type](self)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"rope_parameters {self.rope_parameters} cannot be: {error}") from error
+            raise ValueError(f"rope_parameters {self.rope_parameters} are invalid: {error}") from error
 
     def validate_architecture(self) -> None:
-        """Raise `ValueError` for what no model can be. Runs on construction, and again whenever a config is saved."""
+        """Raise `ValueError` for invalid fields. Runs on construction and when the config is saved."""
         self._validate_sizes()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -234,8 +237,6 @@ class ScratchGPTConfig(PreTrainedConfig):
             )
         if self.position_embedding_type == "rotary":
             self._validate_rotary()
-        from transformers.activations import ACT2FN  # takes long, and whoever only wants a tokenizer needs none of it
-
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -245,6 +246,3 @@ class ScratchGPTConfig(PreTrainedConfig):
                     raise ValueError(
                         f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {token_id}."
                     )
-
-
-__all__ = ["ScratchGPTConfig"]

@@ -1,25 +1,27 @@
-"""Cross-entropy: plain, and straight from hidden states so that the logits are never all there at once.
+"""Losses: cross-entropy of logits, and of hidden states without materializing the logits.
 
-For N tokens and a vocabulary of V, the logits and their gradients are two matrices N x V; at GPT-2's vocabulary they are most
-of the memory of a training step. Here they exist for a few hundred tokens at a time: a chunk's logits are computed, turned into
-its part of the loss and, in place, into its part of the gradients, and forgotten. After Liger Kernel (Hsu et al., 2024).
+For N tokens and a vocabulary of V, the logits and their gradients are two N x V matrices: with GPT-2's vocabulary, most of the
+memory of a training step. Here they are computed in chunks of a few hundred tokens: the logits of a chunk become its part of
+the loss and, in place, its part of the gradients. After Liger Kernel (Hsu et al., 2024).
 
 Notable:
-- Gradients are computed in the forward pass, where the logits are; backward only scales them. So a training step does the same
-  three matrix products as usual, and no fourth to get the logits back.
-- Tokens that do not count (-100) cost nothing: they are left out before the first product.
+- Gradients are computed in the forward pass, while the logits exist; backward only scales them. So a training step has the
+  usual three matrix products, and no fourth to recompute the logits.
+- Ignored tokens (-100) cost nothing: they are removed before the first product.
 - It is one opaque operator: `torch.compile` and autograd see inputs and outputs, not the loop.
 """
 
 import torch
+from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
-IGNORE_INDEX = -100  # the label that counts for nothing, everywhere in transformers
-CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small beside a model
+IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
+CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
 
 
 def reduce_losses(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """The mean of the losses, or their sum divided by `num_items_in_batch` when that is given."""
+    """Reduce losses to their mean, or to their sum divided by `num_items_in_batch` if given."""
     if num_items_in_batch is None:
         return losses.mean()
     if isinstance(num_items_in_batch, torch.Tensor):
@@ -28,11 +30,47 @@ def reduce_losses(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int |
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """Cross-entropy in float32 of logits (..., classes) on labels (...), reduced over those that are not -100."""
+    """Cross-entropy in float32 of logits (..., classes) on labels (...), ignoring labels of -100."""
     logits, labels = logits.float().flatten(0, -2), labels.to(logits.device).flatten()
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
     return reduce_losses(loss, num_items_in_batch)
+
+
+def span_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Cross-entropy of logits (B, T) on positions (B,); those beyond the text are ignored."""
+    positions = positions.flatten()
+    return cross_entropy(logits, positions.masked_fill(positions >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
+
+
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Loss of logits (B, num_labels) on classes (B,), or on class probabilities or targets (B, num_labels).
+
+    As in transformers, `config.problem_type` is inferred from the labels and set if it is None.
+    """
+    if config.problem_type is None and config.num_labels == 1:
+        config.problem_type = "regression"
+    elif config.problem_type is None:
+        is_class = labels.dtype in (torch.long, torch.int)
+        config.problem_type = "single_label_classification" if is_class else "multi_label_classification"
+    problem_type = config.problem_type
+    labels = labels.to(logits.device)
+    if problem_type == "single_label_classification" and not labels.is_floating_point():
+        return cross_entropy(logits, labels, num_items_in_batch)
+    logits, labels = logits.float(), labels.float().view_as(logits)
+    if problem_type == "single_label_classification":
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return reduce_losses(losses[:, None].expand_as(labels), num_items_in_batch)  # Trainer counts label elements
+    is_regression = problem_type == "regression"
+    per_element = functional.mse_loss if is_regression else functional.binary_cross_entropy_with_logits
+    return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Check for a head whose weight can be used directly: with LoRA, quantization or tensor parallelism, it must be called."""
+    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
 
 
 def linear_cross_entropy(
@@ -41,16 +79,16 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy(hidden_states @ weight.T, targets)`, lean.
+    """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`.
 
     Args:
-        hidden_states: (..., C), what the head would read.
+        hidden_states: (..., C), the input of the head.
         weight: (V, C), the head's weight.
-        targets: (...), the right ids, already shifted; -100 counts for nothing.
-        num_items_in_batch: what the sum of the losses is divided by; the number of tokens that count when not given.
+        targets: (...), ids, already shifted; -100 is ignored.
+        num_items_in_batch: divisor of the summed loss. Default: the number of targets that are not ignored.
 
     Returns:
-        The loss in nats, a float32 scalar. Like torch's, it is nan when it is a mean over no tokens.
+        The loss in nats, a float32 scalar; nan for a mean over no tokens, as in torch.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for a linear layer
@@ -81,19 +119,19 @@ def _linear_cross_entropy(
     needs_hidden_grad: bool,
     needs_weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss (), and its gradients by hidden states (N, C) and weight (V, C), each empty if not needed."""
+    """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed."""
     hidden_grad, weight_grad = _empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
     hidden_grad.zero_()
     weight_grad.zero_()
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-    counted = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    everything = len(counted) == len(targets)
+    scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    all_scored = len(scored) == len(targets)
     chunk_size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    for rows in counted.split(chunk_size):
-        # A run of rows is a view; picked rows are a copy.
-        chunk = hidden_states[rows[0] : rows[-1] + 1] if everything else hidden_states[rows]  # (n, C)
+    for rows in scored.split(chunk_size):
+        # A slice is a view; indexing would copy.
+        chunk = hidden_states[rows[0] : rows[-1] + 1] if all_scored else hidden_states[rows]  # (n, C)
         target = targets[rows]
-        logits = (weight @ chunk.T).float()  # (V, n): this way around the product is the faster one
+        logits = (weight @ chunk.T).float()  # (V, n): faster than its transpose
         if not (needs_hidden_grad or needs_weight_grad):
             loss_sum += functional.cross_entropy(logits.T, target, reduction="sum")
             continue
@@ -112,7 +150,7 @@ def _linear_cross_entropy(
         if needs_weight_grad:
             if weight_grad.dtype == gradient.dtype:
                 weight_grad.addmm_(gradient, chunk)
-            else:  # half precision: the chunks are summed up in float32
+            else:  # half precision: accumulate in float32
                 weight_grad += gradient @ chunk
     return loss_sum / divisor, hidden_grad, weight_grad
 
@@ -132,18 +170,17 @@ def _(hidden_states, weight, targets, divisor, needs_hidden_grad, needs_weight_g
     return loss, *_empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save_gradients(ctx, inputs, output) -> None:
     hidden_states, weight, _, _, ctx.needs_hidden_grad, ctx.needs_weight_grad = inputs
     ctx.hidden_dtype, ctx.weight_dtype = hidden_states.dtype, weight.dtype
     ctx.save_for_backward(*output[1:])
 
 
-def _scale(ctx, loss_grad, *_):
+def _scale_gradients(ctx, loss_grad, *_):
     hidden_grad, weight_grad = ctx.saved_tensors
-    # Mostly the loss is the end of the graph and there is nothing to scale; a look tells, but on a GPU it would mean waiting,
-    # and under a compiler's tracing there is no value to look at.
-    can_look = type(loss_grad) is torch.Tensor and loss_grad.device.type == "cpu"
-    if not (can_look and loss_grad == 1):
+    # Usually loss_grad is 1 and scaling is skipped. Reading it would synchronize a GPU, and a traced tensor has no value.
+    is_readable = type(loss_grad) is torch.Tensor and loss_grad.device.type == "cpu"
+    if not (is_readable and loss_grad == 1):
         hidden_grad, weight_grad = hidden_grad * loss_grad, weight_grad * loss_grad
     return (
         hidden_grad.to(ctx.hidden_dtype) if ctx.needs_hidden_grad else None,
@@ -155,6 +192,4 @@ def _scale(ctx, loss_grad, *_):
     )
 
 
-_linear_cross_entropy.register_autograd(_scale, setup_context=_remember)
-
-__all__ = ["IGNORE_INDEX", "cross_entropy", "linear_cross_entropy", "reduce_losses"]
+_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -1,4 +1,4 @@
-"""Is a name a path on this machine, or the id of a repository on the Hub?"""
+"""Distinguish ids of repositories on the Hub from local paths."""
 
 import glob
 import os
@@ -8,9 +8,9 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
-    """True if `name` has the form of a Hub id and no file, directory or pattern of files here is meant by it.
+    """Return whether `name` has the form of a Hub id, and is neither a local path nor a glob pattern.
 
-    `directory/missing` is a path if `directory` exists, so that a mistyped path is not looked for on the Hub.
+    `directory/missing` is a path if `directory` exists, so that a mistyped path is not looked up on the Hub.
     """
     if os.path.exists(name) or glob.has_magic(name) or os.path.isdir(os.path.dirname(name)):
         return False

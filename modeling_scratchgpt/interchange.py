@@ -1,25 +1,32 @@
-"""GPT-2 and Qwen3 as transformers stores them, in ScratchGPT's terms: their configs, and the names of their weights.
+"""Conversion of configs and weights between ScratchGPT and transformers' GPT-2 and Qwen3.
 
 Notable:
-- A field of a config that changes what is computed is carried over, or refused by name. None is ignored.
-- Qwen3's weights bear our names already. GPT-2's bear others, lie the other way around (its Conv1D multiplies from the right),
-  and hold query, key and value in one matrix. transformers' own machinery converts them while it loads, file by file.
-- `from_pretrained` of every class here uses this; nothing else has to be called.
+- Every config field that changes the result is converted, or refused by name. None is ignored.
+- Qwen3's weights have the same names as ours. GPT-2's have others, are transposed (Conv1D multiplies from the right), and hold
+  query, key and value in one matrix. transformers converts them while loading, file by file.
+- `from_pretrained` of all ScratchGPT classes does this automatically.
 """
 
+import os
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, WeightTransform
 
-if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightTransform
-
+# The suffixes of the models with a head, and PEFT's name of each one's task. `AutoModel{suffix}` loads `ScratchGPT{suffix}`.
+HEADS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 SHARED = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# What each is of all that a ScratchGPT can be (dropout, which is for training alone, may differ); what its fields are called;
-# the fields that must be left as they are.
+# By model type: the fields that define its architecture (dropout may differ, since it affects only training), the names of its
+# fields, and the values of its fields that ScratchGPT cannot change.
 ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt2": {
         "position_embedding_type": "learned",
@@ -80,7 +87,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": False},
 }
 
-# The parts of GPT-2's names and of ours. Matrices among them are transposed.
+# Parts of weight names, from GPT-2's to ScratchGPT's. The matrices are transposed.
 GPT2_PARTS = {
     "wte": "embed_tokens",
     "wpe": "embed_positions",
@@ -98,51 +105,53 @@ GPT2_MATRICES = {
 
 
 def as_scratchgpt(fields: dict[str, Any]) -> dict[str, Any]:
-    """The content of a `config.json` of ours, of GPT-2's or of Qwen3's as that of one of ours.
+    """Convert the content of a `config.json` of ScratchGPT, GPT-2 or Qwen3 to ScratchGPT's.
 
     Raises:
-        ValueError: it is of another model type, or asks for what a ScratchGPT cannot do.
+        ValueError: another model type, or a feature that ScratchGPT does not have.
     """
     model_type = fields.get("model_type", "scratchgpt")
     if model_type == "scratchgpt":
         return fields
     if model_type not in ARCHITECTURE:
         known = ", ".join(["scratchgpt", *ARCHITECTURE])
-        raise ValueError(f"model_type {model_type!r} is not one that ScratchGPT loads: these are {known}.")
-    source: Any = CONFIG_MAPPING[model_type].from_dict(fields)  # older files leave out fields, or name them otherwise
+        raise ValueError(f"model_type {model_type!r} is not supported: ScratchGPT loads {known}.")
+    source: Any = CONFIG_MAPPING[model_type].from_dict(fields)  # fills in and renames the fields of older files
     for name, needed in UNSUPPORTED[model_type].items():
         if getattr(source, name) != needed:
-            raise ValueError(f"{name} is {getattr(source, name)} in this {model_type} config: ScratchGPT has only {needed}.")
+            raise ValueError(
+                f"{name} is {getattr(source, name)} in this {model_type} config: ScratchGPT supports only {needed}."
+            )
     if set(getattr(source, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         raise ValueError(
-            f"layer_types is {source.layer_types} in this {model_type} config: ScratchGPT has only full_attention."
+            f"layer_types is {source.layer_types} in this {model_type} config: ScratchGPT supports only full_attention."
         )
     result = {name: getattr(source, their_name) for name, their_name in NAMES[model_type].items()}
     result |= {name: getattr(source, name) for name in SHARED} | ARCHITECTURE[model_type]
     if result["hidden_act"] == "gelu_new":
-        result["hidden_act"] = "gelu_pytorch_tanh"  # the same function, computed at once
-    # What every config may have: labels of a classifier, data type, quantization; not what a call is to return.
+        result["hidden_act"] = "gelu_pytorch_tanh"  # the same function, in one operation
+    # Fields of all configs, such as labels, dtype and quantization, except those that only select the outputs of a call.
     common = PreTrainedConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     common -= {"return_dict", "output_attentions", "output_hidden_states"}
     return {**{name: value for name, value in fields.items() if name in common and name not in result}, **result}
 
 
-def as_stock(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
-    """A `GPT2Config` or `Qwen3Config` of the very model that a `ScratchGPTConfig` describes.
+def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
+    """Convert a `ScratchGPTConfig` to the equivalent `GPT2Config` or `Qwen3Config`.
 
     Raises:
         ValueError: there is none; the message names the field.
     """
-    can_be = {**ARCHITECTURE[model_type]}
+    required = {**ARCHITECTURE[model_type]}
     if model_type == "gpt2":
-        del can_be["attention_bias"], can_be["mlp_bias"]  # a bias of zero does what none does
-        can_be |= {
+        del required["attention_bias"], required["mlp_bias"]  # a missing bias equals a bias of zero
+        required |= {
             "num_key_value_heads": config.num_attention_heads,
             "head_dim": config.hidden_size // config.num_attention_heads,
         }
-    for name, needed in can_be.items():
+    for name, needed in required.items():
         if getattr(config, name) != needed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}, and a {model_type} model has only {needed!r}.")
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r}.")
     fields = {their_name: getattr(config, name) for name, their_name in NAMES[model_type].items()}
     fields |= {name: getattr(config, name) for name in SHARED}
     if model_type == "gpt2" and config.hidden_act == "gelu_pytorch_tanh":
@@ -150,10 +159,8 @@ def as_stock(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**fields, id2label=config.id2label, label2id=config.label2id)
 
 
-def gpt2_weights() -> "list[WeightTransform]":
-    """How transformers loads GPT-2's weights into ours; no name of our own weights is touched."""
-    from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming  # takes long
-
+def gpt2_weights() -> list[WeightTransform]:
+    """Conversion rules for transformers to load GPT-2's weights. They do not match the names of our own weights."""
     renamed = [WeightRenaming(r"^transformer\.", "model.")]
     renamed += [WeightRenaming(rf"(?<![\w]){theirs}\.", f"{ours}.") for theirs, ours in GPT2_PARTS.items()]
     renamed += [WeightRenaming(r"^classifier\.", "score.")]  # of GPT2ForTokenClassification
@@ -170,7 +177,7 @@ def gpt2_weights() -> "list[WeightTransform]":
 
 
 def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of `ScratchGPTForCausalLM` as one of `GPT2LMHeadModel`, with biases of zero where ours has none."""
+    """Convert a state dict of `ScratchGPTForCausalLM` to one of `GPT2LMHeadModel`. Missing biases become zeros."""
     result = {}
     for name, tensor in state.items():
         if "_proj." not in name:
@@ -185,3 +192,33 @@ def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             block = f"transformer.h.{layer}.{theirs}"
             result |= {f"{block}.weight": weight.T.contiguous(), f"{block}.bias": bias}
     return result
+
+
+class InterchangeModel(PreTrainedModel):
+    """A model that also loads GPT-2's weights, and that is saved with its code."""
+
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # the causal mask in GPT-2's older files
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> tuple:
+        """Also convert GPT-2's weights. The conversion is not kept: `save_pretrained` writes this model's own names."""
+        gpt2 = gpt2_weights()
+        load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *gpt2])
+        result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion not in gpt2]
+        return result
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Also save the code (through `_auto_class`) and the `auto_map` of all Auto classes.
+
+        Raises:
+            ValueError: the model has adapters, which are saved separately.
+        """
+        if not self._hf_peft_config_loaded and any(".lora_" in name for name, _ in self.named_parameters()):
+            raise ValueError("this model has adapters: save them with `save_adapter`, or call `merge_and_unload` first.")
+        self.config.auto_map = {
+            "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
+            "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
+            **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in HEADS},
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,28 +1,21 @@
-"""ScratchGPT: a decoder-only transformer that reads top to bottom and is at home in transformers.
+"""ScratchGPT: a decoder-only transformer to be read from top to bottom, with transformers' interfaces.
 
 Notable:
-- With the config's defaults it is GPT-2: the same function of the same weights. With rotary positions, RMSNorm, QK-norm and
-  a gated MLP it is Qwen3. Four words of the config decide (see `configuration_scratchgpt.py`).
-- Norms come before attention and MLP, never after (pre-norm); one more comes before the head.
-- `nn.Linear` everywhere, under the names that PEFT, quantizers and tensor-parallel plans look for.
-- Positions follow the attention mask, so a padded prompt means the same as a bare one, whichever side the padding is on.
-- Attention itself comes from transformers' registry (SDPA, flash, flex), with the eager form written out below.
+- Four fields of the config choose the architecture, from GPT-2 to Qwen3 (see `configuration_scratchgpt.py`).
+- Pre-norm: a norm precedes each attention, each MLP and the head.
+- `nn.Linear` everywhere, under the names that PEFT, quantizers and tensor-parallel plans expect.
+- Positions are derived from the attention mask, so padding on either side does not change the result.
+- Attention comes from transformers' registry (SDPA, flash, flex); the eager form is written out below.
 
-Shapes: B batch, T tokens now, S tokens attended to (cached and now), C hidden_size, H query heads, K key-value heads,
-D head_dim, V vocab_size.
+Shapes: B batch, T new tokens, S attended tokens, C hidden_size, H query heads, K key-value heads, D head_dim, V vocab_size.
 """
 
 import inspect
 import math
-import os
-from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -43,26 +36,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
-from .cross_entropy import IGNORE_INDEX, cross_entropy, linear_cross_entropy, reduce_losses
-from .interchange import gpt2_weights
-from .packed_linear import packed_linears
+from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, is_plain_head, linear_cross_entropy, span_loss
+from .interchange import InterchangeModel
+from .packed_linear import PackedGenerationMixin
 
-
-def make_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
-    """The norm over the last dimension that the config asks for."""
-    norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
-    return norm_class(size, eps=config.norm_eps)
-
-
-def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """A projection that writes to the residual stream. The mark tells `_init_weights` to start it smaller."""
-    projection = nn.Linear(in_features, out_features, bias=bias)
-    projection.writes_to_residual = True  # type: ignore[assignment]
-    return projection
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class ScratchGPTRotaryEmbedding(nn.Module):
-    """Cosine and sine of each position's angles (Su et al., 2021), with transformers' scalings for long contexts."""
+    """Rotary position embeddings (Su et al., 2021), with transformers' scaling types for long contexts."""
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__()
@@ -76,7 +58,7 @@ class ScratchGPTRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: ScratchGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Angle per position of each pair of dimensions (D/2,), and the factor on cosine and sine (none here)."""
+        """Inverse frequencies (D/2,) and the scale of cosine and sine (1: none)."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -90,7 +72,7 @@ class ScratchGPTRotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of every head in `x` (B, heads, T, D) by its position's angle."""
+    """Rotate each pair (x[i], x[i + D/2]) of every head in `x` (B, heads, T, D) by the angle of its position."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -105,7 +87,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as in the paper (Vaswani et al., 2017): the output (B, T, H, D) and the weights (B, H, T, S)."""
+    """Scaled dot-product attention (Vaswani et al., 2017): output (B, T, H, D) and weights (B, H, T, S)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
@@ -117,7 +99,7 @@ def eager_attention_forward(
 
 
 class ScratchGPTAttention(nn.Module):
-    """Causal self-attention with any number of key and value heads."""
+    """Causal self-attention; grouped-query if there are fewer key-value heads than query heads."""
 
     def __init__(self, config: ScratchGPTConfig, layer_idx: int):
         super().__init__()
@@ -128,15 +110,15 @@ class ScratchGPTAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.fused_inputs = ("q_proj", "k_proj", "v_proj")  # see packed_linear.py
-
         query_size, key_value_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = residual_projection(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # for `_init_weights`, which only gets the module
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        # Read here once: a config looks its fields up slowly, and a token that is decoded passes each layer.
+        # Copied from the config, whose attribute lookup is slow: decoding reads them in every layer for every token.
         self.attention_dropout, self.hidden_dropout = config.attention_dropout, config.hidden_dropout
 
     def forward(
@@ -147,8 +129,7 @@ class ScratchGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -161,22 +142,23 @@ class ScratchGPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
+        output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )  # (B, T, H, D)
-        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
+        )
+        output = output.flatten(-2).contiguous()  # (B, T, H, D) to (B, T, H * D)
         return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
 
 
 class ScratchGPTMLP(nn.Module):
-    """Each token by itself: widen, bend, narrow; with a gate on the wide side if the config says so."""
+    """Position-wise feed-forward network; gated (SwiGLU-style) if the config says so."""
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = residual_projection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.writes_to_residual = True  # type: ignore[assignment]
         self.gate_proj = None
         if config.mlp_type == "gated":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -186,28 +168,27 @@ class ScratchGPTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up = self.up_proj(hidden_states)
-        wide = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return nn.functional.dropout(self.down_proj(wide), self.hidden_dropout, self.training)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return nn.functional.dropout(self.down_proj(inner), self.hidden_dropout, self.training)
 
 
 class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
-    """One block: attention between tokens, then the MLP, each added to the residual stream."""
+    """Transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: ScratchGPTConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.input_layernorm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
         self.self_attn = ScratchGPTAttention(config, layer_idx)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
         self.mlp = ScratchGPTMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class ScratchGPTPreTrainedModel(PreTrainedModel):
-    """What all ScratchGPT models share: how they start, and what transformers may do with them."""
+class ScratchGPTPreTrainedModel(InterchangeModel):
+    """Base class: initialization, and the features of transformers that are supported."""
 
     config_class = ScratchGPTConfig
     base_model_prefix = "model"
@@ -219,49 +200,19 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # GPT-2's old files hold its causal mask
     _can_record_outputs = {"hidden_states": ScratchGPTDecoderLayer, "attentions": ScratchGPTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights, zero biases; what writes to the residual stream starts smaller, by the number of its writes.
-
-        Source: GPT-2 (Radford et al., 2019), section 2.3. The mark is on the projections themselves, because
-        transformers passes over modules of custom code that hold no parameter of their own.
-        """
+        """Also scale down the residual projections by the square root of their number (GPT-2: Radford et al., 2019, 2.3)."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and hasattr(module, "writes_to_residual"):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> tuple:
-        """As in transformers, and GPT-2's weights go where they belong. What is saved later bears our names."""
-        foreign = gpt2_weights()
-        load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *foreign])
-        result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion not in foreign]
-        return result
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As in transformers. The folder also gets the code (by `_auto_class`), and says what each Auto class finds in it.
-
-        Raises:
-            ValueError: the model has adapters, which are no part of its folder.
-        """
-        if not self._hf_peft_config_loaded and any(".lora_" in name for name, _ in self.named_parameters()):
-            raise ValueError("this model has adapters: save them with `save_adapter`, or the whole after `merge_and_unload`.")
-        heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-        self.config.auto_map = {
-            "AutoConfig": "configuration_scratchgpt.ScratchGPTConfig",
-            "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
-            **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in heads},
-        }
-        super().save_pretrained(save_directory, *args, **kwargs)
-
 
 class ScratchGPTModel(ScratchGPTPreTrainedModel):
-    """Embeddings, the blocks, the last norm: from token ids to one vector a token."""
+    """The backbone: embeddings, blocks and final norm, from token ids to hidden states."""
 
     _auto_class = "AutoModel"
 
@@ -274,7 +225,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             self.rotary_emb = ScratchGPTRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(ScratchGPTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = make_norm(config, config.hidden_size)
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -287,11 +238,30 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 f"{input_ids.max()}: is this the tokenizer the model was trained with?"
             ) from error
 
-    def _positions(self, attention_mask: torch.Tensor | None, past_length: int, length: int, device) -> torch.Tensor:
-        """Position of each token now: how many real tokens stand before it. (B or 1, T)."""
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        return torch.arange(length, device=device).unsqueeze(0) + past_length
+    def _check_shapes(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> None:
+        batch, length = inputs_embeds.shape[:2]
+        if batch == 0 or length == 0:
+            raise ValueError(f"the inputs are empty ({batch} rows, {length} columns): pass at least one token.")
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return
+        rows, columns = attention_mask.shape
+        if rows != batch or (columns != length if past_key_values is None else columns < length):
+            expected = (batch, length + (past_key_values.get_seq_length() if past_key_values is not None else 0))
+            raise ValueError(f"attention_mask is {(rows, columns)}: it must be (batch, cached + new tokens), here {expected}.")
+
+    def _embed_positions(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The input of the first block, and the rotary embeddings if the positions are not learned."""
+        if self.config.position_embedding_type == "rotary":
+            return inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
+        length, limit = past_length + inputs_embeds.shape[1], self.config.max_position_embeddings
+        if length > limit and position_ids.max() >= limit:
+            raise ValueError(
+                f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings): shorten the "
+                "text, or train a model with rotary positions."
+            )
+        return inputs_embeds + self.embed_positions(position_ids), None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -305,10 +275,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """The last hidden states (B, T, C), and with `use_cache` the keys and values for the next call.
+        """Return the last hidden states (B, T, C), and with `use_cache` the keys and values for the next call.
 
-        Several documents may stand in one row: where `position_ids` start again, a new one begins, and no token sees
-        another's document. There must be no `attention_mask` then.
+        A row may hold several packed documents: each begins where `position_ids` restart, and attends only to itself. This
+        takes `position_ids` and no `attention_mask`.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a mask of another
@@ -318,36 +288,18 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
-        batch, length = inputs_embeds.shape[:2]
-        if batch == 0 or length == 0:
-            raise ValueError(f"there is no token in inputs of {batch} rows and {length} columns: give at least one.")
+        self._check_shapes(inputs_embeds, attention_mask, past_key_values)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            fits = attention_mask.shape[1] == length if past_key_values is None else attention_mask.shape[1] >= length
-            if attention_mask.shape[0] != batch or not fits:
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}: it must be (batch, tokens cached and now), here "
-                    f"({batch}, {past_length + length})."
-                )
-
-        # Only positions that the caller gives can tell of several documents in a row, and only before there is a cache.
+        # First, since packed documents are detected from the caller's position_ids, and only without a cache.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = self._positions(attention_mask, past_length, length, inputs_embeds.device)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:  # count only real tokens
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        elif position_ids is None:
+            position_ids = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
 
-        hidden_states, position_embeddings = inputs_embeds, None
-        if self.config.position_embedding_type == "learned":
-            limit = self.config.max_position_embeddings
-            if past_length + length > limit and position_ids.max() >= limit:
-                raise ValueError(
-                    f"{past_length + length} tokens were given, but this model has learned only {limit} positions "
-                    "(max_position_embeddings): shorten the text, or train a model with rotary positions."
-                )
-            hidden_states = inputs_embeds + self.embed_positions(position_ids)
-        else:
-            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
         for layer in self.layers:
             hidden_states = layer(
@@ -363,8 +315,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states (B, T, C) that get logits: the last so many (0: all), the places listed for all rows or for each,
-    or those that a mask (B, T) marks, then as (N, C)."""
+    """Select the hidden states (of B, T, C) that get logits: the last N (0: all), those at indices (N,) or (B, N), or those
+    where a boolean mask (B, T) is true, as (N, C)."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.dtype == torch.bool:
@@ -374,8 +326,8 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     return hidden_states[:, logits_to_keep]
 
 
-class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
-    """The language model: for each token, how likely each id is to come next."""
+class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
+    """Language model: next-token logits, loss and generation."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -403,81 +355,57 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and the loss when there are labels.
+        """Return next-token logits (B, T, V), and the loss if there are labels.
 
         Args:
-            labels: the input ids themselves; position t is scored on `labels[t + 1]`. -100 counts for nothing.
-            shift_labels (among `kwargs`: Trainer takes every argument with "label" in its name for one that each batch has):
-                what comes next, shifted already; instead of `labels`.
-            num_items_in_batch: the sum of the losses is divided by it, so that a batch has one loss however it is split;
-                without it the loss is the mean over scored tokens, in nats.
-            skip_logits: whether to give the loss alone, which saves most of the memory of a training step. While
-                training with labels that is the default; pass False to get the logits all the same.
-            logits_to_keep: compute only the last so many logits, or those at these positions.
+            labels: the input ids; shifted here, so that position t is scored on `labels[t + 1]`. -100 is ignored.
+            shift_labels (in `kwargs`, since Trainer expects every argument with "label" in its name in each batch): labels
+                that are already shifted, instead of `labels`.
+            num_items_in_batch: divisor of the summed loss, which makes it independent of how a batch is split. Without it,
+                the loss is the mean over scored tokens, in nats.
+            skip_logits: return only the loss, which saves most of the memory of a training step. Default: True while
+                training with labels.
+            logits_to_keep: compute only the last N logits, or those at these positions (see `select_positions`).
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
-        hidden_states = outputs.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-        # The lean loss needs the head's bare weight: what LoRA, a quantizer or a tensor-parallel plan has made of it is called.
-        head = self.lm_head
-        is_bare = type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
         if skip_logits is None:
             skip_logits = self.training and shift_labels is not None
         loss = logits = None
-        if skip_logits and shift_labels is not None and is_bare:
-            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch)
+        if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:
-            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # (B, T, V)
+            logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
             if shift_labels is not None:
                 loss = cross_entropy(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
-    @wraps(GenerationMixin.generate)  # type: ignore[arg-type]
-    def generate(self, *args, **kwargs) -> Any:  # type: ignore[override]
-        with packed_linears(self):
-            return super().generate(*args, **kwargs)
 
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        """Also refuse, before the first token, to go past the learned positions; the last token that is written is not read."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
-            raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones are "
-                f"more than the {limit} positions that this model has learned: pass max_new_tokens="
-                f"{max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
-            )
-
-
-# `generate` asks custom code for its signature at every token; found here, the answer costs nothing.
+# `generate` inspects the signature of custom code for every token: cached here, that takes no time.
 ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCausalLM.forward)  # type: ignore[attr-defined]
 
 
+# The other heads ---------------------------------------------------------------------------------------------------------
+
+
 def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
-    """One vector a text (B, C), from the hidden states (B, T, C) of its real tokens: `"last"` or `"mean"`."""
+    """Pool hidden states (B, T, C) over the real tokens of each text to (B, C): the `"last"` or the `"mean"`."""
     if attention_mask is None:
         return hidden_states[:, -1] if how == "last" else hidden_states.mean(1)
     is_real = (attention_mask != 0).to(hidden_states.device)  # (B, T)
     if how == "mean":
         return (hidden_states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
-    places = torch.arange(is_real.shape[1], device=hidden_states.device)
-    last = (places * is_real).argmax(-1)  # (B,)
+    indices = torch.arange(is_real.shape[1], device=hidden_states.device)
+    last = (indices * is_real).argmax(-1)  # (B,)
     return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
-    """One set of scores a text, read off its last real token or the mean of all: any number of classes, several at once, or
-    numbers."""
+    """Classification (single- or multi-label) or regression of whole texts."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -493,45 +421,27 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,  # (B,) classes or numbers, or (B, num_labels) of 0 and 1, shares or numbers
+        labels: torch.Tensor | None = None,  # (B,) classes or targets, or (B, num_labels) probabilities or targets
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        """Scores (B, num_labels), and the loss that `config.problem_type` asks for when there are labels.
+        """Return logits (B, num_labels), and the loss of `config.problem_type` if there are labels.
 
-        The attention mask alone says which tokens are real, on whichever side the padding is; without a mask all are. A
-        `problem_type` that is not set is told from the labels, as in transformers. For one class a text, labels (B, num_labels)
-        are the share of each class: so they carry label smoothing, and the weight of the text as their sum.
+        Only the attention mask marks padding, on either side; without a mask all tokens are real. As in transformers,
+        `problem_type` is inferred from the labels if not set. Single-label targets may be class probabilities
+        (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
         """
-        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
-        text = pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
-        logits = self.score(text)  # (B, num_labels)
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        pooled = pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        logits = self.score(pooled)  # (B, num_labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "single_label_classification" and not labels.is_floating_point():
-            return cross_entropy(logits, labels, num_items_in_batch)
-        logits, labels = logits.float(), labels.float().view_as(logits)
-        if self.config.problem_type == "single_label_classification":
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-            return reduce_losses(losses[:, None].expand_as(labels), num_items_in_batch)  # Trainer counts every share
-        regression = self.config.problem_type == "regression"
-        per_element = nn.functional.mse_loss if regression else nn.functional.binary_cross_entropy_with_logits
-        return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)
-
 
 class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
-    """One class a token."""
+    """Classification of each token."""
 
     _auto_class = "AutoModelForTokenClassification"
 
@@ -548,19 +458,19 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 counts for nothing
+        labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 is ignored
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """Scores (B, T, num_labels), and the loss when there are labels."""
-        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
+        """Return logits (B, T, num_labels), and the loss if there are labels."""
+        outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
-    """Where in the text the answer starts and ends."""
+    """Extractive question answering: the start and the end of the answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
@@ -580,24 +490,11 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Scores of each token as start and as end (B, T), and the mean of both losses. Places past the end do not count."""
-        outputs: BaseModelOutputWithPast = self.model(input_ids, attention_mask, **kwargs)
+        """Return start and end logits (B, T), and the mean of both losses. Positions beyond the text are ignored."""
+        outputs = self.model(input_ids, attention_mask, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            losses = [
-                cross_entropy(logits, places.masked_fill(places >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
-                for logits, places in ((start_logits, start_positions.flatten()), (end_logits, end_positions.flatten()))
-            ]
-            loss = (losses[0] + losses[1]) / 2
+            start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
+            loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
         return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
-
-
-__all__ = [
-    "ScratchGPTForCausalLM",
-    "ScratchGPTForQuestionAnswering",
-    "ScratchGPTForSequenceClassification",
-    "ScratchGPTForTokenClassification",
-    "ScratchGPTModel",
-    "ScratchGPTPreTrainedModel",
-]

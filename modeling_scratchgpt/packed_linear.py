@@ -1,37 +1,37 @@
-"""Faster decoding on a CPU: linear layers that read their weights in the order the processor likes.
+"""Faster decoding on a CPU: linear layers with packed weights.
 
-One token at a time, a model is as fast as it reads its weights. On some processors torch's product of a few rows with a plain
-matrix reads them at half the speed of memory, or less; oneDNN, which comes with torch, reads a matrix that it has rearranged
-beforehand at full speed. On others the plain product of one row is the faster one. So both are timed while they are used, and
-the faster stays.
+Decoding is bound by reading the weights. On some processors, torch's product of a few rows with a plain matrix reads them at
+half the memory bandwidth or less, while oneDNN, which comes with torch, reads a packed (reordered) matrix at full bandwidth. On
+others the plain product of one row is faster. So both are timed in use, and the faster one is kept.
 
 Notable:
-- Only while `packed_linears` is entered, and only for a few rows: longer inputs and training take the usual way.
-- Layers that a module names in `fused_inputs` (queries, keys and values), in the order of their calls, become one product.
-- The first call may be the prompt, and costs nothing. The next are the trial, once in a process for each size of a layer and
-  each number of rows. The two ways differ in the last bits of a number.
-- A packed weight is in memory twice until the end; nothing is kept longer, because weights may change where nobody sees it
-  (merging an adapter writes to `.data`).
-- It packs plain `nn.Linear` layers in float32. What an adapter, a quantizer or a compiler has made of a layer stays as it is.
+- Only inside `packed_linears`, and only for a few rows: long inputs and training use plain products.
+- Layers that a module lists in `fused_inputs` (such as query, key and value, in the order of their calls) become one product.
+- The first call is not timed, since it may be the prompt. The trial follows, once per process for each layer size and number of
+  rows. The two products differ by rounding.
+- A packed weight is a second copy in memory until the context ends. It is not cached longer, because changes of the weight
+  cannot be detected (merging an adapter writes to `.data`).
+- Only plain float32 `nn.Linear` layers are packed, not layers with an adapter, quantized or compiled ones.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
-MAX_ROWS = 32  # above, plain products are as fast
-TRIES = 3  # calls that are timed, each way
-FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # by rows and the sizes of the layers: what the trials of this process said
+MAX_ROWS = 32  # plain products are as fast for more
+TRIES = 3  # timed calls of each kind
+FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # results of the trials, by rows and layer sizes
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Within this context, linear layers of the model on a CPU multiply few rows faster. Weights must not change meanwhile."""
+    """Context manager for faster products of few rows on a CPU. The weights must not change inside."""
     layers: list[nn.Linear] = []
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         for module in model.modules():
@@ -48,26 +48,48 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # another thread may have been faster
+            vars(layer).pop("forward", None)  # another thread may have removed it
+
+
+class PackedGenerationMixin(GenerationMixin):
+    """`generate` with packed linear layers, limited to the learned positions."""
+
+    config: Any
+
+    @wraps(GenerationMixin.generate)  # type: ignore[arg-type]
+    def generate(self, *args, **kwargs) -> Any:  # type: ignore[override]
+        with packed_linears(self):  # type: ignore[arg-type]
+            return super().generate(*args, **kwargs)
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
+        """Also refuse lengths beyond the learned positions. The last token needs none, since it is not read."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
+            new = generation_config.max_length - input_ids_length
+            raise ValueError(
+                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
+                f"pass max_new_tokens={max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
+            )
 
 
 def _can_be_packed(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or "forward" in vars(module):  # the latter: another thread is decoding as well
+    if type(module) is not nn.Linear or "forward" in vars(module):  # the latter: packed by another thread
         return False
     return type(module.weight) is nn.Parameter and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
 
 class _PackedLinears:
-    """Layers that read the same input. `forward` computes what one of them computes: from its own weight or, for few rows and
-    where that is faster, from the packed weights of all, at once."""
+    """Layers with the same input. `forward` computes the output of one: from its weight or, for few rows and if that is faster,
+    from the packed weights of all in one product."""
 
     def __init__(self, layers: list[nn.Linear]):
         self.layers = layers
         self.weight: torch.Tensor | None = None  # packed
         self.bias: torch.Tensor | None = None
-        self.last: tuple = (None, ())  # an input and its outputs, as one value: another thread cannot come between them
+        self.last: tuple = (None, ())  # an input and its outputs, in one attribute for thread safety
         self.rows = 0
-        self.seconds = [0.0]  # of each call with so many rows, until it is settled which way is faster
+        self.seconds = [0.0]  # duration of each call during the trial
         self.is_settled = False
 
     def forward(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -87,12 +109,12 @@ class _PackedLinears:
         return output
 
     def _begin_call(self, rows: int) -> None:
-        """One call that is not timed and some that are with the plain weights, the same with the packed ones; then settle."""
+        """Time TRIES calls with plain weights and TRIES with packed ones, each after one untimed call; then decide."""
         if rows != self.rows:
             self.rows, self.seconds, self.weight = rows, [0.0], None
             return
         calls, shape = len(self.seconds), (rows, self.layers[0].in_features, *(layer.out_features for layer in self.layers))
-        if calls == 2 * (1 + TRIES):  # a little faster is not worth the packing
+        if calls == 2 * (1 + TRIES):  # packing must pay off clearly
             FASTER_PACKED.setdefault(shape, 1.2 * min(self.seconds[-TRIES:]) < min(self.seconds[1 : 1 + TRIES]))
         self.is_settled = shape in FASTER_PACKED
         if FASTER_PACKED.get(shape, calls > TRIES):
@@ -116,10 +138,7 @@ class _PackedLinears:
             output = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, self.bias, "none", [], "")
             if len(self.layers) == 1:
                 return output
-            # Contiguous, since a cache of keys is slow to take in what is not.
+            # The cache appends contiguous keys and values faster.
             outputs = tuple(part.contiguous() for part in output.split([layer.out_features for layer in self.layers], dim=-1))
             self.last = inputs, outputs
         return outputs[index]
-
-
-__all__ = ["packed_linears"]

@@ -1,11 +1,11 @@
-"""ScratchGPT's tokenizers: byte-level byte-pair encoding, and the other kinds that books compare it with.
+"""ScratchGPT's tokenizers: byte-level BPE, and other kinds for comparison.
 
 Notable:
-- Bytes are the alphabet of the two byte-level kinds (GPT-2, Radford et al., 2019), so nothing is unknown to them and every
-  Unicode text comes back unchanged. The other kinds have a token for what they do not know.
-- The beginning, the end and the padding of a text are three different tokens. One token for two of them is how models learn
-  never to stop. None of them can be reached by spelling it out in a text of the corpus.
-- It is a plain `tokenizer.json` underneath: `AutoTokenizer` reads a saved folder with or without this file.
+- The two byte-level kinds (GPT-2, Radford et al., 2019) start from bytes: they need no unknown token, and every Unicode text is
+  decoded unchanged. The other kinds have an unknown token.
+- BOS, EOS and padding are three different tokens: a model whose EOS is also its padding never learns to stop. Text in the
+  corpus that spells out a special token is not encoded as that token.
+- A saved tokenizer is a plain `tokenizer.json`: `AutoTokenizer` loads it with or without this file.
 """
 
 import json
@@ -22,44 +22,44 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 TOKENIZERS = ("bpe", "bpe-gpt4", "word", "wordpiece", "unigram", "character")
 BYTE_LEVEL = ("bpe", "bpe-gpt4")
-MAX_VOCAB_SIZE = 2**24  # far above any in use; tokenizers reserves the memory for all of it
+MAX_VOCAB_SIZE = 2**24  # sanity limit: `tokenizers` allocates memory for all of it
 LONG_RUN = re.compile(r"(\S{512}|\s{512})")
 
-# As GPT-4's split (tiktoken's cl100k) differs from GPT-2's: contractions whatever their case, digits by threes at most, ends of
-# lines apart from what stands around them. Unlike it, a word takes nothing but a space in front, and keeps its accents.
+# Like GPT-4's split (tiktoken's cl100k), unlike GPT-2's: contractions in any case, at most three digits, line ends separate.
+# Unlike GPT-4's: a word includes only a space before it, and keeps combining accents.
 GPT4_LIKE_SPLIT = (
     r"'(?i:ll|re|ve|[dmst])(?!\p{L})"  # 't of don't, not of 'twas
     r"| ?\p{L}[\p{L}\p{M}]*|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+"
-    r"|[^\S\r\n]+(?!\S)|[^\S\r\n]+"  # an indentation, but for its last space: that one goes with the word
+    r"|[^\S\r\n]+(?!\S)|[^\S\r\n]+"  # indentation except its last space, which belongs to the word
 )
 
 
 def special_tokens(kind: str) -> dict[str, str]:
-    """The special tokens of a kind, as the keyword arguments of `ScratchGPTTokenizer`, in the order of their ids from 0."""
+    """Special tokens of a kind, as keyword arguments of `ScratchGPTTokenizer`, in the order of their ids from 0."""
     names = ("bos", "eos", "pad") if kind in BYTE_LEVEL else ("bos", "eos", "pad", "unk")
     form = "[{}]" if kind in ("word", "wordpiece") else "<|{}|>"
     return {f"{name}_token": form.format(name.upper() if form == "[{}]" else name) for name in names}
 
 
 def min_vocab_size(kind: str) -> int:
-    """The fewest tokens a kind can do with: the special ones and every byte, or one character (alone and inside a word)."""
+    """Smallest vocabulary of a kind: special tokens and all bytes, or one character (for WordPiece alone and inside a word)."""
     return len(special_tokens(kind)) + (256 if kind in BYTE_LEVEL else 2 if kind == "wordpiece" else 1)
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Some damaged files make `tokenizers` panic, which is no `Exception` in Python: a `ValueError` instead."""
+    """Raise panics of `tokenizers`, which some damaged files cause and which are not an `Exception`, as a `ValueError`."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"tokenizers panics: {error}") from error
+        raise ValueError(f"tokenizers panicked: {error}") from error
 
 
 class ScratchGPTTokenizer(TokenizersBackend):
     """
-    A fast tokenizer like any other in transformers, with two ways to make one: `train` and `from_gpt2_files`.
+    A fast tokenizer of transformers, with the constructors `train` and `from_gpt2_files`.
 
     Example:
 
@@ -75,7 +75,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
     @property
     def add_prefix_space(self) -> bool:
-        """Whether a text's first word gets a space before it, as texts split into words want it. Only "bpe" has the choice."""
+        """Add a space before the first word, as pre-tokenized texts need it. Only "bpe" supports it."""
         return getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
 
     @add_prefix_space.setter
@@ -87,28 +87,28 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", show_progress: bool = False) -> Self:
-        """Learn a vocabulary from `texts`, which are read once and never held together.
+        """Train a tokenizer on `texts`, which are streamed once.
 
         Args:
             texts: the training texts.
-            vocab_size: number of tokens to reach, the special ones and the 256 bytes included. A small corpus may
-                have too little in it to reach it; `len(tokenizer)` tells.
-            kind: what the tokens are, and what `decode(encode(text))` loses:
-                "bpe": merged bytes within GPT-2's words; nothing.
-                "bpe-gpt4": the same within words as GPT-4 cuts them; nothing.
-                "word": words and runs of punctuation; which white space stood between them, and rare words.
-                "wordpiece": BERT's pieces of words, the later ones marked `##`; white space, and rare characters.
-                "unigram": pieces of words from the likeliest split (Kudo, 2018); unseen characters, and `▁` for a space.
-                "character": one character each; unseen characters.
-            show_progress: whether `tokenizers` draws its own progress bars.
+            vocab_size: number of tokens, including special tokens and the 256 bytes. A small corpus may yield fewer: see
+                `len(tokenizer)`.
+            kind: the algorithm, and what is lost by `decode(encode(text))`:
+                "bpe": byte-level BPE with GPT-2's pre-tokenization; nothing.
+                "bpe-gpt4": the same with GPT-4's pre-tokenization; nothing.
+                "word": words and runs of punctuation; white space, and rare words.
+                "wordpiece": BERT's WordPiece, with `##` for continuations; white space, and rare characters.
+                "unigram": subwords by a unigram language model (Kudo, 2018); unseen characters, and `▁` becomes a space.
+                "character": single characters; unseen characters.
+            show_progress: show the progress bars of `tokenizers`.
 
         Raises:
-            TypeError: `texts` is one text; its letters would be taken for texts.
-            ValueError: an unknown kind; `vocab_size` leaves no room for what the kind must hold (the bytes, or every
-                character of the texts for "unigram" and "character"), or is beyond all measure.
+            TypeError: `texts` is a single string.
+            ValueError: an unknown kind; `vocab_size` is too large, or too small for the required tokens (the bytes, or every
+                character of the texts for "unigram" and "character").
         """
         if isinstance(texts, str):
-            raise TypeError("texts must be a list or an iterator of texts, got one text: put it in a list.")
+            raise TypeError("texts must be a list or an iterator of strings, got one string: put it in a list.")
         if kind not in TOKENIZERS:
             raise ValueError(f"kind must be one of {', '.join(TOKENIZERS)}, got {kind!r}.")
         if not min_vocab_size(kind) <= vocab_size <= MAX_VOCAB_SIZE:
@@ -117,24 +117,26 @@ class ScratchGPTTokenizer(TokenizersBackend):
                 f"vocab_size must be at least {min_vocab_size(kind)} ({least} and {len(special_tokens(kind))} special tokens) "
                 f"and at most {MAX_VOCAB_SIZE}, got {vocab_size}."
             )
-        tokenizer = _characters(texts, vocab_size) if kind == "character" else _trained(texts, vocab_size, kind, show_progress)
+        tokenizer = (
+            _train_characters(texts, vocab_size) if kind == "character" else _train(texts, vocab_size, kind, show_progress)
+        )
         return cls(tokenizer_object=tokenizer, **special_tokens(kind))
 
     @classmethod
     def from_gpt2_files(cls, vocab_file: str | Path, merges_file: str | Path) -> Self:
-        """GPT-2's own tokenizer from the files OpenAI published, `encoder.json` and `vocab.bpe`.
+        """Load GPT-2's tokenizer from OpenAI's files `encoder.json` and `vocab.bpe`.
 
-        As GPT-2 was trained, `<|endoftext|>` both begins and ends a text; there is no padding token.
+        As in GPT-2, `<|endoftext|>` is both BOS and EOS, and there is no padding token.
 
         Raises:
             OSError: a file is missing.
-            ValueError: a file is not what it should be.
+            ValueError: a file is invalid.
         """
         try:
             vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
             lines = Path(merges_file).read_text(encoding="utf-8").splitlines()
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            tokenizer = _untrained("bpe")
+            tokenizer = _build("bpe")
             with panics_as_errors():
                 tokenizer.model = models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # pairs, or refused
         except OSError:
@@ -144,15 +146,15 @@ class ScratchGPTTokenizer(TokenizersBackend):
         return cls(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
-def _untrained(kind: str) -> Tokenizer:
-    """An empty model with its split into words before and the way back to text after."""
+def _build(kind: str) -> Tokenizer:
+    """Build an empty model with its pre-tokenizer and decoder."""
     tokenizer, unknown = Tokenizer(models.BPE()), special_tokens(kind).get("unk_token", "")
     if kind in BYTE_LEVEL:
         words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bpe")
         split = pre_tokenizers.Split(Regex(GPT4_LIKE_SPLIT), "isolated")
         tokenizer.pre_tokenizer = words if kind == "bpe" else pre_tokenizers.Sequence([split, words])
         tokenizer.decoder = decoders.ByteLevel()
-    elif kind == "word":  # without a decoder, words are joined by spaces
+    elif kind == "word":  # without a decoder, tokens are joined with spaces
         tokenizer.model = models.WordLevel(unk_token=unknown)
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     elif kind == "wordpiece":
@@ -161,28 +163,28 @@ def _untrained(kind: str) -> Tokenizer:
         tokenizer.decoder = decoders.WordPiece()
     elif kind == "unigram":
         tokenizer.model = models.Unigram()
-        # Apart: line ends, which Metaspace takes for letters, and `<|`, or the likeliest split of a text that spells out a
-        # special token would be that token.
-        apart = pre_tokenizers.Split(Regex(r"<\||[^\S ]+"), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([apart, pre_tokenizers.Metaspace(prepend_scheme="never")])
+        # Isolate line ends, which Metaspace treats as letters, and `<|`: otherwise the likeliest split of a spelled-out special
+        # token would be that token.
+        isolate = pre_tokenizers.Split(Regex(r"<\||[^\S ]+"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([isolate, pre_tokenizers.Metaspace(prepend_scheme="never")])
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     return tokenizer
 
 
-def _trained(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool) -> Tokenizer:
-    tokenizer, special, seen = _untrained(kind), list(special_tokens(kind).values()), set[str]()
+def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool) -> Tokenizer:
+    tokenizer, special, seen = _build(kind), list(special_tokens(kind).values()), set[str]()
     shared: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": show_progress}
     if kind in BYTE_LEVEL:
         trainer: Any = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **shared)
     elif kind == "word":
         trainer = trainers.WordLevelTrainer(**shared)
-    elif kind == "wordpiece":  # the commonest characters; each may come twice, alone and with ##
+    elif kind == "wordpiece":  # each character may take two tokens, with and without ##
         trainer = trainers.WordPieceTrainer(limit_alphabet=max(1, (vocab_size - len(special)) // 4), **shared)
     else:
         trainer = trainers.UnigramTrainer(unk_token=special_tokens(kind)["unk_token"], **shared)
 
     def pieces() -> Iterator[str]:
-        """Training takes the square of a word's length: a megabyte without a space would take days."""
+        """Split long runs without spaces: training time is quadratic in the length of a word."""
         for text in texts:
             if kind == "unigram":
                 seen.update(text.replace(" ", "▁"))
@@ -190,7 +192,7 @@ def _trained(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bo
 
     try:
         tokenizer.train_from_iterator(pieces(), trainer)
-    except Exception:  # bare ones; without room for the characters it says so, or goes beyond the size in silence
+    except Exception:  # bare ones, also for too small a vocabulary, which other trainers exceed silently
         _check_room(kind, len(seen), vocab_size)
         raise
     _check_room(kind, len(seen), vocab_size)
@@ -198,14 +200,14 @@ def _trained(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bo
 
 
 def _check_room(kind: str, num_characters: int, vocab_size: int) -> None:
-    least = len(special_tokens(kind)) + num_characters + (kind == "unigram")  # with room for them alone its trainer takes all
-    if least > vocab_size:
+    min_size = len(special_tokens(kind)) + num_characters + (kind == "unigram")  # its trainer needs one more
+    if min_size > vocab_size:
         found = f"the texts have {num_characters} different characters, and kind {kind!r} needs a token for each"
-        raise ValueError(f"vocab_size must be at least {least}: {found}; got {vocab_size}.")
+        raise ValueError(f"vocab_size must be at least {min_size}: {found}; got {vocab_size}.")
 
 
-def _characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE without merges, over characters instead of bytes."""
+def _train_characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Build a character tokenizer: BPE without merges."""
     special, seen = special_tokens("character"), set[str]()
     for text in texts:
         seen.update(text)
@@ -218,22 +220,22 @@ def _characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """How well a tokenizer fits texts."""
+    """Fit of a tokenizer to texts."""
 
-    bytes_per_token: float  # UTF-8 bytes of the texts; the more, the shorter the sequences
-    tokens_per_word: float  # words are what white space parts (fertility)
-    unknown_share: float  # tokens that stand for something unknown, 0 to 1
+    bytes_per_token: float  # UTF-8 bytes; higher means shorter sequences
+    tokens_per_word: float  # fertility; words are separated by white space
+    unknown_share: float  # share of unknown tokens, 0 to 1
 
     def __str__(self) -> str:
         unknown = f", {self.unknown_share:.2%} of them unknown" if self.unknown_share else ""
-        return f"{self.bytes_per_token:.2f} bytes a token, {self.tokens_per_word:.2f} tokens a word{unknown}"
+        return f"{self.bytes_per_token:.2f} bytes per token, {self.tokens_per_word:.2f} tokens per word{unknown}"
 
 
 def tokenizer_report(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_texts: int = 1000) -> TokenizerReport:
-    """Measure a fast tokenizer on the first `max_texts` texts, read one by one.
+    """Measure a fast tokenizer on the first `max_texts` texts, which are streamed.
 
     Raises:
-        ValueError: there is no word in these texts.
+        ValueError: the texts have no words.
     """
     num_bytes = num_words = num_tokens = num_unknown = 0
     for text in islice(texts, max_texts):
@@ -241,8 +243,5 @@ def tokenizer_report(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], m
         num_bytes, num_words, num_tokens = num_bytes + len(text.encode()), num_words + len(text.split()), num_tokens + len(ids)
         num_unknown += ids.count(tokenizer.unk_token_id)
     if not num_words:
-        raise ValueError(f"there is no word in the first {max_texts} texts: nothing to measure a tokenizer by.")
+        raise ValueError(f"the first {max_texts} texts have no words to measure a tokenizer with.")
     return TokenizerReport(num_bytes / num_tokens, num_tokens / num_words, num_unknown / num_tokens)
-
-
-__all__ = ["ScratchGPTTokenizer"]

@@ -1,10 +1,11 @@
-"""Shared pieces of the tests: where the real inputs are, and models small enough to run in a blink."""
+"""Fixtures of all tests: the directory of real inputs, tiny models, two processes, a server, a small disk."""
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers run side by side: each, and what it starts, has a core
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: each, and each process it starts, gets one
     os.environ["OMP_NUM_THREADS"] = "1"
-# Nothing here may reach for the network: what a test needs it makes, or finds in the folder of real inputs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores: threads that wait must not keep them busy
+# No test uses the network: inputs are made by the test, or are in the directory of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
@@ -26,7 +27,7 @@ from packaging.version import Version
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-IS_CURRENT = Version(transformers.__version__) >= Version("5.23")  # older ones lack things that some tests are about
+IS_CURRENT = Version(transformers.__version__) >= Version("5.23")  # older versions lack what some tests need
 MODERN: dict[str, Any] = {
     "position_embedding_type": "rotary",
     "norm_type": "rmsnorm",
@@ -48,19 +49,19 @@ TINY: dict[str, Any] = {
 }
 
 
-# The beginning of a program for a process of its own, in which neither of our packages can be imported.
+# The beginning of a program that runs in its own process, where the packages of this project cannot be imported.
 WITHOUT_THE_PACKAGE = """
 import importlib.abc, json, sys
 
-class NotHere(importlib.abc.MetaPathFinder):
+class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_scratchgpt", "training"):
             raise ModuleNotFoundError(name)
 
-sys.meta_path.insert(0, NotHere())
+sys.meta_path.insert(0, Hidden())
 try:
     import modeling_scratchgpt
-    sys.exit("the package is importable: this proves nothing")
+    sys.exit("the package can be imported")
 except ModuleNotFoundError:
     pass
 """
@@ -68,7 +69,7 @@ except ModuleNotFoundError:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Caches of the test run are its own, so it finds nothing that an earlier run has left."""
+    """A new cache for this test run."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
@@ -76,14 +77,14 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real inputs."""
+    """The directory of real inputs."""
     folder = os.environ.get("SCRATCHGPT_TEST_DATA")
     if not folder:
         pytest.skip("SCRATCHGPT_TEST_DATA is not set: no real inputs to test with")
     return Path(folder)
 
 
-# Not out through Python's teardown: there a gloo thread that still holds Python objects aborts, once in many runs.
+# The processes end by os._exit: in Python's own teardown, a gloo thread that holds Python objects sometimes aborts.
 EACH_CASE = """
 import json, os, runpy, sys
 import torch
@@ -103,7 +104,7 @@ os._exit(0)
 
 
 def on_two_processes(program: str, folder: Path, *cases: Sequence[object], **environment: str) -> None:
-    """Run a program with the words of each case under torchrun, on two CPU processes that must both come to its end."""
+    """Run a program with the arguments of each case under torchrun, in two CPU processes that must both succeed."""
     assert cases
     (folder / "program.py").write_text(f"import sys\nimport torch\nimport torch.distributed as dist\n{program}")
     (folder / "each_case.py").write_text(EACH_CASE)
@@ -122,7 +123,7 @@ def on_two_processes(program: str, folder: Path, *cases: Sequence[object], **env
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mounts a small disk at a folder, or mounts it again with other options, if we may."""
+    """Mounts a small disk, or remounts it with other options; needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -131,7 +132,7 @@ def mount(tmp_path):
             [f"remount,{options}", str(folder)] if os.path.ismount(folder) else [options, "-t", "tmpfs", "tmpfs", str(folder)]
         )
         if subprocess.run(["mount", "-o", *words], capture_output=True).returncode:
-            pytest.skip("only root may mount a disk")
+            pytest.skip("mounting a disk needs root")
         return folder
 
     yield again
@@ -141,13 +142,13 @@ def mount(tmp_path):
 
 @pytest.fixture(params=["gpt2", "modern"])
 def tiny_config(request) -> ScratchGPTConfig:
-    """Both architectures, at a size for tests."""
+    """Both architectures, tiny."""
     return ScratchGPTConfig(**TINY, **(MODERN if request.param == "modern" else {}))
 
 
 @pytest.fixture
 def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
-    """A model with weights far enough from zero that every part matters."""
+    """A model whose weights are far enough from zero for every part to matter."""
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config).eval()
     with torch.no_grad():
@@ -157,14 +158,14 @@ def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
 
 
 def server_program() -> str:
-    """`transformers serve`, started as the README says."""
+    """The program that starts `transformers serve`, from the README."""
     (program,) = re.findall(r'python -c "([^"]*)" serve &', (Path(__file__).parents[1] / "training" / "README.md").read_text())
     return program
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Where a `transformers serve` listens that lives as long as the tests that ask it."""
+    """The address of a `transformers serve` that runs as long as the tests."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

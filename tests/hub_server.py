@@ -1,6 +1,6 @@
-"""A Hub on the loopback: the routes of the Hugging Face Hub that uploading and downloading use, over real HTTP.
+"""A Hub on this machine: the HTTP routes of the Hugging Face Hub that uploads and downloads use.
 
-What it keeps is gone with the process. It can be told to break a connection in the middle of a file, in either direction.
+Repositories are kept in memory. The server can break a connection in the middle of a file, in either direction.
 """
 
 import base64
@@ -15,17 +15,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 KINDS = {"models": "model", "spaces": "space"}
-LARGE = (".safetensors", ".png")  # by LFS; the rest travels inside the commit
+LARGE = (".safetensors", ".png")  # uploaded by LFS; other files are part of the commit request
 
 
 @dataclass
 class Repository:
-    """Files by branch; every commit stays, under its id."""
+    """The files of every commit, and the head of each branch."""
 
     private: bool
     variables: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, str]] = field(default_factory=dict)  # id -> path -> digest
-    titles: dict[str, str] = field(default_factory=dict)  # id -> what it says
+    titles: dict[str, str] = field(default_factory=dict)  # id -> title
     branches: dict[str, str] = field(default_factory=dict)  # name -> id
 
     def commit(self, branch: str, files: dict[str, str], title: str) -> str:
@@ -39,16 +39,17 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """Listens from `start` to `stop`.
+    """An HTTP server that runs from `start` to `stop`.
 
     Attributes:
-        tokens: who may write, by token: a user, in whose name alone they may.
-        readers: tokens of users that may only read.
-        blobs: what was uploaded, by the digest of its content.
-        received: bytes of large files, over all uploads.
-        break_upload_after, break_download_after: bytes of a large file; once, the connection ends there.
+        tokens: write tokens, each with its user.
+        readers: read-only tokens, each with its user.
+        blobs: uploaded content by its SHA-256 digest.
+        received: bytes of large files received in all uploads.
+        break_upload_after: close the connection after this many bytes of a large file.
+        break_download_after: the same for a download, but only once.
         requests: method and path of each.
-        instead: what is answered to whatever is asked, if anything; or what to do first.
+        instead: a fixed answer to every request, or a function to call before each.
     """
 
     daemon_threads = True
@@ -76,7 +77,7 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no error here; one of the server's own shows as a broken answer there."""
+        """Ignore errors: tests close connections on purpose, and an error of the server fails the request of the client."""
 
     def content(self, name: str, path: str, revision: str = "main", kind: str = "model") -> bytes:
         found = self.repositories[kind, name].files(revision)
@@ -147,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         for route, answer in routes.items():
             if found := re.fullmatch(route, path):
                 return answer(*found.groups())
-        return self._refuse(404, f"{self.command} {path} is not served here")
+        return self._refuse(404, f"no such route: {self.command} {path}")
 
     def _chunks(self) -> bytes:
         content = b""
@@ -165,35 +166,35 @@ class Handler(BaseHTTPRequestHandler):
         return self._send(200, {"type": "user", "name": self.reader, "orgs": [], "auth": token})
 
     def _validate(self) -> None:
-        """The Hub looks at the metadata of a card before anything is sent."""
+        """The Hub validates the metadata of a card before the commit."""
         errors = []
         if re.search(r"(?m)^license: *(?!mit|apache-2.0|cc0-1.0)\S", json.loads(self.body)["content"].split("\n---\n")[0]):
             errors = [{"message": '"license" must be one of mit, apache-2.0, cc0-1.0'}]
         self._send(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _create(self) -> None:
-        asked = json.loads(self.body)
-        owner, kind = asked["organization"] or self.writer, asked.get("type") or "model"
+        request = json.loads(self.body)
+        owner, kind = request["organization"] or self.writer, request.get("type") or "model"
         if not self.reader:
             return self._refuse(401, "Invalid username or password.")
         if owner != self.writer:
             return self._refuse(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
-        key = kind, f"{owner}/{asked['name']}"
+        key = kind, f"{owner}/{request['name']}"
         url = f"{self.server.address}/{'spaces/' if kind == 'space' else ''}{key[1]}"
         if key in self.server.repositories:
-            return self._send(409, {"error": "You already created this repo", "url": url}, X_Error_Message="already there")
-        made = Repository(asked.get("visibility") == "private" or asked.get("private", False))
-        made.commit("main", {".gitattributes": self._keep(b"*.safetensors filter=lfs\n")}, "initial commit")
-        self.server.repositories[key] = made
+            return self._send(409, {"error": "You already created this repo", "url": url}, X_Error_Message="already exists")
+        repository = Repository(request.get("visibility") == "private" or request.get("private", False))
+        repository.commit("main", {".gitattributes": self._store(b"*.safetensors filter=lfs\n")}, "initial commit")
+        self.server.repositories[key] = repository
         return self._send(200, {"url": url, "name": key[1]})
 
-    def _keep(self, content: bytes) -> str:
+    def _store(self, content: bytes) -> str:
         digest = hashlib.sha256(content).hexdigest()
         self.server.blobs[digest] = content
         return digest
 
     def _repository(self, kind: str, name: str, write: bool = False) -> Repository | None:
-        """The repository, if whoever asks may see it, or change it; they have been told otherwise."""
+        """Return the repository if the token may read it (or write to it); answer with an error if not."""
         repository = self.server.repositories.get((kind, name))
         owner = name.split("/")[0]
         if repository is None or (repository.private and self.reader != owner):
@@ -213,8 +214,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refs(self, kinds: str, name: str) -> None:
         if repository := self._repository(KINDS[kinds], name):
-            there = repository.branches.items()
-            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in there]
+            heads = repository.branches.items()
+            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in heads]
             self._send(200, {"branches": branches, "tags": [], "converts": []})
 
     def _act(self, kinds: str, name: str, what: str, revision: str) -> None:
@@ -227,15 +228,15 @@ class Handler(BaseHTTPRequestHandler):
         if not (found := repository.files(revision)):
             return self._refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         oid, files = found
-        if below:  # a folder: there is none here
+        if below:  # a subdirectory: repositories here have none
             return self._refuse(404, f"{below} does not exist", "EntryNotFound")
-        if what == "commits":  # the last of them: nobody asks for more here
+        if what == "commits":  # the last commit only: no client here needs more
             title = repository.titles[oid]
             return self._send(200, [{"id": oid, "title": title, "message": "", "date": "2026-01-01T00:00:00Z", "authors": []}])
         if what == "tree":
             return self._send(200, [self._entry(path, digest) for path, digest in files.items()])
         if what == "preupload":
-            asked = json.loads(self.body)["files"]
+            request = json.loads(self.body)["files"]
             answers = [
                 {
                     "path": it["path"],
@@ -243,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
                     "shouldIgnore": False,
                     "oid": self._entry(it["path"], files[it["path"]])["oid"] if it["path"] in files else None,
                 }
-                for it in asked
+                for it in request
             ]
             return self._send(200, {"files": answers})
         home = f"{self.server.address}/{'spaces/' if kinds == 'spaces' else ''}{name}"
@@ -252,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
     def _entry(self, path: str, digest: str) -> dict[str, Any]:
         content = self.server.blobs[digest]
         is_large = path.endswith(LARGE)
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names it
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # the blob id of git
         large = {"lfs": {"oid": digest, "size": len(content), "pointerSize": 134}} if is_large else {}
         return {"type": "file", "path": path, "size": len(content), "oid": digest if is_large else blob, **large}
 
@@ -265,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
                 if it.get("parentCommit", oid) != oid:
                     return self._refuse(412, "A commit has happened since. Please refresh and try again.")
             if key == "file":
-                files[it["path"]] = self._keep(base64.b64decode(it["content"]))
+                files[it["path"]] = self._store(base64.b64decode(it["content"]))
             elif key == "lfsFile":
                 if it["oid"] not in self.server.blobs:
                     return self._refuse(400, f"{it['path']} was not uploaded")
@@ -277,9 +278,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _variable(self, name: str) -> None:
         if repository := self._repository("space", name, write=True):
-            asked = json.loads(self.body)
-            repository.variables[asked["key"]] = asked["value"]
-            self._send(200, {asked["key"]: asked})
+            request = json.loads(self.body)
+            repository.variables[request["key"]] = request["value"]
+            self._send(200, {request["key"]: request})
 
     def _batch(self, space: str | None, name: str) -> None:
         if self._repository("space" if space else "model", name, write=True):
@@ -290,14 +291,14 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {"transfer": "basic", "objects": objects})
 
     def _receive(self, path: str) -> None:
-        """A large file, by an address that was given out."""
+        """Receive a large file at an address that `_batch` gave out."""
         size, limit = int(self.headers["Content-Length"]), self.server.break_upload_after
         content = self.rfile.read(size if limit is None else min(size, limit))
         self.server.received += len(content)
         if limit is not None and len(content) < size:
             return self._hang_up()
-        if self._keep(content) != path.removeprefix("/store/"):
-            return self._refuse(400, "the content is not what was announced")
+        if self._store(content) != path.removeprefix("/store/"):
+            return self._refuse(400, "the content does not have the announced digest")
         return self._send(200, {})
 
     def _resolve(self, space: str | None, name: str, revision: str, path: str) -> None:

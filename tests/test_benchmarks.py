@@ -8,8 +8,8 @@ BENCHMARKS = sorted(path for path in (Path(__file__).parents[1] / "benchmarks").
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_each_finds_what_it_uses(path, monkeypatch):
-    """They run for minutes, so here they are only read: a name that was moved away shows."""
+def test_imports(path, monkeypatch):
+    """Benchmarks run for minutes, so the test only imports them, which finds names that have moved."""
     monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)

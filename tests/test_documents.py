@@ -1,6 +1,7 @@
-"""What the documents point to is there, and their programs are Python."""
+"""The documents: links, programs, commands, the generated page of options, and the length of lines."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -8,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
-    if not any(part.startswith(".") for part in path.parts[-2:])
+    path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")] if not any(part.startswith(".") for part in path.parts[-2:])
 )
 
 
@@ -41,4 +40,19 @@ def test_programs_are_python_and_commands_name_files_that_are_there(document):
     for path in re.findall(r"\b(?:training|space|benchmarks|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"python -m (modeling_scratchgpt[\w.]*)", commands):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module
+
+
+def test_the_page_of_options_is_generated_from_the_options():
+    spec = importlib.util.spec_from_file_location("options", ROOT / "docs" / "options.py")
+    options = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(options)
+    assert (ROOT / "docs" / "options.md").read_text() == options.render(), "run: python docs/options.py > docs/options.md"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_are_short(document):
+    """But for tables and code, which cannot be wrapped."""
+    text = re.sub(r"^(````?)\w*\n.*?^\1", "", document.read_text(), flags=re.M | re.S)
+    long = [line for line in text.splitlines() if len(line) >= 120 and not line.startswith(("|", "!["))]
+    assert not long

@@ -1,9 +1,6 @@
-"""In the hands of other libraries: TRL, lm_eval, transformers serve and chat, a quantizer, each in a short real run."""
+"""TRL, lm_eval, transformers serve and a quantizer, each in a short real run."""
 
 import json
-import os
-import subprocess
-import sys
 import urllib.request
 from importlib.util import find_spec
 
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, pip
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 from .conftest import TINY
+from .test_ecosystem import trainer_options
 
 PAIRS = [
     ("to be or not to be,", " that is the question"),
@@ -33,38 +31,20 @@ def tokenizer() -> ScratchGPTTokenizer:
 
 @pytest.fixture
 def folder(tiny_model, tokenizer, tmp_path) -> str:
-    """A saved model with its tokenizer, as a user has it."""
+    """The directory of a model and its tokenizer."""
     tiny_model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     return str(tmp_path / "saved")
 
 
-def trainer_options(folder, **options) -> dict:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 60,
-        "per_device_train_batch_size": 6,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,  # what TRL computes is compared with what we compute
-        "seed": 0,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return {**defaults, **options}
-
-
-def test_trl_finetunes_on_completions(tiny_model, tokenizer, tmp_path):
-    """TRL puts its own head on our backbone: its loss is ours, the prompt counts for nothing, the completion is learnt."""
+def test_trl_sft_on_completions(tiny_model, tokenizer, tmp_path):
+    """TRL has its own loss over the backbone: it is the same, ignores the prompt, and the completions are learned."""
     from trl import SFTConfig, SFTTrainer
 
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,
-        args=SFTConfig(**trainer_options(tmp_path), max_length=64),
+        args=SFTConfig(**trainer_options(tmp_path, max_steps=60), max_length=64),
         train_dataset=Dataset.from_list(pairs * 8),
         eval_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
@@ -88,18 +68,15 @@ def test_trl_finetunes_on_completions(tiny_model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_trl_packs(tiny_model, tokenizer, tmp_path, attention):
-    """TRL packs several documents into one row without padding or mask; they stay as separate as if each were alone.
-
-    It is made for flash attention, which reads the borders that TRL passes along. Ours come from the positions.
-    """
+def test_trl_packing(tiny_model, tokenizer, tmp_path, attention):
+    """TRL packs documents into one row without a mask, for flash attention; here the positions keep them separate."""
     from trl import SFTConfig, SFTTrainer
 
     tiny_model.set_attn_implementation(attention)
     texts = [prompt + completion for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,
-        args=SFTConfig(**trainer_options(tmp_path, max_steps=12, per_device_train_batch_size=3), max_length=64, packing=True),
+        args=SFTConfig(**trainer_options(tmp_path, per_device_train_batch_size=3), max_length=64, packing=True),
         train_dataset=Dataset.from_dict({"text": texts * 12}),
         processing_class=tokenizer,
     )
@@ -107,25 +84,25 @@ def test_trl_packs(tiny_model, tokenizer, tmp_path, attention):
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert batch["input_ids"].shape[0] == 1
     assert "attention_mask" not in batch
-    # More documents than rows, and a row longer than the model has positions: none of its documents is.
+    # The row is longer than the model has positions, none of its documents is.
     assert len(starts) > 6
     assert batch["input_ids"].shape[1] > TINY["max_position_embeddings"]
     tiny_model.eval()
     with torch.no_grad():
         documents = batch["input_ids"].tensor_split(starts[1:], dim=1)
-        alone = sum(tiny_model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents)
+        separate = sum(tiny_model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in documents)
         packed = tiny_model(**batch).loss.item()
-        trls = trainer.compute_loss(tiny_model, dict(batch)).item()
-    expected = alone.item() / (batch["labels"] != -100).sum().item()
+        trl_loss = trainer.compute_loss(tiny_model, dict(batch)).item()
+    expected = separate.item() / (batch["labels"] != -100).sum().item()
     assert packed == pytest.approx(expected, rel=1e-4)
-    assert trls == pytest.approx(expected, rel=1e-4)
+    assert trl_loss == pytest.approx(expected, rel=1e-4)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_trl_prefers(folder, tmp_path):
-    """DPO from a folder: TRL loads it twice, and the one that learns moves away from the one it is held against."""
+def test_trl_dpo(folder, tmp_path):
+    """TRL loads the model twice: the policy moves away from the reference, which stays as it is."""
     from trl import DPOConfig, DPOTrainer
 
     completions = [completion for _, completion in PAIRS]
@@ -141,7 +118,7 @@ def test_trl_prefers(folder, tmp_path):
     reference = {name: tensor.clone() for name, tensor in trainer.ref_model.state_dict().items()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
-    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # both are the same model still
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the models are equal before the first step
     assert history[-1]["rewards/margins"] > 0.5
     assert history[-1]["rewards/chosen"] > history[-1]["rewards/rejected"]
     for name, tensor in trainer.ref_model.state_dict().items():
@@ -166,8 +143,8 @@ TEXT_TASK = {
 
 
 @torch.no_grad()
-def test_lm_eval_scores(tiny_model, tokenizer, folder, tmp_path):
-    """lm_eval's log-likelihoods, of choices and of a text longer than the model's context, are those we compute by hand."""
+def test_lm_eval_log_likelihoods(tiny_model, tokenizer, folder, tmp_path):
+    """Of choices, and of a text longer than the context of the model, against those computed by hand."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -204,7 +181,7 @@ def test_lm_eval_scores(tiny_model, tokenizer, folder, tmp_path):
         right += by_hand.index(max(by_hand)) == row["answer"]
     assert results["results"]["choice"]["acc,none"] == right / 2
 
-    # A long text is scored in windows as wide as the context, which lm_eval finds in the config; the last one reaches back.
+    # A long text is scored in windows of the context length, which is in the config; the last one overlaps the one before.
     width, total = TINY["max_position_embeddings"], 0.0
     for text, sample in zip(texts, results["samples"]["text"], strict=True):
         ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
@@ -226,8 +203,8 @@ def ask(address: str, request: dict) -> bytes:
 
 
 @pytest.fixture
-def speaker(tiny_config, tokenizer, tmp_path) -> tuple[ScratchGPTForCausalLM, str]:
-    """A model that has learnt one line, and its folder: what it says survives a terminal and a stream of half letters."""
+def memorized(tiny_config, tokenizer, tmp_path) -> tuple[ScratchGPTForCausalLM, str]:
+    """A model that has memorized one line, and its directory."""
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
     ids = tokenizer("\n".join(PAIRS[0]) + tokenizer.eos_token, return_tensors="pt")["input_ids"]
@@ -236,59 +213,42 @@ def speaker(tiny_config, tokenizer, tmp_path) -> tuple[ScratchGPTForCausalLM, st
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "speaker")
-    tokenizer.save_pretrained(tmp_path / "speaker")
-    return model.eval(), str(tmp_path / "speaker")
+    model.save_pretrained(tmp_path / "memorized")
+    tokenizer.save_pretrained(tmp_path / "memorized")
+    return model.eval(), str(tmp_path / "memorized")
 
 
-def test_transformers_serves(server, speaker, tokenizer):
-    """A completion, a chat and a stream are what `generate` says."""
-    model, folder = speaker
-    prompt, said = PAIRS[0]
+def test_transformers_serve(server, memorized, tokenizer):
+    """A completion, a chat and a stream are the output of `generate`."""
+    model, folder = memorized
+    prompt, completion = PAIRS[0]
     ids = tokenizer(prompt + "\n", return_tensors="pt")["input_ids"]
     output = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
-    assert tokenizer.decode(output) == said + tokenizer.eos_token
+    assert tokenizer.decode(output) == completion + tokenizer.eos_token
     options = {"model": folder, "max_tokens": 20, "temperature": 0}
     answer = json.loads(ask(server + "/v1/completions", {**options, "prompt": prompt + "\n"}))
-    assert answer["choices"][0]["text"] == said
+    assert answer["choices"][0]["text"] == completion
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["prompt_tokens"] == ids.shape[1]
     assert answer["usage"]["completion_tokens"] == len(output)
     options["messages"] = [{"role": "user", "content": prompt}]
     answer = json.loads(ask(server + "/v1/chat/completions", options))
-    assert answer["choices"][0]["message"]["content"] == said
+    assert answer["choices"][0]["message"]["content"] == completion
     stream = ask(server + "/v1/chat/completions", {**options, "stream": True}).decode()
     chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
     assert len(chunks) > 3
-    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == said
-
-
-def test_transformers_chats(server, speaker):
-    """The chat of the command line, typed through a pipe."""
-    prompt, said = PAIRS[0]
-    process = subprocess.run(
-        [sys.executable, "-m", "transformers.cli.transformers", "chat", speaker[1], server + "/v1",
-         "do_sample=False", "max_new_tokens=20"],
-        input=f"{prompt}\n!exit\n",
-        # Offline, the client would refuse even the server next door.
-        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert said.strip() in process.stdout
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == completion
 
 
 needs_torchao = pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao is not here: pip install -c constraints.txt -e '.[quantization]'"
+    find_spec("torchao") is None, reason="torchao is not installed: pip install -c constraints.txt -e '.[quantization]'"
 )
 
 
 @needs_torchao
 @torch.no_grad()
-def test_eight_bits(tiny_model, folder, tmp_path):
-    """Weights in int8 by torchao: nearly the same logits, with and without a cache, and again after saving and loading."""
+def test_int8_weights(tiny_model, folder, tmp_path):
+    """By torchao: nearly the same logits, with and without a cache, and the same after saving and loading."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     quantization = TorchAoConfig(Int8WeightOnlyConfig())
@@ -306,8 +266,8 @@ def test_eight_bits(tiny_model, folder, tmp_path):
 
 
 @needs_torchao
-def test_a_head_in_eight_bits_still_has_a_loss(tiny_config, tmp_path):
-    """The lean loss reads the head's weight, which is none any more: the head is called instead."""
+def test_the_loss_of_an_int8_head(tiny_config, tmp_path):
+    """The loss without logits reads the weight of the head; a quantized head is called instead."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     untied = ScratchGPTConfig(**{**tiny_config.to_dict(), "tie_word_embeddings": False})
@@ -321,7 +281,7 @@ def test_a_head_in_eight_bits_still_has_a_loss(tiny_config, tmp_path):
 
 
 def test_pipeline_in_batches(folder):
-    """A folder is enough, and a prompt's continuation does not depend on what it shares a batch with."""
+    """The continuation of a prompt does not depend on the others in its batch."""
     generate = pipeline("text-generation", model=folder, trust_remote_code=True)
     prompts = ["to be or not to be", "to", "whether 'tis nobler in the mind to suffer", "die"]
     options = {"max_new_tokens": 8, "do_sample": False, "return_tensors": True}

@@ -1,7 +1,7 @@
-"""The page, as a reader meets it: a process of its own, driven in headless Chromium."""
+"""The page for trying a model, driven in headless Chromium."""
 
 import html
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -9,18 +9,17 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
 from modeling_scratchgpt import (
     ScratchGPTConfig,
@@ -29,108 +28,82 @@ from modeling_scratchgpt import (
     ScratchGPTTokenizer,
 )
 from tests.conftest import MODERN, TINY
-from training.data.prompts import STYLES, teach
+from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
 
-pytest.importorskip("gradio", reason="gradio is not installed: there is no page")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: nothing drives the browser")
+pytest.importorskip("gradio", reason="gradio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 if not CHROMIUM:
-    pytest.skip("chromium is not installed: nothing shows the page", allow_module_level=True)
+    pytest.skip("chromium is not installed", allow_module_level=True)
 
-APP = Path(__file__).parents[1] / "space" / "app.py"
+SPACE = Path(__file__).parents[1] / "space"
 TEXT = "to be, naïve 🙂"
 HOSTILE = '<img src=x onerror="window.ran = 1"> {{7 * 7}} ${7 * 7} <b>&amp;'
+PROBLEMS = {"one label": "single_label_classification", "several labels": "multi_label_classification"}
 KINDS = ("completion", "chat", "one label", "several labels", "regression")
 SERVED = KINDS[:3]
 
 
-def tokenizer() -> ScratchGPTTokenizer:
+def make_tokenizer() -> ScratchGPTTokenizer:
     return ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
 
 
-def save_model(kind: str, folder: Path) -> None:
-    """A tiny model with weights far enough from zero that everything shows."""
+def save_model(kind: str, directory: Path) -> None:
+    """Save a tiny model whose weights are large enough for probabilities and attention to differ between tokens."""
     torch.manual_seed(0)
-    words = tokenizer()
+    tokenizer = make_tokenizer()
     if kind == "chat":
-        teach(words, STYLES["chat"], 64)
-    shape = {**TINY, **MODERN, "vocab_size": len(words)}
+        set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)
+    shape = {**TINY, **MODERN, "vocab_size": len(tokenizer)}
     if kind in ("completion", "chat"):
         model = ScratchGPTForCausalLM(ScratchGPTConfig(**shape))
         model.generation_config.max_new_tokens = 24
         if kind == "completion":
             model.generation_config.update(do_sample=True, temperature=0.7, top_k=40)
     else:
-        problem = {"one label": "single_label_classification", "several labels": "multi_label_classification"}.get(kind, kind)
         labels = ["ham", "<i>spam</i>", "eggs"] if kind != "regression" else ["stars"]
-        config = ScratchGPTConfig(**shape, id2label=dict(enumerate(labels)), problem_type=problem)
+        config = ScratchGPTConfig(**shape, id2label=dict(enumerate(labels)), problem_type=PROBLEMS.get(kind, kind))
         model = ScratchGPTForSequenceClassification(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
-def run_app(*words: object, log: Path) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "REVISION")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(log.parent)}
-    with log.open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, str(APP), *map(str, words)],
-            cwd=log.parent,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    paths = {kind: tmp_path_factory.mktemp("models") / kind.replace(" ", "_") for kind in KINDS}
+    for kind, path in paths.items():
+        save_model(kind, path)
+    return paths
 
 
 @pytest.fixture(scope="session")
 def app() -> Any:
-    """The page's file as a module."""
-    spec: Any = importlib.util.spec_from_file_location("app", APP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """The module behind the page."""
+    sys.path.insert(0, str(SPACE))  # as Python does for `python space/app.py`
+    return importlib.import_module("app")
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    made = {kind: tmp_path_factory.mktemp("models") / kind.replace(" ", "_") for kind in KINDS}
-    for kind, folder in made.items():
-        save_model(kind, folder)
-    return made
+def model_demo(app) -> Any:
+    """The module behind the model."""
+    return importlib.import_module("model_demo")
 
 
 @pytest.fixture(scope="session")
-def addresses(folders, tmp_path_factory) -> Iterator[dict[str, str]]:
-    """A page for each kind of model, all started at once."""
-    ports = {kind: free_port() for kind in SERVED}
-    logs = {kind: tmp_path_factory.mktemp("page") / "log" for kind in SERVED}
-    processes = {kind: run_app("--model", folders[kind], "--port", ports[kind], log=logs[kind]) for kind in SERVED}
-    try:
-        deadline = time.monotonic() + 200
-        for kind, port in ports.items():
-            while True:
-                assert processes[kind].poll() is None, logs[kind].read_text()
-                assert time.monotonic() < deadline, logs[kind].read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.2)
-        yield {kind: f"http://127.0.0.1:{port}" for kind, port in ports.items()}
-    finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.wait(20)
+def demos(app, directories) -> dict[str, Any]:
+    return {kind: app.ModelDemo(str(path), None) for kind, path in directories.items()}
+
+
+@pytest.fixture(scope="session")
+def addresses(app, demos):
+    """A running page for each kind of model."""
+    pages = {kind: app.launch(demos[kind], None) for kind in SERVED}
+    yield {kind: address.rstrip("/") for kind, (_, address) in pages.items()}
+    for blocks, _ in pages.values():
+        blocks.close(verbose=False)
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +116,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, addresses):
-    """Opens the page of a kind of model; in the end nobody else must have been asked for anything, and nothing have failed."""
+    """Open the page of a kind of model. At teardown, no other host was contacted and no JavaScript error occurred."""
     pages = []
 
     def open_page(kind: str, width: int = 1280):
@@ -161,23 +134,24 @@ def open_page(browser, addresses):
     yield open_page
     for context, hosts, errors in pages:
         context.close()
-        assert hosts - {None} == {"127.0.0.1"}  # a blob or data address has no host
+        assert hosts - {None} == {"127.0.0.1"}  # blob and data addresses have no host
         assert not errors
+
+
+def text_box(page):
+    return page.get_by_label("Text", exact=True).locator("visible=true")
+
+
+def submit(page, text: str) -> None:
+    box = page.locator("textarea:visible").first
+    box.fill(text)
+    box.press("Enter")
 
 
 def look_inside(page, text: str, tab: str) -> None:
     page.get_by_role("tab", name="Look inside").click()
-    page.get_by_label("Text", exact=True).locator("visible=true").fill(text)
+    text_box(page).fill(text)
     page.get_by_role("tab", name=tab, exact=True).click()
-
-
-def loaded(folders, kind: str):
-    return ScratchGPTForCausalLM.from_pretrained(folders[kind], attn_implementation="eager").eval()
-
-
-def percentages(page, number: int) -> list[float]:
-    page.wait_for_function("n => document.querySelectorAll('.bars:not([hidden]) tr').length === n", arg=number)
-    return [float(cell.removesuffix("%")) / 100 for cell in page.locator(".bars tr td:nth-last-child(2)").all_inner_texts()]
 
 
 def set_number(page, label: str, value: float) -> None:
@@ -186,89 +160,128 @@ def set_number(page, label: str, value: float) -> None:
     box.press("Tab")
 
 
-def test_a_text_is_continued_as_it_is_written(open_page, folders):
+def load_model(directories, kind: str):
+    return ScratchGPTForCausalLM.from_pretrained(directories[kind], attn_implementation="eager").eval()
+
+
+def percentages(page, number: int) -> list[float]:
+    page.wait_for_function("n => document.querySelectorAll('.bars:not([hidden]) tr').length === n", arg=number)
+    return [float(cell.removesuffix("%")) / 100 for cell in page.locator(".bars tr td:nth-last-child(2)").all_inner_texts()]
+
+
+def class_scores(kind: str, directories, function) -> tuple[list[float], list[str]]:
+    """The scores of a classifier in descending order, with their labels."""
+    model = ScratchGPTForSequenceClassification.from_pretrained(directories[kind]).eval()
+    with torch.no_grad():
+        logits = model(**make_tokenizer()(TEXT, return_tensors="pt")).logits[0]
+    values, order = function(logits).sort(descending=True)
+    return values.tolist(), [model.config.id2label[index] for index in order.tolist()]
+
+
+def test_completion_streams_and_equals_generate(open_page, directories):
     page = open_page("completion")
     lengths = "new MutationObserver(() => seen.push(document.querySelector('.written').innerText.length))"
     changes = "{subtree: true, childList: true, characterData: true}"
     page.evaluate(f"() => {{ window.seen = []; {lengths}.observe(document.body, {changes}) }}")
     set_number(page, "Temperature", 0)
-    page.get_by_label("Text", exact=True).locator("visible=true").fill("to be")
+    text_box(page).fill("to be")
     page.get_by_role("button", name="Continue").click()
     page.get_by_text("24 tokens in").wait_for()
-    model, words = loaded(folders, "completion"), tokenizer()
-    inputs = words("to be", return_tensors="pt")
-    expected = words.decode(model.generate(**inputs, do_sample=False, max_new_tokens=24)[0], skip_special_tokens=True)
+    model, tokenizer = load_model(directories, "completion"), make_tokenizer()
+    inputs = tokenizer("to be", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**inputs, do_sample=False, max_new_tokens=24)[0], skip_special_tokens=True)
     assert page.locator(".written:visible").inner_text() == expected.replace("\r", "\n")
-    assert len(set(page.evaluate("seen"))) > 2  # it grew
+    assert len(set(page.evaluate("seen"))) > 2
     page.get_by_role("tab", name="Look inside").click()
-    assert page.get_by_label("Text", exact=True).locator("visible=true").input_value() == expected
+    assert text_box(page).input_value() == expected
 
 
-def test_stop_stops_the_model(app, folders):
-    """Gradio closes the iterator of an event that it cancels; the thread that writes must end with it."""
-    show = app.Showcase(str(folders["completion"]), None)
-    threads = threading.active_count()
-    writing = show.write([5], show.settings(1, 1.0, 0, 1.0, 1.0, 60))
-    next(writing)
-    writing.close()
-    assert threading.active_count() == threads
-    assert app.when_stopped("3 tokens so far") == "3 tokens when it was stopped"
-    assert app.when_stopped("9 tokens in 0.1 seconds") == "9 tokens in 0.1 seconds"
-    assert app.when_stopped(None) == ""
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_streamed_text_is_what_decode_gives(model_demo, kind):
+    """Spaces before words are kept after a prompt and a line end, and incomplete characters are not printed as �."""
+    if kind == "bytes":
+        tokenizer = ScratchGPTTokenizer.train(["to be"], 260)
+        prompt, generated = (tokenizer(text)["input_ids"] for text in ("to", " naïve 🙂\n 日本語 "))
+    else:
+        vocabulary = {token: index for index, token in enumerate(["<unk>", "▁to", "▁be", "\n", "▁or"])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer, prompt, generated = PreTrainedTokenizerFast(tokenizer_object=backend), [1], [2, 3, 4, 1]
+    streamer = model_demo.ExactStreamer(tokenizer)
+    for ids in (prompt, *([index] for index in generated)):
+        streamer.put(torch.tensor(ids))
+    streamer.end()
+    start = len(tokenizer.decode(prompt))
+    prefixes = [tokenizer.decode(prompt + generated[: end + 1])[start:] for end in range(len(generated))]
+    assert list(streamer) == prefixes
+    assert all(prefixes[-1].startswith(prefix.rstrip("�")) for prefix in prefixes)
+
+
+def test_closing_the_iterator_stops_generation(app, demos):
+    """Gradio closes the iterator of a cancelled event."""
+    demo, start = demos["completion"], time.monotonic()
+    hook = demo.model.register_forward_hook(lambda *_: time.sleep(0.5))
+    generated = demo.generate([5], 1.0, 0, 1.0, 1.0, 60)
+    next(generated)
+    generated.close()
+    hook.remove()
+    assert time.monotonic() - start < 20  # all 60 tokens would take 30 seconds
+    assert app.stopped_note("3 tokens so far") == "3 tokens before it was stopped"
+    assert app.stopped_note("9 tokens in 0.1 seconds") == "9 tokens in 0.1 seconds"
+    assert app.stopped_note(None) == ""
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "5"])
-def test_a_setting_that_is_no_number(app, folders, bad):
-    """The sliders cannot say these, but the page's API can."""
-    show = app.Showcase(str(folders["completion"]), None)
+def test_settings_that_are_no_numbers(app, demos, bad):
+    """The sliders cannot send these, but a client of the page's API can."""
     good = [1.0, 5, 0.9, 1.0, 3]
-    for place in range(len(good)):
+    for index in range(len(good)):
         with pytest.raises(app.gr.Error, match="Each setting needs a number"):
-            list(show.complete("to", *good[:place], bad, *good[place + 1 :]))
+            list(demos["completion"].complete("to", "", *good[:index], bad, *good[index + 1 :]))
     with pytest.raises(app.gr.Error, match="Each setting needs a number"):
-        show.attention("to be", bad, 0)
+        demos["completion"].attention("to be", bad, 0)
 
 
-def test_settings_between_those_of_the_sliders(app, folders):
-    show = app.Showcase(str(folders["completion"]), None)
-    surest = list(show.complete("to", 0, 0, 1, 1, 8))[-1][1]
-    assert list(show.complete("to", 5e-324, 1.5, 0.9, 1, 8.5))[-1][1] == surest
-    assert "At temperature 0" in show.next_tokens("to", 5e-324, 1.5, 0.9)
+def test_settings_between_slider_steps(demos):
+    demo = demos["completion"]
+    (*_, greedy) = demo.complete("to", "", 0, 0, 1, 1, 8)
+    (*_, tiny_temperature) = demo.complete("to", "", 5e-324, 1.5, 0.9, 1, 8.5)
+    assert tiny_temperature[1] == greedy[1]
+    assert "At temperature 0" in demo.next_tokens("to", 5e-324, 1.5, 0.9)
 
 
-def test_a_text_that_nobody_waits_for_ends(app, folders, monkeypatch):
-    monkeypatch.setattr(app, "LONGEST_SECONDS", -1)
-    show = app.Showcase(str(folders["completion"]), None)
-    assert list(show.write([5], show.settings(1, 1.0, 0, 1.0, 1.0, 60)))[-1][1].startswith("1 tokens in")
+def test_generation_has_a_time_limit(model_demo, demos, monkeypatch):
+    monkeypatch.setattr(model_demo, "MAX_SECONDS", -1)
+    assert list(demos["completion"].generate([5], 1.0, 0, 1.0, 1.0, 60))[-1][1].startswith("1 tokens in")
 
 
-def test_a_model_that_reads_both_ways(app, tmp_path):
-    """RoBERTa: its map is whole, and two of its positions are none of a text's."""
+def test_bidirectional_classifier(app, tmp_path):
+    """RoBERTa: attention in both directions, and two positions that no text can use."""
     config = RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     torch.manual_seed(0)
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
-    words = tokenizer()
-    words.model_max_length = 510
-    words.save_pretrained(tmp_path)
-    show = app.Showcase(str(tmp_path), None)
-    assert show.positions == 510
-    assert "Only the first 510 of" in show.classify("to be " * 600)
-    shown = show.attention("to be or not", 0, 1)
-    assert "up to itself" not in shown
-    for row in shown.split("<tbody>")[1].split("<tr>")[1:]:
-        assert sum(float(share) for share in re.findall(r'looks at [^"]*: ([\d.]+)%', row)) == pytest.approx(100, abs=0.1)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 510
+    tokenizer.save_pretrained(tmp_path)
+    demo = app.ModelDemo(str(tmp_path), None)
+    assert demo.context_length == 510
+    assert "Only the first 510 of" in demo.classify("to be " * 600)
+    heat_map = demo.attention("to be or not", 0, 1)
+    assert "between all tokens" in heat_map
+    for row in heat_map.split("<tbody>")[1].split("<tr>")[1:]:
+        assert sum(float(share) for share in re.findall(r'attends to [^"]*: ([\d.]+)%', row)) == pytest.approx(100, abs=0.1)
 
 
-def test_nothing_can_be_left_there(addresses):
+def test_uploads_are_refused(addresses):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"1" * 10 + b"\r\n--x--\r\n"
-    kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    request = urllib.request.Request(f"{addresses['completion']}/gradio_api/upload", body, kind)
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{addresses['completion']}/gradio_api/upload", body, headers)
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=20)
     assert error.value.code == 413
 
 
-def test_a_chat_by_keyboard_alone(open_page, folders):
+def test_chat_by_keyboard(open_page, directories):
     page = open_page("chat")
     for _ in range(30):
         page.keyboard.press("Tab")
@@ -277,11 +290,11 @@ def test_a_chat_by_keyboard_alone(open_page, folders):
     page.keyboard.type("to be?")
     page.keyboard.press("Enter")
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
-    words = ScratchGPTTokenizer.from_pretrained(folders["chat"])
-    talk = [{"role": "user", "content": "to be?"}]
-    inputs = words.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")
-    output = loaded(folders, "chat").generate(**inputs, do_sample=False, max_new_tokens=24)
-    answer = words.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokenizer = ScratchGPTTokenizer.from_pretrained(directories["chat"])
+    conversation = [{"role": "user", "content": "to be?"}]
+    inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
+    output = load_model(directories, "chat").generate(**inputs, do_sample=False, max_new_tokens=24)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert page.get_by_test_id("user").inner_text() == "to be?"
     assert " ".join(page.get_by_test_id("bot").inner_text().split()) == " ".join(answer.split())
 
@@ -289,81 +302,70 @@ def test_a_chat_by_keyboard_alone(open_page, folders):
 def test_tokens_and_ids(open_page):
     page = open_page("completion")
     look_inside(page, TEXT, "Tokens")
-    ids = tokenizer()(TEXT)["input_ids"]
+    ids = make_tokenizer()(TEXT)["input_ids"]
     page.get_by_text(f"{len(ids)} tokens for {len(TEXT)} characters.").wait_for()
     assert list(map(int, page.locator(".tokens small").all_inner_texts())) == ids
-    shown = page.locator(".tokens b").all_inner_texts()
-    assert shown[-4:] == [r"\xf0", r"\x9f", r"\x99", r"\x82"]
-    assert "".join(shown).replace("·", " ").encode().decode("unicode_escape").encode("latin-1").decode() == TEXT
+    tokens = page.locator(".tokens b").all_inner_texts()
+    assert tokens[-4:] == [r"\xf0", r"\x9f", r"\x99", r"\x82"]
+    assert "".join(tokens).replace("·", " ").encode().decode("unicode_escape").encode("latin-1").decode() == TEXT
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_what_comes_next(open_page, folders, temperature):
+def test_next_token_distribution(open_page, directories, temperature):
     page = open_page("completion")
     look_inside(page, TEXT, "Next token")
     set_number(page, "Temperature", temperature)
     set_number(page, "Top-k", 5)
-    page.get_by_text(f"5 of {len(tokenizer())} tokens can come next, at temperature {temperature:g};").wait_for()
+    page.get_by_text(f"5 of {len(make_tokenizer())} tokens can be sampled at temperature {temperature:g};").wait_for()
     with torch.no_grad():
-        logits = loaded(folders, "completion")(**tokenizer()(TEXT, return_tensors="pt")).logits[0, -1]
-    shares, ids = (logits / temperature).softmax(-1).topk(20)
-    page.wait_for_function(  # what was typed first may be answered in between
-        "it => String([...document.querySelectorAll('.bars tr td:nth-child(2)')].map(cell => cell.innerText)) === it",
+        logits = load_model(directories, "completion")(**make_tokenizer()(TEXT, return_tensors="pt")).logits[0, -1]
+    probabilities, ids = (logits / temperature).softmax(-1).topk(20)
+    page.wait_for_function(  # an answer for a part of the text may arrive before
+        "ids => String([...document.querySelectorAll('.bars tr td:nth-child(2)')].map(cell => cell.innerText)) === ids",
         arg=",".join(map(str, ids.tolist())),
     )
-    assert percentages(page, 20) == pytest.approx(shares.tolist(), abs=6e-5)
+    assert percentages(page, 20) == pytest.approx(probabilities.tolist(), abs=6e-5)
     assert page.locator(".bars .out").count() == 15
 
 
-def test_the_attention_of_a_head(open_page, folders):
+def test_attention_of_one_head(open_page, directories):
     page = open_page("completion")
     look_inside(page, TEXT, "Attention")
     set_number(page, "Layer (0 to 1)", 1)
     set_number(page, "Head (0 to 3)", 2)
-    inputs = tokenizer()(TEXT, return_tensors="pt")
+    inputs = make_tokenizer()(TEXT, return_tensors="pt")
     with torch.no_grad():
-        weights = loaded(folders, "completion")(**inputs, output_attentions=True).attentions[1][0, 2]
-    expected = [f"{weight:.2%}" for place, row in enumerate(weights.tolist()) for weight in row[: place + 1]]
+        weights = load_model(directories, "completion")(**inputs, output_attentions=True).attentions[1][0, 2]
+    expected = [f"{weight:.2%}" for row, row_weights in enumerate(weights.tolist()) for weight in row_weights[: row + 1]]
     page.wait_for_function(
-        "it => String([...document.querySelectorAll('.map td[title]')].map(cell => cell.title.split(': ').at(-1))) === it",
+        "all => String([...document.querySelectorAll('.map td[title]')].map(cell => cell.title.split(': ').at(-1))) === all",
         arg=",".join(expected),
     )
-    assert page.locator(".map tbody tr").count() == len(weights)
-    assert page.locator(".map thead th").count() == len(weights)
+    assert page.locator(".map tbody tr").count() == page.locator(".map thead th").count() == len(weights)
 
 
-def test_classes(open_page, folders):
+def test_class_probabilities(open_page, directories, demos):
     page = open_page("one label")
-    page.get_by_label("Text", exact=True).locator("visible=true").fill(TEXT)
-    page.keyboard.press("Enter")
-    shares, names = scores("one label", folders, torch.softmax)
-    assert percentages(page, 3) == pytest.approx(shares, abs=6e-5)
+    submit(page, TEXT)
+    probabilities, names = class_scores("one label", directories, lambda logits: logits.softmax(-1))
+    assert percentages(page, 3) == pytest.approx(probabilities, abs=6e-5)
     assert page.locator(".bars th").all_inner_texts() == names
+    assert "Type something first." in demos["one label"].classify(" \n")
 
 
-def scores(kind: str, folders, function) -> tuple[list[float], list[str]]:
-    """What the classifier says of the text, the most first, and of which labels."""
-    model = ScratchGPTForSequenceClassification.from_pretrained(folders[kind]).eval()
-    with torch.no_grad():
-        values, order = function(model(**tokenizer()(TEXT, return_tensors="pt")).logits[0], -1).sort(descending=True)
-    return values.tolist(), [model.config.id2label[index] for index in order.tolist()]
+def test_several_labels_and_regression(demos, directories):
+    probabilities, names = class_scores("several labels", directories, torch.sigmoid)
+    table = demos["several labels"].classify(TEXT)
+    assert re.findall(r"([\d.]+%)</td>", table) == [f"{probability:.2%}" for probability in probabilities]
+    assert [html.unescape(name) for name in re.findall(r"<th[^>]*>(.*?)</th>", table)] == names
+    assert "<i>spam" not in table
+    (number,), _ = class_scores("regression", directories, lambda logits: logits)
+    assert f">{number:.4f}</td>" in demos["regression"].classify(TEXT)
 
 
-def test_several_labels_and_numbers(app, folders):
-    shares, names = scores("several labels", folders, lambda logits, _: logits.sigmoid())
-    shown = app.Showcase(str(folders["several labels"]), None).classify(TEXT)
-    assert re.findall(r"([\d.]+%)</td>", shown) == [f"{share:.2%}" for share in shares]
-    assert [html.unescape(name) for name in re.findall(r"<th[^>]*>(.*?)</th>", shown)] == names
-    assert "<i>spam" not in shown
-    (number,), _ = scores("regression", folders, lambda logits, _: logits)
-    assert f">{number:.4f}</td>" in app.Showcase(str(folders["regression"]), None).classify(TEXT)
-
-
-def test_markup_is_shown_and_does_nothing(open_page):
+def test_markup_is_shown_as_text(open_page):
     page = open_page("completion")
-    box = page.get_by_label("Text", exact=True).locator("visible=true")
-    box.fill(HOSTILE)
-    box.press("Enter")
+    submit(page, HOSTILE)
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
     assert page.locator(".written:visible").inner_text().startswith(HOSTILE)
     look_inside(page, HOSTILE, "Tokens")
@@ -374,53 +376,45 @@ def test_markup_is_shown_and_does_nothing(open_page):
     page.locator(".map td[title]").first.wait_for()
     assert page.locator("img[src=x]").count() == 0
     page = open_page("chat")
-    page.locator("textarea:visible").first.fill(HOSTILE[:40])
-    page.keyboard.press("Enter")
+    submit(page, HOSTILE[:40])
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
     assert page.get_by_test_id("user").inner_text() == HOSTILE[:40].strip()
     assert page.evaluate("window.ran") is None
 
 
-def test_a_classifier_does_not_guess_at_nothing(app, folders):
-    assert "Type something first." in app.Showcase(str(folders["one label"]), None).classify(" \n")
-
-
-def test_a_text_that_is_too_long(open_page):
+def test_text_longer_than_the_context(open_page):
     page = open_page("completion")
-    box = page.get_by_label("Text", exact=True).locator("visible=true")
-    box.fill("?" * 70)
-    box.press("Enter")
-    page.get_by_text("The text has 70 tokens, and the model has 64 positions: shorten it.").wait_for()
+    submit(page, "?" * 70)
+    page.get_by_text("The text has 70 tokens, but the context of the model holds 64: shorten it.").wait_for()
     look_inside(page, "?" * 70, "Tokens")
-    page.get_by_text("The text has 70 tokens, and the model has 64 positions: only the first 64 are looked at.").wait_for()
+    page.get_by_text("The text has 70 tokens, but the context of the model holds 64: the rest is left out.").wait_for()
     page.get_by_role("tab", name="Attention").click()
-    page.get_by_text("Mapped are the first 40 of 64 tokens.").wait_for()
+    page.get_by_text("Only the first 40 of 64 tokens are shown.").wait_for()
     page = open_page("chat")
-    page.locator("textarea:visible").first.fill("?" * 70)
-    page.keyboard.press("Enter")
-    page.get_by_text("tokens, and the model has 64 positions: shorten it.").wait_for()
+    submit(page, "?" * 70)
+    page.get_by_text("tokens, but the context of the model holds 64: shorten it.").wait_for()
+    assert page.locator("textarea:visible").first.input_value() == "?" * 70
 
 
-def test_an_old_message_makes_room(open_page):
+def test_old_messages_are_dropped_and_clear_starts_again(open_page):
     page = open_page("chat")
     for count in (1, 2, 3):
-        page.locator("textarea:visible").first.fill("to be or not to be?")
-        page.keyboard.press("Enter")
+        submit(page, "to be or not to be?")
         page.get_by_test_id("bot").nth(count - 1).wait_for()
         page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
-    page.get_by_text("messages are out of its sight").wait_for()
+    page.get_by_text("messages no longer fit in the context").wait_for()
+    page.get_by_role("button", name="Clear").first.click()
+    page.get_by_test_id("bot").first.wait_for(state="detached")
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat", "one label"])
-def test_nothing_is_wider_than_a_phone(open_page, app, kind):
+@pytest.mark.parametrize("kind", SERVED)
+def test_the_page_fits_a_phone(open_page, app, kind):
     page = open_page(kind, width=390)
     width = "document.documentElement.scrollWidth"
-    page.locator("textarea:visible").first.fill("to be")
-    page.keyboard.press("Enter")
+    submit(page, "to be")
     page.get_by_role("tab", name="Look inside").click()
-    box = page.get_by_label("Text", exact=True).locator("visible=true")
-    playwright.expect(box).not_to_have_value(app.SAMPLE, timeout=60000)  # what was asked for has come, and is shown here
-    box.fill("to be or not to be, " * 6 + "x" * 30)
+    playwright.expect(text_box(page)).not_to_have_value(app.EXAMPLE_TEXT, timeout=60000)  # the result has arrived here
+    text_box(page).fill("to be or not to be, " * 6 + "x" * 30)
     for tab in page.get_by_role("tab").all_inner_texts():
         page.get_by_role("tab", name=tab, exact=True).click()
         assert page.evaluate(width) <= 390, tab
@@ -428,31 +422,32 @@ def test_nothing_is_wider_than_a_phone(open_page, app, kind):
     assert page.evaluate(width) <= 390
 
 
-def test_a_mistake_is_one_line(tmp_path):
-    process = run_app("--model", tmp_path / "nothing", log=tmp_path / "log")
-    assert process.wait(100) == 2
-    (line,) = (tmp_path / "log").read_text().splitlines()
-    assert line == f"app.py: error: --model {tmp_path / 'nothing'} cannot be shown (there is no such folder)."
+def test_missing_directory_as_a_user_sees_it(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "REVISION")}
+    command = [sys.executable, str(SPACE / "app.py"), "--model", str(tmp_path / "missing")]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 2
+    assert process.stderr == f"app.py: error: --model {tmp_path / 'missing'} cannot be loaded (no such directory).\n"
 
 
-def test_other_mistakes(app, folders, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(app, directories, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MODEL", raising=False)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        shutil.copytree(folders["completion"], tmp_path / "panics")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        shutil.copytree(directories["completion"], tmp_path / "panics")
         content = json.loads((tmp_path / "panics" / "tokenizer.json").read_text())
         content["model"]["continuing_subword_prefix"] = "longer than a token"
         (tmp_path / "panics" / "tokenizer.json").write_text(json.dumps(content))
-        mistakes = {
-            (): "no model is named: give its folder or Hub id by --model.",
-            ("--model", str(tmp_path)): f"--model {tmp_path} cannot be shown (",
-            ("--model", str(tmp_path / "panics")): f"--model {tmp_path / 'panics'} cannot be shown (range end index",
-            ("--model", str(folders["completion"]), "--port", port): f"--port {port} is in use: give another.",
+        messages = {
+            (): "no model: pass --model with a directory or a Hub id.",
+            ("--model", str(tmp_path)): f"--model {tmp_path} cannot be loaded (",
+            ("--model", str(tmp_path / "panics")): f"--model {tmp_path / 'panics'} cannot be loaded (range end index",
+            ("--model", str(directories["completion"]), "--port", port): f"--port {port} is in use: pass another.",
         }
-        for words, said in mistakes.items():
-            monkeypatch.setattr(sys, "argv", ["app.py", *words])
+        for argv, message in messages.items():
+            monkeypatch.setattr(sys, "argv", ["app.py", *argv])
             with pytest.raises(SystemExit, match="2"):
                 app.main()
-            assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {said}")
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {message}")

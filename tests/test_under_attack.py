@@ -1,6 +1,6 @@
-"""Nothing that stands in a file may do more than be refused in one line: not end in a traceback, hang, or take all memory.
+"""Fuzzing: a corrupt file still works or is refused with an error of one line; no traceback, no hang, no exhausted memory.
 
-Each altered file either still serves or is refused by name. The alterations are drawn from a seed, so a failure comes again.
+The corruptions are drawn from a seed, so a failure can be reproduced.
 """
 
 import json
@@ -18,34 +18,35 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from modeling_scratchgpt.convert import convert
+from modeling_scratchgpt.convert.__main__ import convert
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, save_adapter
 from tests.conftest import TINY
 from training.cli import option, parse_arguments
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
 from training.data.corpora import CorpusArguments, read_corpora
 from training.data.examples import ExampleArguments, check_examples, read_examples
+from training.engine.arguments import EngineArguments
 from training.engine.checkpoints import find_checkpoint, save_checkpoint
-from training.engine.optimizers import make_optimizers
+from training.engine.optimizers import build_optimizers
 from training.engine.pretrained import load_config_and_tokenizer, load_pretrained
 from training.errors import UserError
 
-ODD = [
+UNUSUAL = [
     *(None, True, -1, 0, 0.5, 1e308, 2**31, 2**63, 10**30, float("nan")),
     *("", "x", "🙂", "\ud800", "../..", [], [[]], {}, {"x": []}),
 ]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3000)]
-TIMES = [pytest.param(range(60), id="some"), pytest.param(range(60, 3000), id="many", marks=SLOW)]
+SEEDS = [pytest.param(range(60), id="some"), pytest.param(range(60, 3000), id="many", marks=SLOW)]
 
 
-def altered(content: bytes, draw: random.Random) -> bytes:
-    """A file with one thing wrong: a byte flipped, a piece lost or put in, a value of its JSON changed."""
+def corrupt(content: bytes, draw: random.Random) -> bytes:
+    """Flip a bit, remove or insert some bytes, or change a value of the JSON."""
     place = draw.randrange(len(content) or 1)
     other = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
     kind = draw.choice(["flip", "end", "middle", "insert", "empty", "value", "value", "value"])
     if kind == "value":
         try:
-            return json.dumps(changed(json.loads(content), draw)).encode()
+            return json.dumps(mutate(json.loads(content), draw)).encode()
         except ValueError:
             kind = "flip"
     return {
@@ -57,139 +58,139 @@ def altered(content: bytes, draw: random.Random) -> bytes:
     }[kind]
 
 
-def changed(value: Any, draw: random.Random) -> Any:
-    """The same with one of its values, however deep, gone or an odd one."""
+def mutate(value: Any, draw: random.Random) -> Any:
+    """Copy a JSON value with one of its values, at any depth, removed or replaced by an unusual one."""
     if not value or not isinstance(value, dict | list) or draw.random() < 0.1:
-        return draw.choice(ODD)
+        return draw.choice(UNUSUAL)
     key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
     copy = value.copy()
     if draw.random() < 0.1:
         del copy[key]
     else:
-        copy[key] = changed(copy[key], draw)
+        copy[key] = mutate(copy[key], draw)
     return copy
 
 
-def attack(made: Path, work: Path, times: range, use: Callable[[Path], object], refusals: tuple[type[Exception], ...]) -> None:
-    """Alter one file of a folder, use it, and put it back; again and again."""
-    names = sorted(path.name for path in made.iterdir() if path.suffix not in (".py", ".md"))
-    refused = []
-    for seed in times:
+def fuzz(original: Path, work: Path, seeds: range, use: Callable[[Path], object], errors: tuple[type[Exception], ...]) -> None:
+    """For each seed, use a copy of the directory in which one file is corrupt. Only the given errors may be raised."""
+    names = sorted(path.name for path in original.iterdir() if path.suffix not in (".py", ".md"))
+    messages = []
+    for seed in seeds:
         draw = random.Random(seed)
         name = names[seed % len(names)]
-        folder = work / "altered"
-        shutil.copytree(made, folder)
-        (folder / name).write_bytes(altered((made / name).read_bytes(), draw))
+        directory = work / "corrupt"
+        shutil.copytree(original, directory)
+        (directory / name).write_bytes(corrupt((original / name).read_bytes(), draw))
         if draw.random() < 0.05:
-            (folder / name).unlink()
+            (directory / name).unlink()
         try:
-            use(folder)
-        except refusals as error:
-            refused.append(str(error))
-        except BaseException as error:  # a panic of Rust's is no Exception
-            raise AssertionError(f"seed {seed}: {name} is not refused") from error
-        shutil.rmtree(folder)
-    assert all(refused)
-    assert len(refused) > len(times) / 10  # the attack is one
+            use(directory)
+        except errors as error:
+            messages.append(str(error))
+        except BaseException as error:  # a panic in Rust code is not an Exception
+            raise AssertionError(f"seed {seed}: a corrupt {name} raises {type(error).__name__}") from error
+        shutil.rmtree(directory)
+    assert all(messages)
+    assert len(messages) > len(seeds) / 10  # enough corruptions were noticed
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "made"
-    words = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
+    directory = tmp_path_factory.mktemp("model") / "original"
+    tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
     torch.manual_seed(0)
-    ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, "vocab_size": len(words)})).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, "vocab_size": len(tokenizer)})).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
-@pytest.mark.parametrize("times", TIMES)
-def test_a_model_to_go_on_from(model, tmp_path, times):
-    def use(folder: Path) -> None:
-        load_config_and_tokenizer(str(folder), 8)
-        load_pretrained(ScratchGPTForCausalLM, str(folder), None)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_base_model(model, tmp_path, seeds):
+    def use(directory: Path) -> None:
+        load_config_and_tokenizer(str(directory), 8)
+        load_pretrained(ScratchGPTForCausalLM, str(directory), None)
 
-    attack(model, tmp_path, times, use, (UserError,))
+    fuzz(model, tmp_path, seeds, use, (UserError,))
 
 
-@pytest.mark.parametrize("times", TIMES)
-def test_an_adapter(model, tmp_path, times):
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_adapter(model, tmp_path, seeds):
     tuned = ScratchGPTForCausalLM.from_pretrained(model)
     add_adapter(tuned, LoraConfig(r=2))
     save_adapter(tuned, tmp_path / "adapter")
 
-    def use(folder: Path) -> None:
-        load_adapter(ScratchGPTForCausalLM.from_pretrained(model), folder)
+    def use(directory: Path) -> None:
+        load_adapter(ScratchGPTForCausalLM.from_pretrained(model), directory)
 
-    attack(tmp_path / "adapter", tmp_path, times, use, (ValueError, OSError))
+    fuzz(tmp_path / "adapter", tmp_path, seeds, use, (ValueError, OSError))
 
 
-@pytest.mark.parametrize("times", TIMES)
-def test_gpt2_to_convert(tmp_path, times):
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_conversion_from_gpt2(tmp_path, seeds):
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
 
-    def use(folder: Path) -> None:
+    def use(directory: Path) -> None:
         arguments = {"to": None, "type": None, "num_attention_heads": None, "hidden_act": None, "tokenizer": None}
-        convert(Namespace(source=str(folder), destination=tmp_path / "out", **arguments))
+        convert(Namespace(source=str(directory), destination=tmp_path / "out", **arguments))
         shutil.rmtree(tmp_path / "out")
 
-    attack(tmp_path / "gpt2", tmp_path, times, use, (ValueError, OSError))
+    fuzz(tmp_path / "gpt2", tmp_path, seeds, use, (ValueError, OSError))
 
 
-@pytest.mark.parametrize("times", TIMES)
-def test_a_checkpoint(model, tmp_path, times):
-    """What is taken is byte for byte what was written; all else is passed over for the one before."""
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_checkpoint(model, tmp_path, seeds):
+    """A corrupt checkpoint is skipped in favour of the one before; the files of a loaded one are unchanged."""
     trained = ScratchGPTForCausalLM.from_pretrained(model)
     ids = torch.arange(10)[None]
     trained(ids, labels=ids).loss.backward()
-    optimizers = make_optimizers(trained, "muon", 0.01, 0.02, 0.1)
+    optimizers = build_optimizers(EngineArguments(optimizer="muon", learning_rate=0.01, warmup_ratio=0.0), trained)[0]
     for optimizer in optimizers:
         optimizer.step()
-    made, passed_over = tmp_path / "made", []
+    checkpoints, skipped = tmp_path / "checkpoints", []
     for step in (1, 2):
-        save_checkpoint(made, Accelerator(), trained, optimizers, {"step": step, "validation_loss": 1.0}, keep=2)
-    last = made / "step-00000002"
+        save_checkpoint(checkpoints, Accelerator(), trained, optimizers, {"step": step, "eval_loss": 1.0}, save_total_limit=2)
+    last = checkpoints / "step-00000002"
     contents = {path.name: path.read_bytes() for path in last.iterdir()}
     assert len(contents) == 4
     names = sorted(contents)
-    for seed in times:
+    for seed in seeds:
         draw = random.Random(seed)
         name = names[seed % len(names)]
-        (last / name).write_bytes(altered(contents[name], draw))
-        path, state = find_checkpoint(made, passed_over.append)
-        if path == last:  # the same numbers in a manifest that is spelled differently
+        (last / name).write_bytes(corrupt(contents[name], draw))
+        path, state = find_checkpoint(checkpoints, skipped.append)
+        if path == last:  # the manifest is formatted differently, with the same values
             assert all((last / name).read_bytes() == contents[name] for name in names if name != "manifest.json")
         assert state["step"] == int(path.name[-1])
         (last / name).write_bytes(contents[name])
-    assert len(passed_over) > 0.9 * len(times)
+    assert len(skipped) > 0.9 * len(seeds)
 
 
 LABELLED = [{"text": f"to be {number}", "label": f"{number % 2}"} for number in range(20)]
-TALKS = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]} for n in range(20)]
+CHATS = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]} for n in range(20)]
 
 
 def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("kind", ["corpora", "examples", "conversations"])
-def test_data(tmp_path, times, kind):
-    made = tmp_path / "data"
-    made.mkdir()
+def test_datasets(tmp_path, seeds, kind):
+    data = tmp_path / "data"
+    data.mkdir()
     table = "".join(f"{row['text']}{{0}}{row['label']}\n" for row in [{"text": "text", "label": "label"}, *LABELLED])
     files = {"rows.csv": table.format(*","), "rows.tsv": table.format(*"\t"), "rows.jsonl": lines(LABELLED), "rows.txt": table}
     if kind == "conversations":
-        files = {"talks.jsonl": lines(TALKS), "talks.json": json.dumps(TALKS)}
+        files = {"talks.jsonl": lines(CHATS), "talks.json": json.dumps(CHATS)}
     if kind == "examples":
         del files["rows.txt"]
     for name, text in files.items():
-        (made / name).write_text(text)
+        (data / name).write_text(text)
 
-    def use(folder: Path) -> None:
+    def use(directory: Path) -> None:
         for name in files:
-            source = [str(folder / name)]
+            source = [str(directory / name)]
             if kind == "corpora":
                 read_corpora(CorpusArguments(source))
             elif kind == "examples":
@@ -201,28 +202,28 @@ def test_data(tmp_path, times, kind):
                 check_conversations(arguments)
                 read_conversations(arguments, 0, "\n")
 
-    attack(made, tmp_path, times, use, (UserError,))
+    fuzz(data, tmp_path, seeds, use, (UserError,))
 
 
 @dataclass
-class Asked:
+class Options:
     config: str = option("", "YAML")
-    steps: int = option(3, "A number.")
-    rate: float = option(0.1, "Another.")
-    names: list[str] = option(["a"], "Words.")
-    resume: bool = option(False, "A choice.")
+    steps: int = option(3, "An integer.")
+    rate: float = option(0.1, "A float.")
+    names: list[str] = option(["a"], "A list.")
+    resume: bool = option(False, "A flag.")
 
 
-@pytest.mark.parametrize("times", TIMES)
-def test_a_file_of_settings(tmp_path, times):
-    made = tmp_path / "settings"
-    made.mkdir()
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_yaml_config(tmp_path, seeds):
+    configs = tmp_path / "configs"
+    configs.mkdir()
     settings = {"steps": 5, "rate": 0.5, "names": ["b", "c"], "resume": True}
-    (made / "a.yaml").write_text(json.dumps(settings))
-    (made / "b.yaml").write_text("steps: 5\nrate: 0.5\nnames:\n- b\n- c\nresume: yes\n")
+    (configs / "a.yaml").write_text(json.dumps(settings))
+    (configs / "b.yaml").write_text("steps: 5\nrate: 0.5\nnames:\n- b\n- c\nresume: yes\n")
 
-    def use(folder: Path) -> None:
+    def use(directory: Path) -> None:
         for name in ("a.yaml", "b.yaml"):
-            parse_arguments(Asked, "x", ["--config", str(folder / name)])
+            parse_arguments(Options, "x", ["--config", str(directory / name)])
 
-    attack(made, tmp_path, times, use, (UserError,))
+    fuzz(configs, tmp_path, seeds, use, (UserError,))

@@ -1,4 +1,4 @@
-"""A saved folder alone is enough: everything works in a process that cannot import the package."""
+"""A saved directory works in a process that cannot import the package."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def load_elsewhere(folder, tmp_path) -> dict:
     return json.loads(process.stdout.split("RESULT")[1])
 
 
-def test_auto_classes_and_pipeline_work_from_the_folder_alone(tiny_model, folder, tmp_path):
+def test_auto_classes_and_pipeline_need_only_the_directory(tiny_model, folder, tmp_path):
     result = load_elsewhere(folder, tmp_path)
     tokenizer = ScratchGPTTokenizer.from_pretrained(folder)
     inputs = tokenizer("to be or not", return_tensors="pt")

@@ -1,1 +1,1 @@
-"""ScratchGPT's recipes. Each entry point runs from a clone: `accelerate launch training/pretrain.py --help`."""
+"""The recipes of ScratchGPT. Each program runs from a clone: `accelerate launch training/pretrain.py --help`."""

@@ -1,35 +1,31 @@
-"""Fine-tune a pretrained GPT to classify texts: from a model folder and labelled examples to a classifier folder.
+"""Fine-tune a pretrained GPT to classify texts: from a model directory and labelled examples to a classifier.
 
     accelerate launch training/classify.py
     accelerate launch training/classify.py --dataset sms.tsv --base_model outputs/pretrain --output_dir outputs/spam
     accelerate launch training/classify.py --dataset sms.tsv --train_last_n_layers 1 --output_dir outputs/last-block
     accelerate launch training/classify.py --dataset sms.tsv --lora_r 16 --output_dir outputs/lora
-    python training/classify.py --predict outputs/spam --input texts.txt
 
-With nothing given it reads training/configs/classify.yaml and teaches the model of `training/pretrain.py` which library a
-docstring comes from. `--predict` labels the lines of a file, the rows of a table, or what comes by standard input: JSON lines
-out.
+By default it reads training/configs/classify.yaml, and fine-tunes the model of `training/pretrain.py` to predict which library
+a docstring comes from. training/predict.py labels texts with the result.
 """
 
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tokenizers import normalizers
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
-from training.cli import option, parse_arguments, run_main
+from training.cli import option, run_main
+from training.data.augmentation import AugmentedTexts
+from training.data.datasets import PaddedExamples, TokenizedExamples, padded_dataloader, sort_by_length
 from training.data.examples import (
     MULTI,
     REGRESSION,
@@ -40,359 +36,274 @@ from training.data.examples import (
     class_weights,
     read_examples,
 )
-from training.data.files import TABLE_ENDINGS, find_files, get_text, read_lines, read_rows
-from training.data.padding import (
-    AugmentedTexts,
-    EncodedTexts,
-    LengthGroupedBatchSampler,
-    encode,
-    in_order_of_length,
-    padded_loader,
-)
+from training.data.samplers import LengthGroupedBatchSampler
 from training.data.splits import SPLITS
-from training.engine.checkpoints import atomic_directory, full_state_dict
+from training.data.tokens import tokenize_texts
+from training.engine.arguments import EpochArguments, resolve_epochs
 from training.engine.flops import flops_per_token
-from training.engine.loop import start_accelerator
 from training.engine.pretrained import (
     TuningArguments,
-    check_model,
     check_tuning,
     dropout_fields,
+    ensure_padding,
     freeze,
     load_config_and_tokenizer,
-    load_model,
     load_pretrained,
-    load_tokenizer,
     lora_config,
-    save_trained,
 )
-from training.engine.report import CURVE, draw_loss
-from training.engine.train import EpochArguments, check_epochs, resolve_epochs, start, train
+from training.engine.run_folder import MISTAKES, PREDICTIONS, SCORES
+from training.engine.train import TrainResult
 from training.errors import UserError
-from training.results.cards import BASE, HERE, SCORES, dataset_name, hardware, origin, write_card
+from training.recipe import Recipe, run_recipe
+from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER, CardContent, dataset_name, describe_base
 from training.results.classification_report import (
-    MISTAKES,
-    PICTURE,
     UNITS,
-    described,
+    describe_labels,
     draw_predictions,
     mistakes_table,
+    preview_predictions,
     results_table,
-    shown,
 )
 from training.results.markdown import code
 from training.results.scores import Predictions, predict
 
-CHUNK = 1024  # texts that are labelled before the first of them is written
-
 USAGE = f"""from transformers import pipeline
 
-classify = pipeline("text-classification", model="{HERE}", trust_remote_code=True, top_k=None)
+classify = pipeline("text-classification", model="{MODEL_PLACEHOLDER}", trust_remote_code=True, top_k=None)
 print(classify({{text}}, truncation=True))"""
 
 ADAPTER_USAGE = f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 model = AutoModelForSequenceClassification.from_pretrained(
-    "{BASE}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
+    "{BASE_PLACEHOLDER}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
 )
-model = PeftModel.from_pretrained(model, "{HERE}")"""
+model = PeftModel.from_pretrained(model, "{MODEL_PLACEHOLDER}")"""
 
-EXAMPLES = f"""![{{split}} split]({PICTURE})
+EXAMPLES = f"""![{{split}} split]({PREDICTIONS})
 
-What it got wrong there stands in [{MISTAKES}]({MISTAKES}), all scores in [{SCORES}]({SCORES})."""
+The mistakes on that split are in [{MISTAKES}]({MISTAKES}), all metrics in [{SCORES}]({SCORES})."""
 
-PURPOSES = {"train": "Training examples", "validation": "Validation examples", "test": "Test examples"}
+PREDICTS = {
+    SINGLE: "the probability of each class of a text",
+    MULTI: "the probability of each of several labels of a text",
+    REGRESSION: "numbers for a text",
+}
 
 
 @dataclass
-class ClassifyArguments(EpochArguments, ExampleArguments, TuningArguments):
-    config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments.")
+class ClassifyArguments(TuningArguments, EpochArguments, ExampleArguments):
+    config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments")
     classifier_pooling: str = option(
-        "last", "What the head reads: the last token of the text, or the mean of all.", choices=["last", "mean"]
+        "last", "hidden state that the head reads: of the last token, or the mean of all", choices=["last", "mean"]
     )
-    lowercase: bool = option(False, "Make the tokenizer turn all letters into small ones.")
+    lowercase: bool = option(False, "lowercase all texts, in the tokenizer")
     subword_dropout: float = option(
-        0.0, "Chance, between any two characters of a training text, that a token has to end there: other tokens each epoch."
+        0.0, "subword regularization: probability of a forced token boundary between two characters", minimum=0, below=1
     )
-    token_dropout: float = option(0.0, "Share of the tokens of a training text that is left out: others each epoch.")
-    label_smoothing: float = option(0.0, "Share of the certainty of a label that is spread over all labels.")
-    context_length: int = option(0, "Most tokens of a text, a longer one loses its end; 0: as many as the model takes.")
-    output_dir: str = option("outputs/classify", "New folder for the model.")
-    predict: str = option("", "Folder or Hub id of a classifier: only label what --input holds.")
-    input: str = option("-", "For --predict: a file of lines, a table with --text_column, or - for standard input.")
-
-
-def check(arguments: ClassifyArguments, num_processes: int) -> None:
-    """Refuse nonsense before any long work."""
-    check_epochs(arguments, num_processes)
-    if arguments.input != "-":
-        raise UserError(f"--input {arguments.input} is for --predict: say which model is to label it.")
-    for name in ("subword_dropout", "token_dropout", "label_smoothing"):
-        if not 0 <= getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(arguments, name)}.")
-    if arguments.label_smoothing and arguments.problem_type != SINGLE:
-        raise UserError(f"--label_smoothing is for one label a text: leave it out with {arguments.problem_type}.")
-    check_tuning(arguments)
-    if arguments.context_length and arguments.context_length < 4:
-        raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
-    check_examples(arguments)
-
-
-def first_model(arguments: ClassifyArguments, names: list[str], pad_token_id: int) -> ScratchGPTForSequenceClassification:
-    """The model as it is before the first step, the same whenever it is asked for. Its head is new, unless the model is a
-    classifier of as many labels already."""
-    set_seed(arguments.seed)
-    model: ScratchGPTForSequenceClassification = load_pretrained(
-        ScratchGPTForSequenceClassification,
-        arguments.base_model,
-        lora_config(arguments, ["score"]),
-        frozenset({"score.weight"}),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        problem_type=arguments.problem_type,
-        classifier_pooling=arguments.classifier_pooling,
-        pad_token_id=pad_token_id,
-        **dropout_fields(arguments.dropout),
+    token_dropout: float = option(
+        0.0, "fraction of the tokens of a training text to drop, others each epoch", minimum=0, below=1
     )
-    if arguments.train_last_n_layers >= 0:
-        freeze(model, arguments.train_last_n_layers, model.score)
-    return model
+    label_smoothing: float = option(0.0, "label smoothing, for one label per text", minimum=0, below=1)
+    context_length: int = option(0, "maximum tokens per text, longer ones are truncated; 0: the model's maximum", minimum=0)
+    output_dir: str = option("outputs/classify", "new directory for the model")
 
 
-def for_classification(tokenizer: Any, name: str, max_length: int, lowercase: bool = False) -> None:
-    """Have the model's tokenizer mark the beginning and the end of every text from now on: there the head reads."""
+class ClassifyRecipe(Recipe[Any]):
+    """Sequence classification: one label per text, several, or numbers."""
+
+    arguments_class = ClassifyArguments
+    usage = "pipeline('text-classification', {path}, trust_remote_code=True, top_k=None, truncation=True)"
+
+    def __init__(self, arguments: ClassifyArguments, accelerator: Accelerator):
+        super().__init__(arguments, accelerator)
+        self.loss_unit = UNITS[arguments.problem_type]
+        config, self.tokenizer = load_config_and_tokenizer(
+            arguments.base_model, max(arguments.context_length, 4), arguments.train_last_n_layers
+        )
+        self.max_length = arguments.context_length or config.max_position_embeddings
+        prepare_tokenizer(self.tokenizer, arguments.base_model, self.max_length, arguments.lowercase)
+        accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
+        with accelerator.local_main_process_first():  # the first process of each machine fills the cache
+            self.examples = read_examples(arguments, arguments.seed)
+        self.names = self.examples.names
+        self._tokenize()
+        self._report_data()
+        self.arguments = resolve_epochs(arguments, len(self.train_examples))
+        self._prepare_evaluation()
+        self.data_digest = self.examples.digest()
+        self.flops_per_token = flops_per_token(
+            config,
+            int(self.train_examples.lengths.mean()),
+            frozen=bool(arguments.lora_r),
+            has_head=False,
+            trained_blocks=arguments.train_last_n_layers if arguments.train_last_n_layers >= 0 else None,
+        )
+
+    @staticmethod
+    def check(arguments: ClassifyArguments) -> None:
+        if arguments.label_smoothing and arguments.problem_type != SINGLE:
+            raise UserError(f"--label_smoothing is for one label per text: omit it with {arguments.problem_type}.")
+        if 0 < arguments.context_length < 4:
+            raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
+        check_tuning(arguments)
+        check_examples(arguments)
+
+    def _tokenize(self) -> None:
+        """Labels and token ids of each split that is not empty."""
+        arguments = self.arguments
+        splits = {name: split for name, split in self.examples.splits.items() if split}
+        self.labels = {name: as_numbers(split, self.names, arguments.problem_type) for name, split in splits.items()}
+        self.tokenized: dict[str, TokenizedExamples] = {}
+        self.num_truncated: dict[str, int] = {}
+        for name, split in splits.items():
+            labels = training_labels(arguments, self.labels[name]) if name == "train" else self.labels[name]
+            texts = [example.text for example in split]
+            self.tokenized[name], self.num_truncated[name] = tokenize_texts(texts, self.tokenizer, self.max_length, labels)
+        self.train_examples = self.tokenized["train"]
+        self.train_dataset: Any = PaddedExamples(self.train_examples)
+        if arguments.subword_dropout or arguments.token_dropout:
+            self.train_dataset = AugmentedTexts(
+                [example.text for example in splits["train"]],
+                self.train_examples,
+                self.tokenizer,
+                self.max_length,
+                arguments.subword_dropout,
+                arguments.token_dropout,
+                arguments.seed,
+            )
+
+    def _report_data(self) -> None:
+        """Print sizes, labels and lengths; refuse a batch larger than the data, and data that is all truncated."""
+        arguments, print_, examples, train = self.arguments, self.accelerator.print, self.examples, self.train_examples
+        for name, labels in self.labels.items():
+            counts = describe_labels(examples.splits[name], labels, self.names, arguments.problem_type)
+            print_(f"{'Training' if name == 'train' else name.capitalize()} examples: {counts}")
+        duplicates = " and ".join(f"{examples.duplicates[name]:,} of {name}" for name in SPLITS[:2])
+        print_(f"Dropped as duplicates of texts in a later split: {duplicates}")
+        if arguments.balance == "undersample":
+            print_(f"Dropped by undersampling: {examples.undersampled:,}")
+        if arguments.batch_size > len(train):
+            raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(train)} training examples: lower it.")
+        if self.num_truncated["train"] == len(train):
+            raise UserError(
+                f"all training texts are longer than the limit of {self.max_length:,} tokens: use shorter texts, or a larger "
+                "--context_length if the model has the positions for it."
+            )
+        truncated = ", ".join(f"{number:,} of {name}" for name, number in self.num_truncated.items())
+        print_(
+            f"Tokens per text: mean {train.lengths.mean():,.0f}, maximum {train.lengths.max():,}; truncated to "
+            f"{self.max_length:,}: {truncated}"
+        )
+
+    def _prepare_evaluation(self) -> None:
+        self.dataloaders, self.orders = {}, {}
+        self.predictions: dict[str, Predictions] = {}  # of the latest evaluation of each split
+        for name in self.tokenized.keys() - {"train"}:
+            order = self.orders[name] = sort_by_length(self.tokenized[name].lengths)
+            options: dict[str, Any] = {"batch_size": 4 * self.arguments.batch_size, "sampler": order}
+            dataloader = padded_dataloader(PaddedExamples(self.tokenized[name]), self.tokenizer.pad_token_id, **options)
+            self.dataloaders[name] = self.accelerator.prepare(dataloader)
+
+    def build_model(self) -> ScratchGPTForSequenceClassification:
+        """The base model with a new head, or the base's own if it is a classifier with as many labels."""
+        arguments = self.arguments
+        set_seed(arguments.seed)
+        model: ScratchGPTForSequenceClassification = load_pretrained(
+            ScratchGPTForSequenceClassification,
+            arguments.base_model,
+            lora_config(arguments, ["score"]),
+            frozenset({"score.weight"}),
+            id2label=dict(enumerate(self.names)),
+            label2id={name: index for index, name in enumerate(self.names)},
+            problem_type=arguments.problem_type,
+            classifier_pooling=arguments.classifier_pooling,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **dropout_fields(arguments.dropout),
+        )
+        if arguments.train_last_n_layers >= 0:
+            freeze(model, arguments.train_last_n_layers, model.score)
+        return model
+
+    def train_dataloader(self) -> DataLoader:
+        arguments = self.arguments
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        lengths = self.train_examples.lengths
+        sampler = LengthGroupedBatchSampler(lengths, arguments.batch_size, num_batches, arguments.seed)
+        return padded_dataloader(self.train_dataset, self.tokenizer.pad_token_id, batch_sampler=sampler)
+
+    def evaluate(self, model: nn.Module, split: str = "validation") -> Any:
+        logits = predict(self.accelerator, model, self.dataloaders[split], self.orders[split])
+        self.predictions[split] = Predictions(logits, self.names, self.arguments.problem_type)
+        return self.predictions[split].score(self.labels[split])
+
+    def preview(self, model: Any) -> list[str]:
+        return preview_predictions(self.examples.splits["validation"], self.predictions["validation"])
+
+    def evaluate_test(self, model: Any) -> None:
+        if "test" in self.dataloaders:
+            self.accelerator.print(f"Test split, evaluated once, at the end: {self.evaluate(model, 'test')}\n")
+
+    def write_results(self, directory: Path, result: TrainResult) -> None:
+        last = self._last_split()
+        labels, predictions = self.labels[last], self.predictions[last]
+        scores = {"before": vars(result.before), **self._reports()}
+        (directory / SCORES).write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
+        draw_predictions(labels, predictions, directory / PREDICTIONS)
+        mistakes = mistakes_table(self.examples.splits[last], labels, predictions)
+        (directory / MISTAKES).write_text(mistakes, encoding="utf-8")
+
+    def card(self, result: TrainResult) -> CardContent:
+        arguments, last, reports = self.arguments, self._last_split(), self._reports()
+        dataset = dataset_name(arguments.dataset)
+        names = ", ".join(map(code, self.names[:20]))
+        names += f" and {len(self.names) - 20} more" if len(self.names) > 20 else ""
+        return CardContent(
+            introduction=f"A small GPT, {describe_base(arguments.base_model)} on {dataset}. It predicts "
+            f"{PREDICTS[arguments.problem_type]}: {names}. It was evaluated on texts like those it was trained on; its "
+            "predictions for other texts are not reliable.",
+            usage=USAGE.format(text=repr(self.examples.splits[last][0].text[:80])),
+            adapter_usage=ADAPTER_USAGE.format(num_labels=len(self.names), pooling=repr(arguments.classifier_pooling)),
+            results=results_table(result.before, reports, arguments.problem_type),
+            examples=EXAMPLES.format(split=last),
+            task="text-classification",
+            metrics={name: value for name, value in reports[last].items() if isinstance(value, float)},
+            data={"Examples": f"{dataset}: " + ", ".join(f"{name} {len(split):,}" for name, split in self.tokenized.items())},
+        )
+
+    def _last_split(self) -> str:
+        return "test" if "test" in self.predictions else "validation"
+
+    def _reports(self) -> dict[str, dict[str, Any]]:
+        """All metrics of the final model, by split."""
+        return {split: predictions.full_report(self.labels[split]) for split, predictions in self.predictions.items()}
+
+
+def prepare_tokenizer(tokenizer: Any, base_model: str, max_length: int, lowercase: bool = False) -> None:
+    """Set the tokenizer to add BOS and EOS to every text, since the head reads the last token, and to pad and truncate."""
     if lowercase:
         backend = tokenizer.backend_tokenizer
         steps = [normalizers.Lowercase(), backend.normalizer]
         backend.normalizer = normalizers.Sequence([step for step in steps if step])
     tokenizer.add_bos_token = tokenizer.bos_token is not None
     tokenizer.add_eos_token = tokenizer.eos_token is not None
-    with_padding(tokenizer, name)
+    ensure_padding(tokenizer, base_model)
     tokenizer.model_max_length = max_length
     tokenizer.padding_side = "right"
 
 
-def with_padding(tokenizer: Any, name: str) -> None:
-    """See to it that the tokenizer can pad: GPT-2's cannot. Which token it takes is all one, the attention mask says where."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise UserError(f"{name}: its tokenizer has no special token to pad with: give it one, and save it again.")
-
-
-def training_labels(arguments: ClassifyArguments, numbers: np.ndarray) -> np.ndarray:
-    """What the loss is told (N, C): with smoothing a share goes to all labels, and rare ones weigh more if so asked."""
+def training_labels(arguments: ClassifyArguments, labels: np.ndarray) -> np.ndarray:
+    """The labels of the loss (N, C): with label smoothing, and scaled by class weights, if the arguments say so."""
     if arguments.problem_type != SINGLE:
-        return numbers
-    smooth = (1 - arguments.label_smoothing) * numbers + arguments.label_smoothing / numbers.shape[1]
+        return labels
+    smooth = (1 - arguments.label_smoothing) * labels + arguments.label_smoothing / labels.shape[1]
     if arguments.balance == "weights":
-        smooth *= (numbers @ class_weights(numbers))[:, None]
+        smooth *= (labels @ class_weights(labels))[:, None]
     return smooth.astype(np.float32)
 
 
-def tokens_report(texts: dict[str, EncodedTexts], limit: int) -> str:
-    """How long the texts are, and how many were cut.
-
-    Raises:
-        UserError: all of them were.
-    """
-    train = texts["train"]
-    if train.num_truncated == len(train):
-        raise UserError(
-            f"every text of the training split is longer than the {limit:,} tokens that are read of it: give shorter texts, or "
-            "a longer --context_length if the model has the positions for it."
-        )
-    cut = ", ".join(f"{part.num_truncated:,} of {name}" for name, part in texts.items())
-    return f"Tokens a text: {train.lengths.mean():,.0f} on average, {train.lengths.max():,} at most; cut to {limit:,}: {cut}"
-
-
-def introduction(arguments: ClassifyArguments, names: list[str], dataset: str) -> str:
-    """What the card says first."""
-    most = ", ".join(map(code, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    what = {
-        SINGLE: "the probability of each category of a text",
-        MULTI: "the probability of each of several labels of a text",
-        REGRESSION: "numbers about a text",
-    }[arguments.problem_type]
-    return (
-        f"A small GPT, {origin(arguments.base_model)} on {dataset}. It gives {what}: {most}. It was measured on texts like "
-        "those it learned from; of others it says little."
-    )
-
-
-def label_texts(arguments: ClassifyArguments) -> None:
-    """Write a JSON line for each text of the input: the text, its label, and the probability of every label. An empty text has
-    none."""
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, got {arguments.batch_size}.")
-    if arguments.input == "-" and arguments.columns:
-        raise UserError("--columns is for files: standard input is read line by line.")
-    if not arguments.input:
-        raise UserError("--input is empty: give a file, or - for standard input.")
-    sources = [None] if arguments.input == "-" else find_files(arguments.input)
-    for path in filter(None, sources):
-        next(texts_of(path, arguments), None)  # what is wrong with its beginning is said before any long work
-    device = start_accelerator().device
-    trusted = check_model(arguments.predict, trust_remote_code=False)
-    tokenizer = load_tokenizer(arguments.predict, trusted)
-    model = load_model(arguments.predict, trusted, device, AutoModelForSequenceClassification)
-    with_padding(tokenizer, arguments.predict)
-    model.config.pad_token_id = tokenizer.pad_token_id  # others' classifiers ask for it
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
-    classify = TextClassificationPipeline(
-        model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
-    )
-    source = chain.from_iterable(texts_of(path, arguments) for path in sources)
-    with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
-        while chunk := list(islice(source, CHUNK)):
-            order = [index for index, text in enumerate(chunk) if text.strip()]
-            order.sort(key=lambda index: len(chunk[index]))  # texts of a batch about as long
-            found: Any = classify([chunk[index] for index in order], truncation=True, max_length=limit) if order else []
-            scores = dict(zip(order, found, strict=True))
-            for index, text in enumerate(chunk):  # a line for an empty text too: the fifth line is about the fifth text
-                row = {"text": text, **answer(scores.get(index, []), model.config.problem_type)}
-                print(json.dumps(row, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
-            sys.stdout.flush()
-            bar.update(len(chunk))
-
-
-def answer(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
-    """What a pipeline says of one text, the likeliest first, as it is written; of an empty text it says nothing."""
-    values = {it["label"]: round(it["score"], 6) for it in scores}
-    match problem_type:
-        case "regression":
-            return {"numbers": values}
-        case "multi_label_classification":
-            return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
-        case _:
-            return {"label": next(iter(values), None), "scores": values}
-
-
-def texts_of(path: Path | None, arguments: ClassifyArguments) -> Iterator[str]:
-    """The texts to label, one by one, of a file or, without one, of standard input."""
-    if path and (path.suffix.lower() in TABLE_ENDINGS or arguments.columns):
-        columns = {arguments.text_column: "text_column"}
-        for place, row in read_rows(path, columns, arguments.encoding_errors, arguments.columns):
-            yield get_text(row, arguments.text_column, place, arguments.encoding_errors)
-    else:
-        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.encoding_errors))
-
-
-def main() -> None:
-    arguments = parse_arguments(ClassifyArguments, __doc__)
-    if arguments.predict:
-        label_texts(arguments)
-        return
-    accelerator, output_dir = start(arguments, check)
-    config, tokenizer = load_config_and_tokenizer(
-        arguments.base_model, max(arguments.context_length, 4), arguments.train_last_n_layers
-    )
-    max_length = arguments.context_length or config.max_position_embeddings
-    for_classification(tokenizer, arguments.base_model, max_length, arguments.lowercase)
-
-    # Examples -> ids -> batches. The first process of a machine fills the caches, the others read them.
-    dataset = dataset_name(arguments.dataset)
-    accelerator.print(f"Reading {dataset}")
-    with accelerator.local_main_process_first():
-        examples = read_examples(arguments, arguments.seed)
-    names, kind = examples.names, arguments.problem_type
-    labels = {name: as_numbers(split, names, kind) for name, split in examples.splits.items()}
-    for name in SPLITS:
-        accelerator.print(f"{PURPOSES[name]}: {described(examples.splits[name], labels[name], names, kind)}")
-    copies = " and ".join(f"{examples.copies[name]:,} of {name}" for name in SPLITS[:2])
-    accelerator.print(f"Dropped as copies of texts in a later split: {copies}")
-    if arguments.balance == "undersample":
-        accelerator.print(f"Left out to balance: {examples.left_out:,}")
-    texts = {
-        name: encode([example.text for example in split], tokenizer, max_length, labels[name])
-        for name, split in examples.splits.items()
-        if split
-    }
-    if arguments.batch_size > len(texts["train"]):
-        raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(texts['train'])} examples: lower it.")
-    texts["train"] = replace(texts["train"], labels=training_labels(arguments, labels["train"]))
-    accelerator.print(tokens_report(texts, max_length))
-    training_texts: Any = texts["train"]
-    if arguments.subword_dropout or arguments.token_dropout:
-        written = [example.text for example in examples.splits["train"]]
-        dropouts = arguments.subword_dropout, arguments.token_dropout
-        training_texts = AugmentedTexts(written, texts["train"], tokenizer, max_length, *dropouts, arguments.seed)
-    arguments = resolve_epochs(arguments, len(texts["train"]))
-
-    first = partial(first_model, arguments, names, tokenizer.pad_token_id)
-    model = first()
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    accelerator.print(
-        f"A GPT of {model.num_parameters():,} parameters, {trained:,} of them trained, on {hardware(accelerator.num_processes)}"
-    )
-    loaders, orders = {}, {}
-    for name in ("validation", "test"):
-        if name in texts:
-            orders[name] = in_order_of_length(texts[name].lengths)
-            batch_size = 4 * arguments.batch_size
-            loaders[name] = accelerator.prepare(
-                padded_loader(texts[name], tokenizer, batch_size=batch_size, sampler=orders[name])
-            )
-    seen: dict[str, Predictions] = {}  # at the last look at each split
-
-    def look(prepared_model: nn.Module, split: str = "validation") -> Any:
-        logits = predict(accelerator, prepared_model, loaders[split], orders[split])
-        seen[split] = Predictions(logits, names, kind)
-        return seen[split].score(labels[split])
-
-    def show() -> str:
-        return shown(examples.splits["validation"], seen["validation"])
-
-    def batches_from(start: int) -> DataLoader:
-        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        batches = LengthGroupedBatchSampler(texts["train"].lengths, arguments.batch_size, num_batches, arguments.seed, start)
-        return padded_loader(training_texts, tokenizer, batch_sampler=batches)
-
-    flops = flops_per_token(
-        config,
-        int(texts["train"].lengths.mean()),
-        frozen=bool(arguments.lora_r),
-        has_head=False,
-        trained_blocks=arguments.train_last_n_layers if arguments.train_last_n_layers >= 0 else None,
-    )
-    outcome = train(accelerator, arguments, model, batches_from, examples.digest(), look, show, flops)
-    if "test" in loaders:
-        accelerator.print(f"\nOn the test split, used only now: {look(model, 'test')}\n")
-    results = {split: predictions.full_report(labels[split]) for split, predictions in seen.items()}
-    last = list(seen)[-1]
-
-    weights = full_state_dict(model)
-    if accelerator.is_main_process:
-        with atomic_directory(output_dir) as folder:
-            save_trained(folder, model, weights, tokenizer, first)
-            before = {"before": vars(outcome.before)}
-            (folder / SCORES).write_text(json.dumps({**before, **results}, indent=2, ensure_ascii=False), encoding="utf-8")
-            draw_loss(outcome.metrics.rows, folder / CURVE, UNITS[kind])
-            draw_predictions(labels[last], seen[last], folder / PICTURE)
-            mistakes = mistakes_table(examples.splits[last], labels[last], seen[last])
-            (folder / MISTAKES).write_text(mistakes, encoding="utf-8")
-            write_card(
-                folder,
-                arguments,
-                accelerator,
-                model,
-                outcome,
-                introduction=introduction(arguments, names, dataset),
-                usage=USAGE.format(text=repr(examples.splits[last][0].text[:80])),
-                adapter_usage=ADAPTER_USAGE.format(num_labels=len(names), pooling=repr(arguments.classifier_pooling)),
-                results=results_table(outcome.before, results, kind),
-                examples=EXAMPLES.format(split=last),
-                task="text-classification",
-                metrics={key: value for key, value in results[last].items() if isinstance(value, float)},
-                data={"Examples": f"{dataset}: " + ", ".join(f"{name} {len(texts[name]):,}" for name in texts)},
-                settings={},
-            )
-    accelerator.print(
-        f"Trained for {outcome}. The classifier, its card, its scores and its mistakes are in {output_dir}/:\n"
-        f"    pipeline('text-classification', {str(output_dir)!r}, trust_remote_code=True, top_k=None, truncation=True)"
-    )
-    accelerator.end_training()
+def main(argv: Sequence[str] | None = None) -> None:
+    run_recipe(ClassifyRecipe, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Other formats: models from elsewhere as ScratchGPTs, and ScratchGPTs as models for other programs."""
+"""Conversion of models: from other formats to ScratchGPT, and from ScratchGPT to other formats."""

@@ -1,20 +1,22 @@
-"""Models that others have trained, as ScratchGPT's; and ScratchGPT's as models that others run.
+"""Convert models of other formats to ScratchGPT, and ScratchGPT to other formats.
 
-    python -m modeling_scratchgpt.convert openai-community/gpt2 outputs/gpt2       # GPT-2 or Qwen3, from the Hub or a folder
-    python -m modeling_scratchgpt.convert models/124M outputs/gpt2                 # as OpenAI published it, for TensorFlow
-    python -m modeling_scratchgpt.convert out/ckpt.pt outputs/shakespeare          # nanoGPT's
-    python -m modeling_scratchgpt.convert model.pt outputs/mine --num_attention_heads 6   # minGPT's, or any bare state dict
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3       # the other way: gpt2, qwen3
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0   # for llama.cpp
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/onnx --to onnx           # for onnxruntime
+    # to ScratchGPT: the format of SOURCE is detected
+    python -m modeling_scratchgpt.convert openai-community/gpt2 outputs/gpt2      # GPT-2 or Qwen3: a directory or a Hub id
+    python -m modeling_scratchgpt.convert models/124M outputs/gpt2                # OpenAI's TensorFlow checkpoint
+    python -m modeling_scratchgpt.convert out/ckpt.pt outputs/shakespeare         # nanoGPT
+    python -m modeling_scratchgpt.convert model.pt outputs/mine --num_attention_heads 6     # minGPT, or a bare state dict
 
-What SOURCE is, is recognised. DESTINATION becomes a complete folder, or is not touched. Before it is, the model is compared
-with transformers' own of the same weights, or with what onnxruntime computes.
+    # from ScratchGPT
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3         # transformers; also gpt2
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0    # llama.cpp
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/onnx --to onnx           # onnxruntime
+
+The outputs are compared with those of the equivalent model in transformers (for ONNX: of onnxruntime), and a model that differs
+is refused. DESTINATION is a new directory, which is written completely or not at all.
 """
 
 import argparse
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,144 +25,151 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, TokenizersBackend
 
+from ..atomic import atomic_directory
 from .gguf import TYPES, check_gguf, write_gguf
 from .onnx import FILE as ONNX_FILE
 from .onnx import onnx_logits, write_onnx
-from .reading import Found, check_tokenizer, read, tokenizer_as, tokenizer_of
+from .reading import LoadedModel, check_tokenizer, read, tokenizer_as, tokenizer_of
 
-TOLERANCE = 1e-4  # of logits that are at most 1, or of the largest
+TOLERANCE = 1e-4  # absolute for logits up to 1, above that relative to the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
 
 
-def compared(found: Found, tolerance: float = TOLERANCE) -> str:
-    """A line on how far the outputs of the two models are apart in float32, on the same random ids.
+def verify_outputs(loaded: LoadedModel, tolerance: float = TOLERANCE) -> str:
+    """Compare the model with its reference in float32 on the same random ids, and describe the difference in one line.
 
     Raises:
-        ValueError: further than rounding makes them.
+        ValueError: the difference exceeds the tolerance.
     """
-    ids = _some_ids(found.ours.config)
+    ids = _random_ids(loaded.model.config)
     outputs = []
-    for model in (found.ours, found.stock):
+    for model in (loaded.model, loaded.reference):
         dtype = model.dtype
+        if dtype != torch.float32:  # a quantized model cannot be cast
+            model.float()
         with torch.no_grad():
-            outputs.append(
-                (model if dtype == torch.float32 else model.float())(ids, attention_mask=torch.ones_like(ids), return_dict=True)
-            )
+            outputs.append(model(ids, attention_mask=torch.ones_like(ids), return_dict=True))
         if dtype != torch.float32:
-            model.to(dtype)  # no bit of the weights has changed
-    ours, stock = outputs
-    key = "start_logits" if "start_logits" in ours else "logits" if "logits" in ours else "last_hidden_state"
-    return _difference(ours[key], stock[key], tolerance, f"{type(found.stock).__name__} in transformers")
+            model.to(dtype)  # exact, since float32 has all values of lower precisions
+    key = next(name for name in ("start_logits", "logits", "last_hidden_state") if name in outputs[0])
+    ours, theirs = (output[key] for output in outputs)
+    return _verify(ours, theirs, tolerance, f"{type(loaded.reference).__name__} in transformers")
 
 
-def _some_ids(config: PreTrainedConfig) -> torch.Tensor:
-    """One text, since some classifiers take no more without a token to pad with; that token is not in it."""
+def _random_ids(config: PreTrainedConfig) -> torch.Tensor:
+    """One text without padding tokens: some classifiers pool by the padding id, and need it for more than one text."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, min(32, config.max_position_embeddings)), generator=generator)
-    return (
-        torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids) if config.pad_token_id is not None else ids
-    )
+    return ids if config.pad_token_id is None else torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, whose: str) -> str:
+def _verify(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, reference: str) -> str:
     difference = (ours - theirs).abs().max().item()
     if not difference <= tolerance * max(1.0, theirs.abs().max().item()):
-        raise ValueError(f"the outputs differ by {difference} from {whose}: nothing was written. Please report this.")
-    return f"Largest difference from {whose}: {difference:.1e}"
+        raise ValueError(f"the outputs differ by {difference} from {reference}: nothing was written. Please report this.")
+    return f"Largest difference from {reference}: {difference:.1e}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
-    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="turn a ScratchGPT into this")
-    parser.add_argument("--type", choices=TYPES, help="of the matrices in a GGUF file (default: f16)")
-    parser.add_argument("--num_attention_heads", type=int, help="needed for bare weights, which do not say it")
-    parser.add_argument("--hidden_act", help="activation of bare weights (default: gelu_new, as GPT-2's; nanoGPT's is gelu)")
-    parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, where the source brings none")
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_scratchgpt.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="model to convert: a file, a directory or a Hub id")
+    parser.add_argument("destination", metavar="DESTINATION", type=Path, help="directory to create")
+    parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="target format of a ScratchGPT")
+    parser.add_argument("--type", choices=TYPES, help="data type of the matrices in a GGUF file (default: f16)")
+    parser.add_argument("--num_attention_heads", type=int, help="number of heads, if SOURCE is a bare state dict")
+    parser.add_argument(
+        "--hidden_act", help="activation, if SOURCE is a bare state dict (default: gelu_new, GPT-2's; gelu for nanoGPT)"
+    )
+    parser.add_argument("--tokenizer", help="directory or Hub id of a tokenizer, if SOURCE has none")
     arguments = parser.parse_args()
     try:
-        with warnings.catch_warnings(action="ignore"):  # what libraries would warn of ends in an error here
+        with warnings.catch_warnings(action="ignore"):  # what libraries warn about is an error here
             convert(arguments)
     except KeyboardInterrupt:
-        print("\nconvert: stopped; nothing was written.", file=sys.stderr)
+        print("\nconvert: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
-    except (OSError, SafetensorError, ValueError) as error:  # the second: a disk that is full
+    except (OSError, SafetensorError, ValueError) as error:  # SafetensorError: a full disk
         print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Read, verify and write a model as the command-line arguments say.
+
+    Raises:
+        ValueError, OSError: the model cannot be converted or written; nothing is left at the destination.
+    """
     destination = arguments.destination.expanduser()
     if destination.exists() or destination.is_symlink():
-        raise ValueError(f"DESTINATION {destination} exists already: give the name of a new folder.")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        raise ValueError(f"DESTINATION {destination} exists: pass the name of a new directory.")
     if arguments.type and arguments.to != "gguf":
         raise ValueError(f"--type {arguments.type} is for --to gguf: leave it out.")
-    found = read(arguments.source, arguments.to, arguments.num_attention_heads, arguments.hidden_act)
-    if not found.is_bare and (arguments.num_attention_heads or arguments.hidden_act):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    loaded = read(arguments.source, arguments.to, arguments.num_attention_heads, arguments.hidden_act)
+    if not loaded.is_bare and (arguments.num_attention_heads or arguments.hidden_act):
         raise ValueError(
-            f"{arguments.source} tells its heads and its activation: leave out --num_attention_heads, --hidden_act."
+            f"{arguments.source} contains its heads and its activation: leave out --num_attention_heads and --hidden_act."
         )
     if arguments.tokenizer is not None:
-        found.tokenizer, remark = tokenizer_of(arguments.tokenizer)
-        if not found.tokenizer:
+        loaded.tokenizer, remark = tokenizer_of(arguments.tokenizer)
+        if not loaded.tokenizer:
             raise ValueError(f"--tokenizer {arguments.tokenizer}: {remark}.")
-    config = found.ours.config
-    if found.tokenizer:
-        check_tokenizer(found.tokenizer, config.vocab_size)
+    config = loaded.model.config
+    if loaded.tokenizer:
+        check_tokenizer(loaded.tokenizer, config.vocab_size)
     print(
-        f"{arguments.source}: {found.kind}; {found.ours.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
+        f"{arguments.source}: {loaded.kind}; {loaded.model.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
         f"{config.max_position_embeddings:,} positions"
     )
-    print(f"Tokenizer: {len(found.tokenizer):,} tokens" if found.tokenizer else f"No tokenizer: {found.remark}")
-    if found.stock:
-        print(compared(found))
+    print(f"Tokenizer: {len(loaded.tokenizer):,} tokens" if loaded.tokenizer else f"No tokenizer: {loaded.remark}")
+    if loaded.reference:
+        print(verify_outputs(loaded))
     if arguments.to == "gguf":
-        check_gguf(config, found.tokenizer)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=destination.parent, ignore_cleanup_errors=True) as folder:
-        whole = Path(folder) / "model"
-        _write(found, whole, arguments)
-        whole.rename(destination)
-    match arguments.to:
-        case "gguf":
-            print(f"{destination / 'model.gguf'} is for llama.cpp and what is built on it.")
-        case "onnx":
-            print(f"{destination / ONNX_FILE} is for onnxruntime and what is built on it.")
-        case to:
-            name, trust = (type(found.stock).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
-            what = f"a complete {name}" if found.tokenizer else f"a {name} without a tokenizer"
-            auto_class = f"Auto{type(found.ours).__name__.replace('ScratchGPT', 'Model').replace('ModelModel', 'Model')}"
-            print(f"{destination}/ is {what}: {auto_class}.from_pretrained({str(destination)!r}{trust})")
+        check_gguf(config, loaded.tokenizer)
+    with atomic_directory(destination) as directory:
+        _write(loaded, directory, arguments)
+    print(_describe_result(loaded, destination, arguments.to))
 
 
-def _write(found: Found, folder: Path, arguments: argparse.Namespace) -> None:
-    tokenizer = found.tokenizer
-    if tokenizer and arguments.to:  # of no class of ours, so that it needs none of our code
+def _write(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) -> None:
+    tokenizer = loaded.tokenizer
+    if tokenizer and arguments.to:  # a class of transformers, so that it loads without our code
         tokenizer = tokenizer_as(TokenizersBackend, tokenizer)
     match arguments.to:
         case "gguf":
-            config, file = found.stock.config, "model.gguf"
-            config.save_pretrained(folder)  # of its fields transformers' reader of GGUF takes only some from the file
-            kind = arguments.type or "f16"
-            write_gguf(folder / file, found.ours.config, found.ours.state_dict(), tokenizer, kind)
-            found.stock = type(found.stock).from_pretrained(folder, gguf_file=file, config=config, dtype=torch.float32)
-            print(f"Read back from {kind}. {compared(found, ROUNDING[kind])}")
+            config, file, data_type = loaded.reference.config, "model.gguf", arguments.type or "f16"
+            config.save_pretrained(directory)  # transformers reads only some of its fields from a GGUF file
+            write_gguf(directory / file, loaded.model.config, loaded.model.state_dict(), tokenizer, data_type)
+            reference_class = type(loaded.reference)
+            loaded.reference = reference_class.from_pretrained(directory, gguf_file=file, config=config, dtype=torch.float32)
+            print(f"Read back from {data_type}. {verify_outputs(loaded, ROUNDING[data_type])}")
             return
         case "onnx":
-            write_onnx(folder, found.ours.float())
-            ids = _some_ids(found.ours.config)
+            write_onnx(directory, loaded.model.float())
+            ids = _random_ids(loaded.model.config)
             with torch.no_grad():
-                ours = found.ours(ids).logits
-            print(_difference(ours, onnx_logits(folder / ONNX_FILE, ids), TOLERANCE, "what onnxruntime computes"))
+                ours = loaded.model(ids).logits
+            print(_verify(ours, onnx_logits(directory / ONNX_FILE, ids), TOLERANCE, "onnxruntime"))
         case to:
-            (found.stock if to else found.ours).save_pretrained(folder)
+            (loaded.reference if to else loaded.model).save_pretrained(directory)
     if tokenizer:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(directory)
+
+
+def _describe_result(loaded: LoadedModel, destination: Path, to: str | None) -> str:
+    if to == "gguf":
+        return f"Wrote {destination / 'model.gguf'} for llama.cpp and programs based on it."
+    if to == "onnx":
+        return f"Wrote {destination / ONNX_FILE} for onnxruntime."
+    name, trust = (type(loaded.reference).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
+    model = f"a complete {name}" if loaded.tokenizer else f"a {name} without a tokenizer"
+    return f"{destination}/ is {model}: {loaded.model._auto_class}.from_pretrained({str(destination)!r}{trust})"
 
 
 if __name__ == "__main__":

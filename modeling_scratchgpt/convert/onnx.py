@@ -1,15 +1,15 @@
-"""A ScratchGPT as an ONNX graph, which onnxruntime runs without torch. Needs the libraries `onnxscript` and `onnxruntime`.
+"""Export a ScratchGPT to ONNX, for onnxruntime without torch. Requires the libraries `onnxscript` and `onnxruntime`.
 
-One graph takes prompts and single tokens, in batches, with a past or without:
+One graph serves both the prompt and single tokens, in batches, with or without cached keys and values:
 
     input_ids, position_ids                     (batch, new), int64
     attention_mask                              (batch, past + new), int64
-    input.past_key_values.layers.N.keys/values  (batch, heads, past, head_dim), float32; at first, past is 0
+    input.past_key_values.layers.N.keys/values  (batch, heads, past, head_dim), float32; past may be 0
     logits                                      (batch, new, vocab), float32
     output.past_key_values.layers.N.keys/values (batch, heads, past + new, head_dim), float32
 
 Notable:
-- transformers' own exporter makes it. Where in which file on this machine an operation came from is taken out again.
+- transformers' exporter writes it. Source locations on this machine, which the exporter adds to each operation, are removed.
 """
 
 import contextlib
@@ -26,28 +26,28 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FILE = "model.onnx"
-EXAMPLE, PAST = (2, 7), 3  # what is traced: texts, tokens in each, of them in the past; these may vary, so all must differ
+EXAMPLE, PAST = (2, 7), 3  # traced (batch, tokens) and cached tokens: dynamic sizes, which must all differ
 
 
 def check_onnx(config: PreTrainedConfig) -> None:
-    """Whether the graph of a model of this config can be written.
+    """Check that a model of this config can be exported.
 
     Raises:
-        ValueError: a library is missing or too old, or a graph cannot say what this model is; the message names the field.
+        ValueError: a library is missing or too old, or a graph cannot express the model; the message names the field.
     """
     missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"writing ONNX takes the libraries onnxscript and onnxruntime: pip install {' '.join(missing)}.")
+        raise ValueError(f"ONNX requires the libraries onnxscript and onnxruntime: pip install {' '.join(missing)}.")
     if not hasattr(importlib.import_module("transformers.exporters.base"), "ExportedModel"):
-        raise ValueError(f"writing ONNX takes transformers 5.23 or later, and this is {transformers.__version__}.")
+        raise ValueError(f"ONNX requires transformers 5.23 or later, but this is {transformers.__version__}.")
     if config.position_embedding_type == "rotary" and (kind := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type is {kind!r}, which depends on the length of a text: a graph has one for all.")
+        raise ValueError(f"rope_type is {kind!r}, which depends on the length of the text: a graph cannot express it.")
     if config.max_position_embeddings < EXAMPLE[1]:
-        raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}: ONNX takes {EXAMPLE[1]} or more.")
+        raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}: ONNX requires at least {EXAMPLE[1]}.")
 
 
-def write_onnx(folder: Path, model: PreTrainedModel) -> None:
-    """Write `model.onnx`, `model.onnx.data`, and what transformers' `ExportedModel.from_pretrained` reads beside them.
+def write_onnx(directory: Path, model: PreTrainedModel) -> None:
+    """Write `model.onnx`, `model.onnx.data` and the configs that transformers' `ExportedModel.from_pretrained` reads.
 
     Args:
         model: a `ScratchGPTForCausalLM` in float32.
@@ -75,12 +75,12 @@ def write_onnx(folder: Path, model: PreTrainedModel) -> None:
         for node in graph:
             node.metadata_props.clear()
     exported.generation_config = model.generation_config
-    exported.save_pretrained(folder)
+    exported.save_pretrained(directory)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters of torch and transformers tell their whole way: errors only."""
+    """Silence the exporters of torch and transformers, except for errors."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
@@ -90,7 +90,7 @@ def _quiet() -> Iterator[None]:
 
 
 def onnx_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What onnxruntime computes: the last token by itself, after all the others.
+    """Compute logits with onnxruntime: first of all tokens but the last, then of the last with their cache.
 
     Args:
         ids: (batch, length >= 2), int64.
@@ -118,6 +118,3 @@ def onnx_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
         cache = dict(zip(cache, now, strict=True))
         result.append(torch.from_numpy(logits))
     return torch.cat(result, dim=1)
-
-
-__all__ = ["FILE", "check_onnx", "onnx_logits", "write_onnx"]

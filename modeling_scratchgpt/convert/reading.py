@@ -1,15 +1,14 @@
-"""Other people's models, read: as ours, and in transformers' own class. What a source is, is recognised.
+"""Read models in other formats, as ScratchGPT and as the reference model of transformers to compare with.
 
 Notable:
-- No pickle runs: torch loads weights only, and nanoGPT's meta.pkl is read instruction by instruction, not unpickled.
-- Every tensor of the source must have its place, and every place its tensor, of the right shape and kind.
-- Whatever a damaged file makes a reader stumble over ends in one line that names it.
+- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl is parsed instruction by instruction.
+- The tensors of the source must match those of the model exactly: in names, shapes and kind.
+- Every error caused by a damaged file becomes one line that names the file.
 """
 
 import json
 import pickle
 import pickletools
-import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,152 +25,112 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-import modeling_scratchgpt
-
+from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import GPT2_MATRICES, as_scratchgpt, as_stock, gpt2_state_dict
+from ..hub import is_hub_id
+from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
 from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
 from .onnx import check_onnx
 from .tensorflow import read_tensorflow_checkpoint
 
 State = dict[str, torch.Tensor]
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask of older files
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
 
 
 @dataclass
-class Found:
-    """A model of ours, the same in transformers' own class, and what is known of its tokens."""
+class LoadedModel:
+    """A ScratchGPT, the equivalent model of transformers, and the tokenizer."""
 
     kind: str
-    ours: Any  # a PreTrainedModel, as the next
-    stock: Any
+    model: Any  # PreTrainedModel, like the next
+    reference: Any
     tokenizer: PreTrainedTokenizerBase | None
     remark: str = ""  # why there is no tokenizer
-    is_bare: bool = False  # whether the source tells its numbers and names of nothing else
+    is_bare: bool = False  # the source has only weights: neither the number of heads nor the activation
 
 
-def read(source: str, to: str | None, num_attention_heads: int | None, hidden_act: str | None) -> Found:
-    """Read a source.
+def read(source: str, to: str | None, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
+    """Read a model.
 
     Args:
         source: a path, or the id of a model on the Hub.
-        to: what a ScratchGPT is to become; None for a model that is to become one.
-        num_attention_heads, hidden_act: of a bare state dict, which does not tell them.
+        to: target format of a ScratchGPT; None to convert another model to ScratchGPT.
+        num_attention_heads, hidden_act: of a bare state dict, which does not contain them.
 
     Raises:
-        ValueError: it is none of those that are read here, is damaged, or cannot become what it is to be.
-        OSError: it is not there.
+        ValueError: the format is unknown, a file is damaged, or the model cannot be converted.
+        OSError: the source does not exist.
     """
     try:
-        return _ours(source, to) if to else _others(source, num_attention_heads, hidden_act)
+        return _read_scratchgpt(source, to) if to else _read_other(source, num_attention_heads, hidden_act)
     except OSError as error:
         if Path(source).expanduser().exists():
             raise
-        said = " ".join(str(error).split())[:200]
-        raise OSError(f"{source} is no file or folder here, and the Hub did not give it ({said}).") from error
+        raise OSError(f"{source} does not exist here, and the Hub did not provide it ({_short(error)}).") from error
     except ValueError:
         raise
-    except Exception as error:  # other people's files can make a reader stumble in every way
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source} is damaged, or is not what it says it is ({type(error).__name__}: {said}).") from error
+    except Exception as error:  # damaged files can raise anything
+        raise ValueError(f"{source} is damaged or mislabeled ({type(error).__name__}: {_short(error)}).") from error
 
 
-def _others(source: str, num_attention_heads: int | None, hidden_act: str | None) -> Found:
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# Other models to ScratchGPT -----------------------------------------------------------------------------------------------
+
+
+def _read_other(source: str, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     path = Path(source).expanduser()
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and not (len(path.parts) > 1 and path.parent.is_dir())
-    if not path.exists() and not is_id:
-        raise ValueError(f"{source} is not there, and is no id of a repository on the Hub.")
+    if not path.exists() and not is_hub_id(source):
+        raise ValueError(f"{source} does not exist, and is not the id of a repository on the Hub.")
     if hidden_act is not None and hidden_act not in ACT2FN:
-        raise ValueError(
-            f"--hidden_act {hidden_act} is not one that transformers knows: these are {', '.join(sorted(ACT2FN))}."
-        )
+        raise ValueError(f"--hidden_act {hidden_act} is unknown to transformers: choose one of {', '.join(sorted(ACT2FN))}.")
     if path.is_dir():
         if (path / "hparams.json").is_file():
-            return _openai(path)
+            return _read_openai(path)
         if not (path / "config.json").is_file():
             checkpoints = [path / name for name in ("ckpt.pt", "model.pt") if (path / name).is_file()]
             if not checkpoints:
-                raise ValueError(f"{path} holds neither config.json, nor hparams.json, nor ckpt.pt: give the file itself.")
+                raise ValueError(f"{path} has none of config.json, hparams.json and ckpt.pt: pass the file itself.")
             path = checkpoints[0]
     if path.is_file():
-        return _state_dict(path, num_attention_heads, hidden_act)
-    return _folder(source if not path.exists() else str(path))
+        return _read_state_dict(path, num_attention_heads, hidden_act)
+    return _read_transformers(str(path) if path.exists() else source)
 
 
-def _folder(source: str) -> Found:
-    """GPT-2's or Qwen3's, as transformers saves them, with any head."""
+def _read_transformers(source: str) -> LoadedModel:
+    """Read a GPT-2 or Qwen3 as transformers saves it, with any head."""
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") == "scratchgpt":
-        raise ValueError(f"{source} is a ScratchGPT already: to make another of it, say which with --to.")
-    ScratchGPTConfig(**as_scratchgpt(fields))  # says what cannot be, in words of our own
-    plain = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
-    stock_name = (fields.get("architectures") or [plain])[0]
-    head = stock_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
-    our_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}", None)
-    if our_class is None or not hasattr(our_class, "forward") or head == "PreTrainedModel":
-        raise ValueError(f"{source} is a {stock_name}, for which ScratchGPT has no head.")
-    _check_files(Path(source))
+        raise ValueError(f"{source} is a ScratchGPT already: to convert it to another format, pass --to.")
+    ScratchGPTConfig(**as_scratchgpt(fields))  # raises our own errors first
+    default = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
+    class_name = (fields.get("architectures") or [default])[0]
+    head = class_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
+    if head not in ("Model", *HEADS):
+        raise ValueError(f"{source} is a {class_name}, for which ScratchGPT has no head.")
+    _check_safetensors(Path(source))
     with _loading(source):
-        ours, report = _with_report(our_class, source)
-        _check_report(source, report)
-        stock = getattr(transformers, stock_name).from_pretrained(source)
-    return Found(f"{stock_name} of transformers", ours, stock, *tokenizer_of(source))
+        model = _load(getattr(modeling_scratchgpt, f"ScratchGPT{head}"), source)
+        reference = getattr(transformers, class_name).from_pretrained(source)
+    return LoadedModel(f"{class_name} of transformers", model, reference, *tokenizer_of(source))
 
 
-@contextmanager
-def _loading(source: str) -> Iterator[None]:
-    """What goes wrong while weights are loaded, in one line."""
+def _read_openai(directory: Path) -> LoadedModel:
+    """Read OpenAI's own files of GPT-2."""
+    sizes = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer", "n_head": "n_head"}
     try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{source}: a file of its weights is damaged, or more than weights, which could run code.") from error
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{source}: its weights are damaged, no weights, or too large for this memory ({error}).") from error
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse safetensors of a local folder that are damaged, hold what is no weight, or have two tensors for one place."""
-    places: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or is no file of weights ({error}).") from error
-        for name, kind in kinds.items():
-            if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(MASKS):
-                raise ValueError(f"{file}: {name} is of type {kind}: weights are floating-point numbers.")
-            if other := places.get(place := name.removeprefix("transformer.")):
-                raise ValueError(f"{folder} has two tensors for one place: {other} and {name}.")
-            places[place] = name
-
-
-def _openai(folder: Path) -> Found:
-    """OpenAI's own files."""
-    try:
-        hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
-        if not all(
-            type(hparams[name]) is int and hparams[name] > 0 for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head")
-        ):
-            raise ValueError("its sizes must be positive whole numbers")
-        config = GPT2Config(
-            vocab_size=hparams["n_vocab"],
-            n_positions=hparams["n_ctx"],
-            n_embd=hparams["n_embd"],
-            n_layer=hparams["n_layer"],
-            n_head=hparams["n_head"],
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        hparams = json.loads((directory / "hparams.json").read_text(encoding="utf-8"))
+        if not all(type(hparams[name]) is int and hparams[name] > 0 for name in sizes):
+            raise ValueError("its sizes must be positive integers")
+        config = _gpt2_config(**{name: hparams[theirs] for theirs, name in sizes.items()})
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'hparams.json'} does not give OpenAI's sizes ({error!r}).") from error
-    indices = sorted(folder.glob("*.index"))
+        raise ValueError(f"{directory / 'hparams.json'} does not contain OpenAI's sizes ({error!r}).") from error
+    indices = sorted(directory.glob("*.index"))
     if len(indices) != 1:
-        raise ValueError(f"{folder} holds {len(indices)} files named .index: there must be one, of the checkpoint to read.")
+        raise ValueError(f"{directory} has {len(indices)} files named *.index: there must be exactly one.")
     state = {}
     for name, array in read_tensorflow_checkpoint(indices[0]).items():
         parts = name.removeprefix("model/").split("/")
@@ -180,203 +139,231 @@ def _openai(folder: Path) -> Found:
         parts[-1] = {"w": "weight", "g": "weight", "b": "bias"}.get(parts[-1], f"{parts[-1]}.weight")
         tensor = torch.from_numpy(array.copy())
         state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
-    ours, stock = _models(config, state, str(indices[0]))
-    return Found("OpenAI's checkpoint for TensorFlow", ours, stock, *_openai_tokenizer(folder, ours.config))
+    model, reference = _build_models(config, state, str(indices[0]))
+    return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, *_openai_tokenizer(directory, model.config))
 
 
-def _state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> Found:
-    """nanoGPT's checkpoint, or the bare weights of any model that names them as GPT-2, minGPT and nanoGPT do."""
-    content = _read_tensors(file)
-    kind = "bare weights"
-    is_bare = True
+def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
+    """Read nanoGPT's checkpoint, or a bare state dict with the names of GPT-2, minGPT and nanoGPT."""
+    content, kind, is_bare = _load_tensors(file), "bare weights", True
     if isinstance(content.get("model"), dict):
         kind, hidden_act = "nanoGPT's checkpoint", hidden_act or "gelu"
         sizes = content.get("model_args")
         if isinstance(sizes, dict) and "n_head" in sizes:
             is_bare, num_attention_heads = False, sizes["n_head"]
         content = content["model"]
-    state: State = {}
-    for original, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor) or not isinstance(original, str):
-            raise ValueError(f"{file}: {original} is no tensor but a {type(tensor).__name__}: these are no weights of a model.")
-        name = original.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
-        if name.endswith(MASKS):
-            continue
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name in state:
-            raise ValueError(f"{file} has two tensors for one place: {original} is the second for {name}.")
-        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
-            raise ValueError(f"{file}: {original} is of type {tensor.dtype}: weights are dense floating-point numbers.")
-        state[name] = tensor
-    try:
-        vocab_size, width = state["transformer.wte.weight"].shape
-        positions = state["transformer.wpe.weight"].shape[0]
-        layout = state["transformer.h.0.attn.c_attn.weight"].shape
-        inner = max(state["transformer.h.0.mlp.c_fc.weight"].shape)
-        layers = {int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")}
-    except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"{file}: {error} is missing or no matrix: these are not the weights of a GPT-2.") from error
-    if layers != set(range(len(layers))):
-        raise ValueError(
-            f"{file} has layers {sorted(layers)[:3]} to {max(layers)}, and {len(layers)} of them: some are missing."
-        )
+    state = _rename_to_gpt2(content, file)
+    sizes = _infer_sizes(state, file)
+    width = sizes["n_embd"]
     if num_attention_heads is None:
-        raise ValueError(f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads.")
+        raise ValueError(f"{file} does not contain its number of heads: pass --num_attention_heads.")
     if type(num_attention_heads) is not int or num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"--num_attention_heads {num_attention_heads} does not divide the width of {file}, {width}.")
-    if layout[0] != width:  # nn.Linear's
+    if state["transformer.h.0.attn.c_attn.weight"].shape[0] != width:  # stored as in nn.Linear, not as in Conv1D
         matrices = tuple(f".{name}.weight" for name in GPT2_MATRICES)
         state = {name: tensor.T if name.endswith(matrices) else tensor for name, tensor in state.items()}
-    widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    state = {name: tensor.to(widest) for name, tensor in state.items()}  # some keep the norms in a higher precision
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})  # norms may have a higher precision
+    state = {name: tensor.to(widest) for name, tensor in state.items()}
     head = state.get("lm_head.weight")
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=positions,
-        n_embd=width,
-        n_layer=len(layers),
-        n_head=num_attention_heads,
-        n_inner=inner,
-        activation_function=hidden_act or "gelu_new",
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        tie_word_embeddings=head is None or torch.equal(head, state["transformer.wte.weight"]),
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    ours, stock = _models(config, state, str(file))
-    return Found(kind, ours, stock, *_characters_of(file.with_name("meta.pkl")), is_bare=is_bare)
+    tied = head is None or torch.equal(head, state["transformer.wte.weight"])
+    activation = hidden_act or "gelu_new"
+    config = _gpt2_config(**sizes, n_head=num_attention_heads, activation_function=activation, tie_word_embeddings=tied)
+    model, reference = _build_models(config, state, str(file))
+    return LoadedModel(kind, model, reference, *_character_tokenizer(file.with_name("meta.pkl")), is_bare=is_bare)
 
 
-def _read_tensors(file: Path) -> dict[str, Any]:
+def _load_tensors(file: Path) -> dict[str, Any]:
+    """Load a file of PyTorch or safetensors without running code from it."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         with open(file, "rb") as opened:
             begins_as_pickle = opened.read(1) == pickle.PROTO
         if not begins_as_pickle and not zipfile.is_zipfile(file):
-            raise ValueError("it is neither a file of PyTorch's nor of safetensors")
+            raise ValueError("neither PyTorch nor safetensors")
         if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
-            raise ValueError(f"{bad} in it has changed since it was written")
+            raise ValueError(f"the checksum of {bad} is wrong")
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is no file of weights alone: reading it could run code that it brings, so it is not read."
-        ) from error
+        raise ValueError(f"{file} contains more than weights, which could run code: it is not read.") from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged, or is no file of weights ({' '.join(str(error).split())[:200]}).") from error
+        raise ValueError(f"{file} is damaged or not a file of weights ({_short(error)}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}: give a state dict, or nanoGPT's checkpoint.")
+        raise ValueError(f"{file} contains a {type(content).__name__}: pass a state dict, or nanoGPT's checkpoint.")
     return content
 
 
-def _models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Ours and transformers' GPT-2 with these weights, which bear its names and lie as it wants them."""
+def _rename_to_gpt2(content: dict[Any, Any], file: Path) -> State:
+    """Rename the tensors to those of `GPT2LMHeadModel` and check their types."""
+    state: State = {}
+    for original, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(original, str):
+            raise ValueError(f"{file}: {original} is a {type(tensor).__name__}, not a tensor: this is not a state dict.")
+        name = original.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
+        if name.endswith(MASKS):
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if name in state:
+            raise ValueError(f"{file} has two tensors for {name}: {original} is the second.")
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+            raise ValueError(f"{file}: {original} is of type {tensor.dtype}: weights must be dense floating-point tensors.")
+        state[name] = tensor
+    return state
+
+
+def _infer_sizes(state: State, file: Path) -> dict[str, int]:
+    """Read the sizes of a GPT-2 off the shapes of its weights, as fields of `GPT2Config`."""
+    try:
+        vocab_size, width = state["transformer.wte.weight"].shape
+        positions = state["transformer.wpe.weight"].shape[0]
+        _, inner = (max(state[f"transformer.h.0.{name}.weight"].shape) for name in ("attn.c_attn", "mlp.c_fc"))
+        layers = {int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")}
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: {error} is missing or not a matrix: these are not the weights of a GPT-2.") from error
+    if layers != set(range(len(layers))):
+        raise ValueError(f"{file} has {len(layers)} layers, from {min(layers)} to {max(layers)}: some are missing.")
+    return {"vocab_size": vocab_size, "n_positions": positions, "n_embd": width, "n_layer": len(layers), "n_inner": inner}
+
+
+def _gpt2_config(**fields: Any) -> GPT2Config:
+    return GPT2Config(**fields, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+
+
+def _build_models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Build a ScratchGPT and transformers' GPT-2 from weights with the names and the layout of the latter."""
     our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
     with torch.device("meta"):
-        stock = transformers.GPT2LMHeadModel(config)
-    expected = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+        reference = transformers.GPT2LMHeadModel(config)
+    expected = {name: tensor.shape for name, tensor in reference.state_dict().items()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
         expected.pop("lm_head.weight")
-    is_bias = tuple(f"{name}.bias" for name in ("ln_1", "ln_2", "ln_f", *GPT2_MATRICES))
-    has_biases = any(name.endswith(is_bias) for name in state)
-    if not has_biases:  # nanoGPT's bias=False; in the norms and in stock GPT-2 there must be one: zero
-        state = state | {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(is_bias)}
-    _refuse(file, "lacks", expected.keys() - state.keys())
-    _refuse(file, "has no place for", state.keys() - expected.keys())
+    biases = tuple(f"{name}.bias" for name in ("ln_1", "ln_2", "ln_f", *GPT2_MATRICES))
+    has_biases = any(name.endswith(biases) for name in state)
+    if not has_biases:  # nanoGPT's bias=False: the reference and the norms here need biases of zero
+        state = state | {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(biases)}
+    _check_names(file, missing=expected.keys() - state.keys(), unexpected=state.keys() - expected.keys())
     for name, shape in expected.items():
         if state[name].shape != shape:
-            raise ValueError(f"{file}: {name} is {tuple(state[name].shape)}, and should be {tuple(shape)}.")
-    stock.load_state_dict(state, strict=False, assign=True)
-    stock.tie_weights()
+            raise ValueError(f"{file}: {name} is {tuple(state[name].shape)}, expected {tuple(shape)}.")
+    reference.load_state_dict(state, strict=False, assign=True)
+    reference.tie_weights()
     if not has_biases:
         our_config.attention_bias = our_config.mlp_bias = False
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(is_bias) or ".ln_" in name}
-    ours, report = _with_report(ScratchGPTForCausalLM, None, config=our_config, state_dict=state)
-    _check_report(file, report)
-    return ours, stock.eval()
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(biases) or ".ln_" in name}
+    return _load(ScratchGPTForCausalLM, None, file, config=our_config, state_dict=state), reference.eval()
 
 
-def _with_report(model_class: Any, source: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    model, report = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    for name, parameter in model.named_parameters():
+# Loading and checking weights ---------------------------------------------------------------------------------------------
+
+
+def _load(model_class: Any, path: str | None, name: str | None = None, **options: Any) -> Any:
+    """Load a model, all of whose weights must be in the source (called `name` in errors) and finite."""
+    source = name or path
+    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    mismatched = [str(key[0]) for key in report["mismatched_keys"]]
+    _check_names(source, report["missing_keys"], report["unexpected_keys"], mismatched)
+    for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{source or 'the source'}: {name} holds numbers that are not finite.")
+            raise ValueError(f"{source}: {key} has values that are not finite.")
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight is not model.model.embed_tokens.weight:
-        model.config.tie_word_embeddings = False  # a file may have a head of its own, whatever its config says
-    return model, report
+        model.config.tie_word_embeddings = False  # a file may contain a separate head, whatever its config says
+    return model
 
 
-def _check_report(source: str, report: dict[str, Any]) -> None:
-    _refuse(source, "lacks", report["missing_keys"])
-    _refuse(source, "has no place for", report["unexpected_keys"])
-    _refuse(source, "has the wrong shape for", [str(key[0]) for key in report["mismatched_keys"]])
+def _check_names(source: str, missing: Any = (), unexpected: Any = (), mismatched: Any = ()) -> None:
+    for problem, names in (("lacks", missing), ("has the unknown", unexpected), ("has the wrong shape for", mismatched)):
+        if names:
+            listed = ", ".join(sorted(names)[:5])
+            raise ValueError(f"{source} {problem} {listed}{', ...' if len(names) > 5 else ''}: it is another model or damaged.")
 
 
-def _refuse(source: str, what: str, names: Any) -> None:
-    if names:
-        listed = ", ".join(sorted(names)[:5])
-        raise ValueError(f"{source} {what} {listed}{', ...' if len(names) > 5 else ''}: it is not the model it should be.")
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Raise errors while loading weights as a `ValueError` of one line."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{source}: a file is damaged, or contains more than weights, which could run code.") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source}: the weights are damaged or exceed the memory ({error}).") from error
 
 
-def _ours(source: str, to: str) -> Found:
-    """A folder of ours, also as transformers' GPT-2 or Qwen3; for GGUF, as whichever of them it is; for ONNX, as neither.
+def _check_safetensors(directory: Path) -> None:
+    """Refuse local safetensors that are damaged, not floating-point, or contain a weight twice."""
+    seen: dict[str, str] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a file of weights ({error}).") from error
+        for name, dtype in dtypes.items():
+            if dtype not in ("F64", "F32", "F16", "BF16") and not name.endswith(MASKS):
+                raise ValueError(f"{file}: {name} is of type {dtype}: weights must be floating-point tensors.")
+            if other := seen.get(key := name.removeprefix("transformer.")):
+                raise ValueError(f"{directory} has two tensors for one weight: {other} and {name}.")
+            seen[key] = name
+
+
+# ScratchGPT to other models -----------------------------------------------------------------------------------------------
+
+
+def _read_scratchgpt(source: str, to: str) -> LoadedModel:
+    """Read a ScratchGPT with its reference: GPT-2 or Qwen3; for GGUF, whichever fits; none for ONNX.
 
     Raises:
-        ValueError: it is no ScratchGPT, or cannot be what is wanted; the message names the field of its config.
+        ValueError: it is not a ScratchGPT, or cannot be converted; the message names the field of its config.
     """
     if Path(source).is_file():
-        raise ValueError(f"{source} is a file: --to takes the folder of a ScratchGPT.")
+        raise ValueError(f"{source} is a file: --to takes the directory of a ScratchGPT.")
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
     if (architecture := (fields.get("architectures") or [""])[0]) and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"{source} is a {architecture}: --to takes a language model, a ScratchGPTForCausalLM.")
     if Path(source, "adapter_config.json").is_file():
-        raise ValueError(f"{source} also holds an adapter, which would be left out: merge it into the model first.")
-    _check_files(Path(source))
+        raise ValueError(f"{source} also has an adapter, which would be lost: merge it into the model first.")
+    _check_safetensors(Path(source))
     our_config = ScratchGPTConfig.from_dict(fields)
-    stock_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
+    model_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
     if to == "onnx":
         check_onnx(our_config)
     else:
-        as_stock(our_config, stock_type)
+        as_transformers(our_config, model_type)  # raises its errors before the weights are loaded
     with _loading(source):
-        ours, report = _with_report(ScratchGPTForCausalLM, source)
-        _check_report(source, report)
-    stock = None
+        model = _load(ScratchGPTForCausalLM, source)
+    reference = None
     if to != "onnx":
-        config = as_stock(ours.config, stock_type)
-        stock_class = transformers.GPT2LMHeadModel if stock_type == "gpt2" else transformers.Qwen3ForCausalLM
-        state = gpt2_state_dict(ours.state_dict()) if stock_type == "gpt2" else ours.state_dict()
-        stock = stock_class.from_pretrained(None, config=config, state_dict=state, dtype=ours.dtype)
-        stock.generation_config = ours.generation_config
-    return Found("ScratchGPT", ours, stock, *tokenizer_of(source))
+        reference_class = transformers.GPT2LMHeadModel if model_type == "gpt2" else transformers.Qwen3ForCausalLM
+        state = gpt2_state_dict(model.state_dict()) if model_type == "gpt2" else model.state_dict()
+        config = as_transformers(model.config, model_type)
+        reference = reference_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+        reference.generation_config = model.generation_config
+    return LoadedModel("ScratchGPT", model, reference, *tokenizer_of(source))
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
-    """A folder's or a repository's own, as ours."""
-    folder, files = Path(source), ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in files):
-        return None, f"{source} holds none"
+    """Load the tokenizer of a directory or repository as a ScratchGPTTokenizer, or say why there is none."""
+    directory, files = Path(source), ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    if directory.is_dir() and not any((directory / name).is_file() for name in files):
+        return None, f"{source} has none"
     try:
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
-            return None, f"{source} holds none"
+            return None, f"{source} has none"
     except Exception as error:  # transformers, tokenizers and the Hub each have their own
-        return None, f"that of {source} cannot be read ({' '.join(str(error).split())[:200]})"
+        return None, f"that of {source} cannot be read ({_short(error)})"
     return tokenizer_as(ScratchGPTTokenizer, tokenizer), ""
 
 
 def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
-    """A tokenizer as one of another class."""
+    """Convert a tokenizer to another class."""
     return tokenizer_class(
         tokenizer_object=tokenizer.backend_tokenizer,
         model_max_length=min(tokenizer.model_max_length, 2**40),
@@ -390,24 +377,38 @@ def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {largest}, and the model rows for {vocab_size} tokens: pass --tokenizer."
-        )
+        raise ValueError(f"the tokenizer has ids up to {largest}, but the model {vocab_size} embeddings: pass --tokenizer.")
 
 
-def _openai_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
+def _openai_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
     try:
-        tokenizer = ScratchGPTTokenizer.from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
+        tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
     except (OSError, ValueError) as error:
         return None, str(error)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     return tokenizer, ""
 
 
-def _plain_content(content: bytes) -> Any:
-    """The dictionaries, strings and whole numbers that a pickle describes, put together from a list of its instructions.
+def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
+    """Read nanoGPT's table of characters, if it is in the directory of the checkpoint."""
+    if not file.is_file():
+        return None, f"the weights come without one, and without nanoGPT's {file.name}: pass --tokenizer"
+    try:
+        ids = parse_plain_pickle(file.read_bytes())["stoi"]
+        if not all(isinstance(text, str) and len(text) == 1 for text in ids) or sorted(ids.values()) != [*range(len(ids))]:
+            raise ValueError("stoi must number characters from 0")
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
+    except Exception as error:  # a damaged file can raise anything, and `tokenizers` raises bare exceptions
+        raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
+    tokenizer.decoder = decoders.Fuse()
+    return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 
-    Nothing is unpickled: an instruction that would name, call or build anything else ends it.
+
+def parse_plain_pickle(content: bytes) -> Any:
+    """Parse a pickle of dictionaries, strings and integers from its instructions, without unpickling.
+
+    Raises:
+        ValueError: it has an instruction that would import, call or build anything else.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -436,23 +437,5 @@ def _plain_content(content: bytes) -> Any:
                 del stack[start:]
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case name:
-                raise ValueError(f"it holds more than dictionaries, strings and whole numbers: {name}")
+                raise ValueError(f"it contains more than dictionaries, strings and integers: {name}")
     raise ValueError("it has no end")
-
-
-def _characters_of(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
-    """nanoGPT's table of characters, if it lies beside the checkpoint."""
-    if not file.is_file():
-        return None, f"the file of weights brings none, and no {file.name} lies beside it: pass --tokenizer"
-    try:
-        ids = _plain_content(file.read_bytes())["stoi"]
-        if not all(isinstance(text, str) and len(text) == 1 for text in ids) or sorted(ids.values()) != [*range(len(ids))]:
-            raise ValueError("stoi does not number characters from 0 on")
-        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
-    except Exception as error:  # it can be wrong in every way, and `tokenizers` raises bare exceptions
-        raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
-    tokenizer.decoder = decoders.Fuse()
-    return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
-
-
-__all__ = ["Found", "check_tokenizer", "read", "tokenizer_as", "tokenizer_of"]

@@ -1,10 +1,10 @@
-"""TensorFlow's checkpoints, read without TensorFlow: `NAME.index` and `NAME.data-00000-of-00001`, as OpenAI published GPT-2.
+"""Read TensorFlow checkpoints (`NAME.index`, `NAME.data-00000-of-00001`), as OpenAI published GPT-2, without TensorFlow.
 
 Notable:
-- The index is a sorted string table (LevelDB's format): blocks of keys that share prefixes, each block with a checksum. Its
-  values are protocol buffers that say type, shape, place and checksum of a tensor; the data files are the bare numbers.
-- Every checksum is verified, so a file that was cut short or altered is found out, by the name of the tensor.
-- Nothing is executed: `NAME.meta`, which holds the graph, is not read at all.
+- The index is a sorted string table (LevelDB's format): blocks of prefix-compressed keys with a checksum. The values
+  are protocol buffers with the type, shape, offset and checksum of a tensor; the data files are raw arrays.
+- All checksums are verified, so truncated and altered files are refused, with the name of the tensor.
+- Nothing is executed: `NAME.meta`, which contains the graph, is not read.
 
 Format: LevelDB's doc/table_format.md; tensorflow/core/protobuf/tensor_bundle.proto.
 """
@@ -25,26 +25,26 @@ DTYPES: dict[int, np.dtype] = {
 }  # types.proto
 LANES = 2**14
 
-# CRC-32C: what each byte does to the checksum so far (Castagnoli's polynomial, bits reversed).
+# CRC-32C by table lookup (Castagnoli's polynomial, reflected).
 TABLE: np.ndarray = np.arange(256, dtype=np.uint32)
 for _ in range(8):
     TABLE = (TABLE >> 1) ^ (np.uint32(0x82F63B78) * (TABLE & 1))
 
 
 def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, by its name.
+    """Read all tensors of a checkpoint, by name.
 
     Args:
-        index: the file that ends in `.index`; the data files lie beside it.
+        index: the file that ends in `.index`; the data files are in the same directory.
 
     Raises:
-        ValueError: a file is not what it should be, incomplete or damaged; the message names file and tensor.
+        ValueError: a file is of another format, incomplete or damaged; the message names file and tensor.
         OSError: a file is missing.
     """
     table = index.read_bytes()
     try:
-        entries = dict(_table(table))
-        header = _message(entries.pop(b""))
+        entries = dict(_iterate_table(table))
+        header = _parse_message(entries.pop(b""))
         num_shards = header.get(1, [1])[0]
     except (IndexError, KeyError, struct.error, ValueError) as error:
         raise ValueError(f"{index} is not the index of a TensorFlow checkpoint, or it is damaged ({error}).") from error
@@ -52,129 +52,129 @@ def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
     for shard in range(num_shards):
         path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, and {index} needs it.")
+            raise FileNotFoundError(f"{path} does not exist, but {index} refers to it.")
         shards.append(np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8))
-    return {name.decode(): _tensor(name.decode(), _message(entry), shards, index) for name, entry in entries.items()}
+    return {name.decode(): _tensor(name.decode(), _parse_message(entry), shards, index) for name, entry in entries.items()}
 
 
 def _tensor(name: str, entry: dict[int, list], shards: list[np.ndarray], index: Path) -> np.ndarray:
     dtype = DTYPES.get(entry.get(1, [0])[0])
     if dtype is None or 7 in entry:
-        raise ValueError(f"{index}: {name} is of a type that is not read here, or lies in slices: save it as whole float32.")
-    dimensions = [_message(dim).get(1, [0])[0] for shape in entry.get(2, []) for dim in _message(shape).get(2, [])]
+        raise ValueError(f"{index}: {name} has an unsupported type, or is stored in slices: save it as one float32 tensor.")
+    dimensions = [_parse_message(dim).get(1, [0])[0] for shape in entry.get(2, []) for dim in _parse_message(shape).get(2, [])]
     shard, offset, size = (entry.get(field, [0])[0] for field in (3, 4, 5))
     expected = dtype.itemsize * int(np.prod(dimensions, dtype=np.int64))
     stored = shards[shard][offset : offset + size] if shard < len(shards) else np.empty(0, np.uint8)
     if size != expected or len(stored) != size:
-        raise ValueError(f"{index.stem}: {name} should be {expected} bytes and is {len(stored)}: a data file is cut short.")
-    if _masked(crc32c(stored)) != entry.get(6, [0])[0]:
-        raise ValueError(f"{index.stem}: {name} is damaged: its checksum is another.")
+        raise ValueError(f"{index.stem}: {name} has {len(stored)} of {expected} bytes: a data file is truncated.")
+    if _mask(crc32c(stored)) != entry.get(6, [0])[0]:
+        raise ValueError(f"{index.stem}: {name} is damaged: its checksum is wrong.")
     return stored.view(dtype).reshape(dimensions)
 
 
-def _table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of a sorted string table."""
+def _iterate_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Iterate over the keys and values of a sorted string table."""
     footer = table[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
-        raise ValueError("it does not end as one")
-    _, place = _handle(footer, 0)
-    (offset, size), _ = _handle(footer, place)
-    for _, value in _block(table, offset, size):
-        (offset, size), _ = _handle(value, 0)
-        yield from _block(table, offset, size)
+        raise ValueError("it has no valid footer")
+    _, position = _parse_handle(footer, 0)
+    (offset, size), _ = _parse_handle(footer, position)
+    for _, value in _iterate_block(table, offset, size):
+        (offset, size), _ = _parse_handle(value, 0)
+        yield from _iterate_block(table, offset, size)
 
 
-def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    offset, place = _varint(data, place)
-    size, place = _varint(data, place)
-    return (offset, size), place
+def _parse_handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
+    offset, position = _parse_varint(data, position)
+    size, position = _parse_varint(data, position)
+    return (offset, size), position
 
 
-def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+def _iterate_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     block, trailer = table[offset : offset + size + 1], table[offset + size + 1 : offset + size + 5]
-    if _masked(crc32c(np.frombuffer(block, np.uint8))) != struct.unpack("<I", trailer)[0]:
-        raise ValueError("the checksum of a block is another")
+    if _mask(crc32c(np.frombuffer(block, np.uint8))) != struct.unpack("<I", trailer)[0]:
+        raise ValueError("the checksum of a block is wrong")
     if block[-1] != 0:
-        raise ValueError("it is compressed, which TensorFlow's checkpoints are not")
+        raise ValueError("it is compressed, unlike TensorFlow's checkpoints")
     (num_restarts,) = struct.unpack("<I", block[-5:-1])
-    end, place, key = len(block) - 5 - 4 * num_restarts, 0, b""
-    while place < end:
-        shared, place = _varint(block, place)
-        unshared, place = _varint(block, place)
-        length, place = _varint(block, place)
-        key = key[:shared] + block[place : place + unshared]
-        place += unshared + length
-        yield key, block[place - length : place]
+    end, position, key = len(block) - 5 - 4 * num_restarts, 0, b""
+    while position < end:
+        shared, position = _parse_varint(block, position)
+        unshared, position = _parse_varint(block, position)
+        length, position = _parse_varint(block, position)
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared + length
+        yield key, block[position - length : position]
 
 
-def _message(data: bytes) -> dict[int, list]:
-    """The fields of a protocol buffer by their number: integers, and bytes for whatever has a length."""
+def _parse_message(data: bytes) -> dict[int, list]:
+    """Parse a protocol buffer into its fields by number: integers, or bytes for fields with a length."""
     fields: dict[int, list] = {}
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
+    position = 0
+    while position < len(data):
+        tag, position = _parse_varint(data, position)
         value: int | bytes
         if tag & 7 == 0:
-            value, place = _varint(data, place)
+            value, position = _parse_varint(data, position)
         elif tag & 7 == 2:
-            length, place = _varint(data, place)
-            value, place = data[place : place + length], place + length
+            length, position = _parse_varint(data, position)
+            value, position = data[position : position + length], position + length
         elif tag & 7 == 5:
-            value, place = struct.unpack("<I", data[place : place + 4])[0], place + 4
+            value, position = struct.unpack("<I", data[position : position + 4])[0], position + 4
         else:
-            raise ValueError("it holds a field of a kind that is not used there")
+            raise ValueError("it has a field of an unexpected wire type")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the last one without the high bit; and where the next begins."""
+def _parse_varint(data: bytes, position: int) -> tuple[int, int]:
+    """Decode a varint (seven bits per byte; the high bit says that more follow); also return the offset after it."""
     value = shift = 0
     while True:
-        value |= (data[place] & 127) << shift
+        value |= (data[position] & 127) << shift
         shift += 7
-        place += 1
-        if data[place - 1] < 128:
-            return value, place
+        position += 1
+        if data[position - 1] < 128:
+            return value, position
 
 
-def _masked(checksum: int) -> int:
-    """As checksums are stored, so that none is ever taken of a checksum."""
+def _mask(checksum: int) -> int:
+    """Mask a checksum as LevelDB stores it, since a CRC of data that contains CRCs is weak."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def crc32c(data: np.ndarray) -> int:
-    """The CRC-32C of bytes. Long ones are cut into lanes that are worked off side by side, and their checksums combined."""
+    """CRC-32C of bytes (N,). Long inputs are cut into lanes that are processed in parallel and then combined."""
     length = len(data) // LANES
     state, rest = 0, data[length * LANES :].tolist()
     if length:
         lanes = np.full(LANES, 0xFFFFFFFF, dtype=np.uint32)
         for column in np.ascontiguousarray(data[: length * LANES].reshape(LANES, length).T):
             lanes = TABLE[(lanes ^ column) & 255] ^ (lanes >> 8)
-        state = _joined(lanes ^ np.uint32(0xFFFFFFFF), length)
+        state = _combine(lanes ^ np.uint32(0xFFFFFFFF), length)
     state ^= 0xFFFFFFFF
     for byte in rest:
         state = int(TABLE[(state ^ byte) & 255]) ^ (state >> 8)
     return state ^ 0xFFFFFFFF
 
 
-def _joined(checksums: np.ndarray, length: int) -> int:
-    """The checksum of what neighbours with these checksums make together, a power of two of them, each of so many bytes."""
+def _combine(checksums: np.ndarray, length: int) -> int:
+    """Combine the checksums of consecutive pieces of `length` bytes each; their number is a power of two."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    zero_byte = TABLE[bits & 255] ^ (bits >> 8)  # what a byte of zeros makes of each bit; linear, so of each number
-    zeros = bits  # of no bytes
+    zero_byte = TABLE[bits & 255] ^ (bits >> 8)  # effect of a zero byte on each bit, which is linear
+    zeros = bits  # effect of `length` zero bytes: start with the identity
     while length:
         if length & 1:
-            zeros = _times(zero_byte, zeros)
-        zero_byte, length = _times(zero_byte, zero_byte), length >> 1
+            zeros = _multiply(zero_byte, zeros)
+        zero_byte, length = _multiply(zero_byte, zero_byte), length >> 1
     while len(checksums) > 1:
-        checksums = _times(zeros, checksums[::2]) ^ checksums[1::2]
-        zeros = _times(zeros, zeros)
+        checksums = _multiply(zeros, checksums[::2]) ^ checksums[1::2]
+        zeros = _multiply(zeros, zeros)
     return int(checksums[0])
 
 
-def _times(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """A matrix over bits, one column a number (32,), times vectors (N,)."""
+def _multiply(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Multiply a matrix over GF(2), with columns (32,) as integers, by vectors (N,)."""
     result = np.zeros_like(vectors)
     for bit, column in enumerate(matrix):
         result ^= column * ((vectors >> np.uint32(bit)) & np.uint32(1))

@@ -1,9 +1,9 @@
-"""The adapters of a model: added, chosen, added up, merged, taken away.
+"""Add, activate, combine, merge and delete the adapters of a model.
 
 Notable:
 - It works on the `nn.Linear` layers of any model.
-- What is trained in full (a new head, biases) takes the place of the base's parameters while its adapter is active. So the
-  base stays bit for bit what it was, and tied weights stay tied.
+- Parameters trained in full (a new head, biases) replace those of the base while their adapter is active. So the base never
+  changes, and tied weights stay tied.
 """
 
 import re
@@ -21,66 +21,66 @@ from .layer import LoraLinear, is_plain, replace_parameter
 
 @dataclass
 class Adapters:
-    """What a model knows of its adapters, besides its layers."""
+    """State of a model's adapters outside its LoRA layers."""
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
-    full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # by adapter: what replaces which parameter
-    base: dict[str, nn.Parameter] = field(default_factory=dict)  # what is replaced
-    frozen: list[nn.Parameter] = field(default_factory=list)  # what was so before there was an adapter
-    active: tuple[str, ...] = ()
+    full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # by adapter: replacements by name
+    base: dict[str, nn.Parameter] = field(default_factory=dict)  # the replaced parameters
+    frozen: list[nn.Parameter] = field(default_factory=list)  # frozen before the first adapter was added
+    active_adapters: tuple[str, ...] = ()
 
 
 def adapters_of(model: nn.Module, *names: str) -> Adapters:
-    """What is known of a model's adapters.
+    """Return the state of a model's adapters.
 
     Raises:
-        ValueError: one of these names is none of them.
+        ValueError: one of `names` is not an adapter of the model.
     """
     adapters: Adapters = vars(model).get("_lora") or Adapters()
     for name in names:
         if name not in adapters.configs:
-            raise ValueError(f"the model has no adapter {name!r}: it has {', '.join(adapters.configs) or 'none'}.")
+            raise ValueError(f"the model has no adapter {name!r}: its adapters are: {', '.join(adapters.configs) or 'none'}.")
     return adapters
 
 
 def lora_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoraLinear]:
-    """The layers that adapters have been added to, or only those of one adapter, by name."""
+    """Layers with an adapter, or with this adapter, by name."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     return {name: layer for name, layer in layers.items() if adapter_name is None or adapter_name in layer.lora_A}
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> None:
-    """Give the model a new adapter and make it the active one. All other parameters are frozen.
+    """Add a new adapter, activate it, and freeze all other parameters.
 
-    While a model has adapters, `save_adapter` saves them; `save_pretrained` would write its layers under other names.
+    Save adapters with `save_adapter`: `save_pretrained` refuses a model with adapters.
 
     Raises:
-        ValueError: the model has one of that name, or cannot have what the config asks for; the message names the module.
+        ValueError: the name is taken, or the config does not fit the model; the message names the module.
     """
     for name, layer in targets_of(model, config).items():
         rank, limit = config.rank(name), min(layer.in_features, layer.out_features)
         if rank > limit:
             size = f"{layer.out_features} x {layer.in_features}"
-            raise ValueError(f"r is {rank}, and {name} is {size}: at most {limit} makes sense.")
+            raise ValueError(f"r is {rank}, but {name} is {size}: its rank is at most {limit}.")
     add_adapter_of_any_rank(model, config, adapter_name)
 
 
 def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """As `add_adapter`, also with ranks that are higher than they need to be, as adapters of other people's have them."""
+    """Like `add_adapter`, but without a limit on the rank: published adapters may exceed the rank of a narrow matrix."""
     adapters = adapters_of(model)
     is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
     if not is_word or adapter_name in adapters.configs or hasattr(nn.ParameterDict, adapter_name):
         taken = ", ".join(adapters.configs) or "none"
-        raise ValueError(f"adapter_name {adapter_name!r} is taken, or no word of letters and digits; taken are: {taken}.")
+        raise ValueError(f"adapter_name {adapter_name!r} is taken or is not a word of letters and digits; taken: {taken}.")
     _refuse_merged(model)
     targets = targets_of(model, config)
     for name, layer in targets.items():
         base = layer.base_layer if isinstance(layer, LoraLinear) else layer
         if config.use_dora and not is_plain(base):
-            raise ValueError(f"use_dora needs the numbers of {name}, and {_form(base)}: leave it out.")
+            raise ValueError(f"use_dora needs the plain weight of {name}, but {_form(base)}: leave it out.")
         if base.weight.is_meta and hasattr(base, "_hf_hook"):
             raise ValueError(f"{name} is offloaded: load the model onto one device, then add the adapter.")
-    parameters_in_full(model, config, targets)  # says what is not there, while nothing has changed
+    parameters_in_full(model, config, targets)  # raises its errors before anything is changed
     if not adapters.configs:
         adapters.frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for name, layer in targets.items():
@@ -88,15 +88,15 @@ def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: 
             targets[name] = LoraLinear(layer)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, targets[name])
-            for known in (adapters.base, *adapters.full.values()):  # what is in the layer now has a longer name
+            for known in (adapters.base, *adapters.full.values()):  # parameters of the wrapped layer get a longer name
                 for old in [old for old in known if old.rpartition(".")[0] == name]:
                     known[f"{name}.base_layer.{old.rpartition('.')[2]}"] = known.pop(old)
-        targets[name].add(adapter_name, config.rank(name), config.scale(name), config)
+        targets[name].update_layer(adapter_name, config.rank(name), config.scaling(name), config)
     copies: dict[Any, nn.Parameter] = {}
     adapters.full[adapter_name] = {}
     for name, parameter in parameters_in_full(model, config, targets).items():
         parameter = adapters.base.setdefault(name, parameter)
-        same = id(parameter) if config.ensure_weight_tying else name  # one copy for all places that hold the same
+        same = id(parameter) if config.ensure_weight_tying else name  # one copy for tied parameters
         copies.setdefault(same, nn.Parameter(parameter.detach().clone()))
         adapters.full[adapter_name][name] = copies[same]
     adapters.configs[adapter_name] = config
@@ -105,43 +105,43 @@ def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: 
 
 
 def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -> None:
-    """Make these adapters the active ones: what they add is summed up. With none, the model is its base.
+    """Activate these adapters, whose updates are summed; without names, deactivate all.
 
     Args:
-        trainable: whether their parameters require gradients; nothing else does.
+        trainable: whether their parameters require gradients. All other parameters are frozen.
 
     Raises:
-        ValueError: there is none of that name; or they cannot be active together.
+        ValueError: an adapter does not exist, or they cannot be active together.
     """
     adapters = adapters_of(model, *adapter_names)
     if not adapters.configs:
         return
     _refuse_merged(model)
     if len(adapter_names) > 1:
-        _refuse_more_than_matrices(adapters, adapter_names)
+        _refuse_dora_and_full(adapters, adapter_names)
     for name, parameter in adapters.base.items():
         own = [adapters.full[adapter][name] for adapter in adapter_names if name in adapters.full[adapter]]
         parent, _, child = name.rpartition(".")
         replace_parameter(model.get_submodule(parent), child, own[0] if own else parameter)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
-        layer.active = [name for name in adapter_names if name in layer.lora_A]
-        for name in layer.active:
+        layer.active_adapters = [name for name in adapter_names if name in layer.lora_A]
+        for name in layer.active_adapters:
             for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
                 if name in parameters:
                     parameters[name].requires_grad_(trainable)
     for adapter in adapter_names:
         for parameter in adapters.full[adapter].values():
             parameter.requires_grad_(trainable)
-    adapters.active = adapter_names
+    adapters.active_adapters = adapter_names
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its base, whether or not adapters are merged."""
-    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model computes what its base computes, even if adapters are merged."""
+    active, trained = adapters_of(model).active_adapters, trained_parameters(model)
     is_merged = any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
-    unmerge(model)
+    unmerge_adapter(model)
     set_adapter(model)
     try:
         yield
@@ -150,17 +150,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         if is_merged:
-            merge(model)
+            merge_adapter(model)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter away; after the last one the model is what it was before the first."""
+    """Delete an adapter. Deleting the last one restores the base model."""
     adapters = adapters_of(model, adapter_name)
     _refuse_merged(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    set_adapter(model, *(name for name in adapters.active if name != adapter_name), trainable=False)
+    trained = trained_parameters(model)
+    set_adapter(model, *(name for name in adapters.active_adapters if name != adapter_name), trainable=False)
     for layer in lora_layers(model, adapter_name).values():
-        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scale, layer.dropout):
+        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.dropout):
             if adapter_name in values:
                 del values[adapter_name]
     del adapters.configs[adapter_name], adapters.full[adapter_name]
@@ -172,13 +172,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
-    """A new adapter that adds the weighted sum of what others add: their matrices, side by side.
+    """Add a new adapter, the weighted sum of others: their matrices are concatenated.
 
     Raises:
-        ValueError: one of them has more than matrices; or see `add_adapter`.
+        ValueError: an adapter uses DoRA or trains parameters in full; see also `add_adapter`.
     """
     adapters = adapters_of(model, *weights)
-    _refuse_more_than_matrices(adapters, weights)
+    _refuse_dora_and_full(adapters, weights)
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not abs(weight) < 1e30:
             raise ValueError(f"the weight of adapter {name!r} must be a number, got {weight!r}.")
@@ -186,43 +186,40 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_na
     parts = {name: own for name, own in parts.items() if own}
     layers = lora_layers(model)
     ranks = {name: sum(len(layers[name].lora_A[adapter]) for adapter in own) for name, own in parts.items()}
-    most = max(ranks.values(), default=1)
-    others: dict[str, Any] = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
-    config = LoraConfig(r=most, lora_alpha=most, target_modules=[*ranks], rank_pattern=others, alpha_pattern=others)
+    max_rank = max(ranks.values(), default=1)
+    others: dict[str, Any] = {re.escape(name): rank for name, rank in ranks.items() if rank != max_rank}
+    config = LoraConfig(r=max_rank, lora_alpha=max_rank, target_modules=[*ranks], rank_pattern=others, alpha_pattern=others)
     add_adapter_of_any_rank(model, config, adapter_name)
     with torch.no_grad():
         for name, own in parts.items():
             layer = layers[name]
             layer.lora_A[adapter_name].copy_(torch.cat([layer.lora_A[adapter] for adapter in own]))
-            scaled = [weights[adapter] * layer.scale[adapter] * layer.lora_B[adapter] for adapter in own]
+            scaled = [weights[adapter] * layer.scaling[adapter] * layer.lora_B[adapter] for adapter in own]
             layer.lora_B[adapter_name].copy_(torch.cat(scaled, dim=1))
 
 
-def merge(model: nn.Module) -> None:
-    """Make what the active adapters add part of the weights: the model is as fast as its base, until `unmerge`.
+def merge_adapter(model: nn.Module) -> None:
+    """Merge the active adapters into the weights, which makes the model as fast as its base; undo with `unmerge_adapter`.
 
     Raises:
-        ValueError: a layer holds no plain numbers.
+        ValueError: a layer is quantized or sharded.
     """
     for name, layer in lora_layers(model).items():
         if not is_plain(layer.base_layer):
-            raise ValueError(f"{name} cannot be merged, {_form(layer.base_layer)}: load base and adapter plainly.")
+            raise ValueError(f"{name} cannot be merged, {_form(layer.base_layer)}: load base and adapter without that.")
     for layer in lora_layers(model).values():
         layer.merge()
 
 
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit."""
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo `merge_adapter` exactly."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The same model without adapters, what the active ones add made part of its weights; saved and trained as ever.
-
-    A tied head that had an adapter is tied no more.
-    """
-    merge(model)
+    """Merge the active adapters and remove all, which leaves an ordinary model. A tied head with an adapter is untied."""
+    merge_adapter(model)
     head, embedding = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input"))
     _unload(model)
     if isinstance(head, LoraLinear) and getattr(head.base_layer, "weight", None) is not getattr(embedding, "weight", None):
@@ -230,15 +227,19 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def trainable_parameters(model: nn.Module) -> str:
-    """A line on how many parameters are trained."""
+    """Describe how many parameters are trained, in one line."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
 def _form(layer: Any) -> str:
-    return f"it is quantized, sharded, or of a kind of its own ({type(layer).__name__} with a {type(layer.weight).__name__})"
+    return f"it is quantized, sharded or of a special class ({type(layer).__name__} with a {type(layer.weight).__name__})"
 
 
 def _unload(model: nn.Module) -> None:
@@ -254,27 +255,10 @@ def _unload(model: nn.Module) -> None:
 def _refuse_merged(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if layer.unmerged_weight is not None:
-            raise ValueError(f"{name} has an adapter merged into it: call `unmerge` first.")
+            raise ValueError(f"{name} has an adapter merged into it: call `unmerge_adapter` first.")
 
 
-def _refuse_more_than_matrices(adapters: Adapters, names: Iterable[str]) -> None:
+def _refuse_dora_and_full(adapters: Adapters, names: Iterable[str]) -> None:
     for name in names:
         if adapters.configs[name].use_dora or adapters.full[name]:
-            raise ValueError(f"adapter {name!r} has DoRA, or parameters trained in full: it cannot be added to another.")
-
-
-__all__ = [
-    "Adapters",
-    "adapters_of",
-    "add_adapter",
-    "add_adapter_of_any_rank",
-    "add_weighted_adapter",
-    "delete_adapter",
-    "disabled",
-    "lora_layers",
-    "merge",
-    "merge_and_unload",
-    "set_adapter",
-    "trainable_parameters",
-    "unmerge",
-]
+            raise ValueError(f"adapter {name!r} uses DoRA or trains parameters in full: it cannot be combined with another.")

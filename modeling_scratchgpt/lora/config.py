@@ -1,4 +1,4 @@
-"""What a LoRA adapter is to be, and which layers and parameters of a model that means. Names and meaning are PEFT's."""
+"""Settings of a LoRA adapter, and the layers and parameters of a model that they select. Names and meaning are PEFT's."""
 
 import math
 import re
@@ -12,26 +12,26 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 @dataclass
 class LoraConfig:
-    """What an adapter adds, and where. The names are PEFT's.
+    """Settings of a LoRA adapter, under PEFT's names.
 
     Args:
-        r: rank of what is added; `rank_pattern` may give other ranks to modules whose names end in a pattern.
-        lora_alpha: what is added is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
-        lora_dropout: share of the layers' inputs that A does not see, while training.
-        target_modules: `"all-linear"`: all linear layers but the heads; or the last parts of modules' names; or a regular
+        r: rank of the update; `rank_pattern` maps regular expressions for the ends of module names to other ranks.
+        lora_alpha: the update is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
+        lora_dropout: dropout probability of the input of A.
+        target_modules: `"all-linear"` (all linear layers except the heads), a list of suffixes of module names, or a regular
             expression for whole names.
-        exclude_modules: which of them are left alone, in the same way.
-        layers_to_transform: numbers of the blocks to adapt; all if not given. `layers_pattern` is the name of their list.
+        exclude_modules: modules to leave out, in the same form.
+        layers_to_transform: indices of the blocks to adapt (default: all); `layers_pattern` is the name of their list.
         use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
-        use_dora: also train the length of each row of W, apart from its direction.
-        init_lora_weights: of A: True for uniform numbers, as in `nn.Linear`, `"gaussian"` for normal ones; False leaves B at
-            such numbers too, so that the adapter changes the model from the start.
-        bias: which biases are trained: `"none"`, `"all"`, or `"lora_only"`: those of the adapted layers.
-        modules_to_save: last parts of the names of modules that are trained in full, such as a new head.
-        ensure_weight_tying: whether what is tied in the base stays so where it is trained in full.
+        use_dora: also train the magnitude of each row of W, separately from its direction.
+        init_lora_weights: True: A uniform as in `nn.Linear`, B zero; `"gaussian"`: A normal, B zero; False: both uniform, so
+            that the adapter changes the model from the start.
+        bias: biases to train: `"none"`, `"all"`, or `"lora_only"` (those of the adapted layers).
+        modules_to_save: suffixes of the names of modules that are trained in full, such as a new head.
+        ensure_weight_tying: keep tied weights tied where they are trained in full.
 
     Raises:
-        ValueError: a value is not one of those, named.
+        ValueError: an invalid value; the message names the field.
     """
 
     r: int = 16
@@ -67,8 +67,8 @@ class LoraConfig:
             is_list = isinstance(value, list) and all(isinstance(text, str) for text in value)
             is_text = isinstance(value, str) and name != "modules_to_save"
             if not is_list and not is_text and (value is not None or name == "target_modules"):
-                what = "a list of texts" if name == "modules_to_save" else "a text or a list of texts"
-                raise ValueError(f"{name} must be {what}, got {value!r}.")
+                expected = "a list of strings" if name == "modules_to_save" else "a string or a list of strings"
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
             for pattern in [value] if is_text else value or [] if name == "layers_pattern" else []:
                 _check_pattern(name, pattern)
         numbers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform or 0]
@@ -80,11 +80,11 @@ class LoraConfig:
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}.")
 
     def rank(self, module_name: str) -> int:
-        """The rank of what is added to this module."""
+        """Rank of the update of a module."""
         return _by_pattern(self.rank_pattern, module_name, self.r)
 
-    def scale(self, module_name: str) -> float:
-        """What it is scaled by."""
+    def scaling(self, module_name: str) -> float:
+        """Scale of the update of a module."""
         rank = self.rank(module_name)
         return _by_pattern(self.alpha_pattern, module_name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -95,10 +95,10 @@ def _by_pattern(patterns: dict[str, Any], module_name: str, otherwise: Any) -> A
 
 
 def _checked(config: LoraConfig, name: str) -> list[Any]:
-    """The values of a dictionary of patterns."""
+    """Check a dictionary of patterns and return its values."""
     patterns = getattr(config, name)
     if not isinstance(patterns, dict):
-        raise ValueError(f"{name} must map patterns of names to numbers, got {patterns!r}.")
+        raise ValueError(f"{name} must map name patterns to numbers, got {patterns!r}.")
     for pattern in patterns:
         _check_pattern(name, pattern)
     return list(patterns.values())
@@ -108,65 +108,65 @@ def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{name} {pattern!r} is no regular expression: {error}.") from error
+        raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}.") from error
 
 
-# What it means in a model -------------------------------------------------------------------------------------------------
+# The selected layers and parameters --------------------------------------------------------------------------------------
 
 
 def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """The layers that a config has adapted, by name; an adapted one counts as the layer it was.
+    """Select the layers to adapt, by name. Layers that already have an adapter are included.
 
     Raises:
-        ValueError: there is none, or one that LoRA cannot go into; it is named.
+        ValueError: no layer is selected, or one that LoRA cannot adapt; the message names it.
     """
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "lora_A"))
     modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
     linear = {name for name, module in modules.items() if _can_be_adapted(module)}
     if config.target_modules == "all-linear":
-        backbone = getattr(model, "base_model_prefix", "")  # of a model of transformers; what is beside it are heads
+        backbone = getattr(model, "base_model_prefix", "")  # in transformers, modules outside the backbone are heads
         found = {name for name in linear if name.startswith(f"{backbone}.")} if hasattr(model, backbone) else linear
     else:
         found = {name for name in modules if matches(name, config.target_modules)}
-    kept = tuple(f"{name}." for name in modules_in_full(model, config))
+    in_full = tuple(f"{name}." for name in modules_in_full(model, config))
     found = {
         name
         for name in found
-        if _in_layers(name, config) and not matches(name, config.exclude_modules or []) and not f"{name}.".startswith(kept)
+        if _in_layers(name, config) and not matches(name, config.exclude_modules or []) and not f"{name}.".startswith(in_full)
     }
     for name in sorted(found - linear):
-        raise ValueError(f"target_modules means {name}, a {type(modules[name]).__name__}: LoRA goes into nn.Linear here.")
+        raise ValueError(f"target_modules selects {name}, a {type(modules[name]).__name__}: only nn.Linear is supported.")
     if not found:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
-        raise ValueError(f"target_modules {config.target_modules!r} means no layer; linear layers of this model are {there}.")
-    places = [id(module) for name, module in model.named_modules(remove_duplicate=False)]
+        available = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+        raise ValueError(f"target_modules {config.target_modules!r} selects no layer; the linear layers here are {available}.")
+    ids = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
     for name in sorted(found):
-        if places.count(id(modules[name])) > 1:
-            raise ValueError(f"{name} is one layer in several places of the model: LoRA cannot go into one of them alone.")
+        if ids.count(id(modules[name])) > 1:
+            raise ValueError(f"{name} is used in several places of the model: LoRA cannot adapt only one of them.")
     return {name: module for name, module in modules.items() if name in found}
 
 
 def modules_in_full(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The names of the modules that a config has trained as they are.
+    """Names of the modules that are trained in full (`modules_to_save`).
 
     Raises:
-        ValueError: there is none of a name; or one has more than parameters to remember.
+        ValueError: no module has such a name, or one has buffers.
     """
     names = [name for name, _ in model.named_modules() if name and ".lora_" not in name]
     result: set[str] = set()
     for end in config.modules_to_save or []:
-        found = {name for name in names if name.removesuffix(".base_layer").endswith(end)}  # as PEFT understands it
+        found = {name for name in names if name.removesuffix(".base_layer").endswith(end)}  # as in PEFT
         if not any(True for name in found for _ in model.get_submodule(name).parameters()):
-            raise ValueError(f"modules_to_save has {end!r}, and the model has no module of that name with parameters.")
+            raise ValueError(f"modules_to_save contains {end!r}, but the model has no such module with parameters.")
         result |= found
     for name in result:
         if list(model.get_submodule(name).buffers()):
-            raise ValueError(f"modules_to_save means {name}, which has buffers: only parameters are kept by adapter here.")
+            raise ValueError(f"modules_to_save selects {name}, which has buffers: only parameters are supported.")
     return sorted(result)
 
 
 def parameters_in_full(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters that a config has trained as they are, by every name they have."""
+    """Parameters that are trained in full, under all of their names."""
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if ".lora_" not in name}
     modules = tuple(f"{name}." for name in modules_in_full(model, config))
     wanted = {name for name in parameters if name.startswith(modules)}
@@ -180,14 +180,14 @@ def parameters_in_full(model: nn.Module, config: LoraConfig, targets: Iterable[s
 
 
 def matches(name: str, wanted: str | list[str]) -> bool:
-    """Whether the name of a module is meant: by a regular expression, or by one of several last parts."""
+    """Match the name of a module with a regular expression (a string) or with suffixes (a list)."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def _can_be_adapted(module: nn.Module) -> bool:
-    # nn.MultiheadAttention reads the weight of its output layer and never calls it.
+    # nn.MultiheadAttention reads the weight of its output layer without calling the layer.
     return hasattr(module, "lora_A") or (isinstance(module, nn.Linear) and type(module) is not NonDynamicallyQuantizableLinear)
 
 
@@ -199,6 +199,3 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     found = [re.match(rf"(?:.*?\.)?{pattern or '[^.]*'}\.(\d+)\.", name) for pattern in lists or [""]]
     numbers = [match[1] for match in found if match]
     return bool(numbers) and int(numbers[0]) in wanted
-
-
-__all__ = ["LoraConfig", "matches", "modules_in_full", "parameters_in_full", "targets_of"]

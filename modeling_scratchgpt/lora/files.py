@@ -1,11 +1,11 @@
-"""An adapter on disk: what PEFT calls one. Each reads what the other has written.
+"""Save and load adapters in PEFT's format, in both directions.
 
     save_adapter(model, "outputs/adapter")
     load_adapter(model, "outputs/adapter")        # or PeftModel.from_pretrained(model, "outputs/adapter")
 
 Notable:
-- What PEFT can do and LoRA here cannot is refused by the name of its field, never passed over.
-- The file remembers the base it was trained on by a few of its numbers, and is not loaded onto another of the same shape.
+- Features of PEFT that are not supported here are refused by the name of their field, never ignored.
+- The file holds a fingerprint of the base's weights, so an adapter is not loaded onto another base of the same shape.
 
 Format: https://github.com/huggingface/peft
 """
@@ -24,78 +24,72 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter
+from ..atomic import atomic_file
+from ..hub import is_hub_id
+from ..interchange import HEADS
+from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter, trained_parameters
 from .config import LoraConfig, matches, modules_in_full, targets_of
 from .layer import LoraLinear, is_plain
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-# Fields of PEFT's that say nothing about what is computed, at least while the features they belong to are off.
+# Fields of PEFT that do not change the result while the features they belong to are off.
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, each whole or not at all.
+def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, each atomically.
 
     Raises:
-        ValueError: there is no such adapter.
-        OSError: the folder cannot be written.
+        ValueError: the model has no such adapter.
+        OSError: the directory cannot be written.
     """
     adapters, base_config = adapters_of(model, adapter_name), getattr(model, "config", None)
     config, full = adapters.configs[adapter_name], adapters.full[adapter_name]
-    layers, task = lora_layers(model, adapter_name), (end for end in TASKS if type(model).__name__.endswith(end))
+    layers, task = lora_layers(model, adapter_name), (end for end in HEADS if type(model).__name__.endswith(end))
     written = {
         **asdict(config),
         "peft_type": "LORA",
         "inference_mode": True,
-        "target_modules": _meaning(model, layers),
+        "target_modules": _target_modules(model, layers),
         "modules_to_save": [name.removesuffix(".base_layer") for name in modules_in_full(model, config)] or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
-        "task_type": config.task_type or TASKS.get(next(task, "")),
+        "task_type": config.task_type or HEADS.get(next(task, "")),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
         "revision": config.revision or getattr(base_config, "_commit_hash", None),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".writing-{os.getpid()}"
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{PREFIX}{name}": _full_tensor(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
     try:
-        tensors = {f"{PREFIX}{name}": _whole(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
-        save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
-        os.replace(temporary, folder / WEIGHTS)
-        temporary.write_text(json.dumps(written, indent=2) + "\n")  # not sorted: of two patterns that match, the first counts
-        os.replace(temporary, folder / CONFIG)
-    except SafetensorError as error:  # it wraps the system's errors into its own words
-        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_file(directory / WEIGHTS) as temporary:
+            save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
+        with atomic_file(directory / CONFIG) as temporary:  # keys unsorted: of two patterns that match, the first one wins
+            temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except SafetensorError as error:  # safetensors wraps OSError
+        raise OSError(f"{directory / WEIGHTS} cannot be written: {error}") from error
 
 
 def load_adapter(
     model: nn.Module, source: str | os.PathLike, adapter_name: str = "default", trainable: bool = False, **hub: Any
 ) -> None:
-    """Give the model an adapter that was saved here or by PEFT, and make it the active one. A failure leaves it as it was.
+    """Load and activate an adapter that was saved here or by PEFT. After an error, the model is unchanged.
 
     Args:
-        source: a folder, or the id of a repository on the Hub; `hub` takes `revision`, `token` and the like for it.
+        source: a directory, or the id of a repository on the Hub; `hub` takes its `revision`, `token` and so on.
 
     Raises:
-        ValueError: it is no LoRA, uses what is not done here (by name), is damaged, or belongs to another base.
-        OSError: it is not there.
+        ValueError: it is not LoRA, uses an unsupported feature (the message names it), is damaged, or belongs to another base.
+        OSError: it does not exist.
     """
     config = _read_config(_file(source, CONFIG, hub))
     base_config = getattr(model, "config", None)
     own = getattr(base_config, "_commit_hash", None)
     is_same = getattr(base_config, "_name_or_path", None) == config.base_model_name_or_path
     if is_same and config.revision and own and config.revision != own:
-        raise ValueError(f"{source} was trained on revision {config.revision} of its base, and this is {own}: load that one.")
+        raise ValueError(f"{source} was trained on revision {config.revision} of its base, but this is {own}: load the former.")
     file = _file(source, WEIGHTS, hub)
     try:
         with safe_open(file, "pt") as opened:
@@ -104,20 +98,20 @@ def load_adapter(
                 name: float(number) for name, (number, _) in json.loads((opened.metadata() or {}).get("base", "{}")).items()
             }
     except (AttributeError, SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged, or is no file of weights ({error}).") from error
-    # PEFT names heads that a model may have; those that this one lacks mean nothing.
+        raise ValueError(f"{file} is damaged or not a safetensors file ({error}).") from error
+    # PEFT lists the usual names of heads: those that this model lacks are ignored.
     names = [name for name, _ in model.named_modules()]
-    there = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
-    config = replace(config, modules_to_save=there)
+    known = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
+    config = replace(config, modules_to_save=known)
     _check_ranks(model, config, tensors, file)
-    active, trained = adapters_of(model).active, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    active, trained = adapters_of(model).active_adapters, trained_parameters(model)
     add_adapter_of_any_rank(model, config, adapter_name)
     try:
         _check(model, tensors, _tensors(model, adapter_name), file)
         _check_base(lora_layers(model, adapter_name), trained_on, file)
         with torch.no_grad():
-            for name, place in _tensors(model, adapter_name).items():
-                place.copy_(tensors[name])
+            for name, parameter in _tensors(model, adapter_name).items():
+                parameter.copy_(tensors[name])
     except Exception:
         delete_adapter(model, adapter_name)
         set_adapter(model, *active, trainable=False)
@@ -132,11 +126,11 @@ def _file(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> str:
     if os.path.isdir(source):
         if not os.path.isfile(os.path.join(source, name)):
             raise FileNotFoundError(
-                f"{source} holds no {name}: it is no adapter, or one in an old format, which could run code."
+                f"{source} has no {name}: it is not an adapter, or one in an old format that could run code."
             )
         return os.path.join(source, name)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"{source} is no folder, and no id of a repository on the Hub.")
+    if not is_hub_id(source):
+        raise FileNotFoundError(f"{source} is neither a directory nor the id of a repository on the Hub.")
     return str(cached_file(source, name, **hub))
 
 
@@ -145,10 +139,10 @@ def _read_config(file: str) -> LoraConfig:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         known = {item.name for item in fields(LoraConfig)}
         if content.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type is {content.get('peft_type')!r}: only LORA is read here.")
+            raise ValueError(f"peft_type is {content.get('peft_type')!r}: only LORA is supported.")
         for name, value in content.items():
             if value and name not in known | WITHOUT_EFFECT:
-                raise ValueError(f"{name} is {value!r}, which is not done here: load it with PEFT.")
+                raise ValueError(f"{name} is {value!r}, which is not supported: load it with PEFT.")
         given = {name: value for name, value in content.items() if name in known and value is not None}
         return LoraConfig(**{"ensure_weight_tying": False, **given})
     except (AttributeError, TypeError, ValueError) as error:
@@ -156,7 +150,7 @@ def _read_config(file: str) -> LoraConfig:
 
 
 def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """All that an adapter consists of, under PEFT's names."""
+    """All tensors of an adapter, under PEFT's names."""
     result: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model, adapter_name).items():
         result[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name]
@@ -165,47 +159,47 @@ def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
             result[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name]
     for name, parameter in adapters_of(model).full[adapter_name].items():
         path, _, child = name.rpartition(".base_layer.")
-        if path and path not in lora_layers(model, adapter_name):  # another adapter's: to this one it is the layer it was
+        if path and path not in lora_layers(model, adapter_name):  # wrapped only by another adapter
             name = f"{path}.{child}"
         result[name] = parameter
     return result
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together from all processes if it is sharded over them, which then all have to ask for it."""
+def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor. All processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _check_ranks(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], file: str) -> None:
-    """Refuse ranks that are not those of the matrices, while none has been made: a damaged one could take all memory."""
+    """Compare the ranks with the matrices in the file before any is allocated: a damaged rank could take all memory."""
     for name in targets_of(model, config):
         matrix, rank = tensors.get(f"{name}.lora_A.weight"), config.rank(name)
         if matrix is None:
-            raise ValueError(f"{file} lacks {name}.lora_A.weight: it is damaged, or belongs to another base.")
+            raise ValueError(f"{file} lacks {name}.lora_A.weight: it is damaged or belongs to another base.")
         if matrix.shape[:1] != (rank,):
             shape = tuple(matrix.shape)
-            raise ValueError(f"{file}: {name}.lora_A.weight is {shape}, and r is {rank} in {CONFIG}: one of them is damaged.")
+            raise ValueError(f"{file}: {name}.lora_A.weight is {shape}, but r is {rank} in {CONFIG}: one of them is damaged.")
 
 
-def _check(model: nn.Module, tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], file: str) -> None:
-    for name in tensors.keys() - places.keys():  # PEFT may save embeddings that it has not trained
+def _check(model: nn.Module, tensors: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor], file: str) -> None:
+    for name in tensors.keys() - parameters.keys():  # PEFT may save embeddings that it has not trained
         if re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", name):
             base = dict(model.named_parameters(remove_duplicate=False))
             own = base.get(name, base.get(name.replace(".base_layer", "")))
             if own is None or own.shape != tensors[name].shape or not torch.equal(own.to(tensors[name]), tensors[name]):
-                raise ValueError(f"{file} brings embeddings of its own, {name}, which is not done here: load it with PEFT.")
+                raise ValueError(f"{file} has its own embeddings, {name}, which is not supported: load it with PEFT.")
             del tensors[name]
-    for what, names in (("lacks", places.keys() - tensors.keys()), ("has no place for", tensors.keys() - places.keys())):
+    for what, names in (("lacks", parameters.keys() - tensors.keys()), ("has the unknown", tensors.keys() - parameters.keys())):
         if names:
-            raise ValueError(f"{file} {what} {', '.join(sorted(names)[:3])}: it is damaged, or belongs to another base.")
-    for name, place in places.items():
-        if tensors[name].shape != place.shape:
-            shapes = f"{tuple(tensors[name].shape)}, and should be {tuple(place.shape)}"
-            raise ValueError(f"{file}: {name} is {shapes}: it is damaged, or belongs to another base.")
+            raise ValueError(f"{file} {what} {', '.join(sorted(names)[:3])}: it is damaged or belongs to another base.")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{file}: {name} is {shapes}: it is damaged or belongs to another base.")
 
 
 def _fingerprint(layers: dict[str, LoraLinear]) -> dict[str, list[float]]:
-    """What tells weights apart: of the first row of each layer, the sum with turns of sign, and the length."""
+    """Identify weights by the first row of each layer: its sum with alternating signs, and its norm."""
     result = {}
     for name, layer in layers.items():
         if is_plain(layer.base_layer):
@@ -219,16 +213,13 @@ def _fingerprint(layers: dict[str, LoraLinear]) -> dict[str, list[float]]:
 
 def _check_base(layers: dict[str, LoraLinear], trained_on: dict[str, float], file: str) -> None:
     for name, (number, length) in _fingerprint(layers).items():
-        if not abs(number - trained_on.get(name, number)) <= 0.03 * length + 1e-5:  # half precision moves it by a thousandth
-            raise ValueError(f"{file} was trained on other weights than this model's: load the base that it belongs to.")
+        if not abs(number - trained_on.get(name, number)) <= 0.03 * length + 1e-5:  # half precision changes it by a thousandth
+            raise ValueError(f"{file} was trained on other weights than this model's: load the base it belongs to.")
 
 
-def _meaning(model: nn.Module, layers: dict[str, LoraLinear]) -> str | list[str]:
-    """What means these layers and no other modules: the last parts of their names, or an expression for the whole names."""
+def _target_modules(model: nn.Module, layers: dict[str, LoraLinear]) -> str | list[str]:
+    """Select exactly these layers: by suffixes if possible, else by a regular expression for whole names."""
     ends = sorted({name.rpartition(".")[2] for name in layers})
     inside = tuple(f"{name}." for name in lora_layers(model))
     meant = {name for name, _ in model.named_modules() if not name.startswith(inside) and matches(name, ends)}
     return ends if meant == layers.keys() else "|".join(re.escape(name) for name in layers)
-
-
-__all__ = ["load_adapter", "save_adapter"]

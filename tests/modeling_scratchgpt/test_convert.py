@@ -1,4 +1,4 @@
-"""Other people's files in, ours out, through the command: compared with the models of those who made them."""
+"""Conversion by the command in both directions, compared with the original models."""
 
 import base64
 import json
@@ -14,22 +14,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_scratchgpt import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
     ScratchGPTForSequenceClassification,
     ScratchGPTTokenizer,
-    convert,
 )
+from modeling_scratchgpt.convert import __main__ as convert
 from modeling_scratchgpt.convert import reading
 from modeling_scratchgpt.convert.tensorflow import crc32c, read_tensorflow_checkpoint
 from tests.conftest import MODERN, TINY
@@ -37,13 +30,13 @@ from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, 
 
 
 def run(monkeypatch, capsys, *words: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
     convert.main()
     return capsys.readouterr().out
 
 
 def refused(monkeypatch, capsys, *words: object) -> str:
-    """The one line that a mistake ends in; the destination, the second word, is untouched."""
+    """Run the command, expect an error of one line, and check that nothing was written."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, capsys, *words)
@@ -55,16 +48,16 @@ def refused(monkeypatch, capsys, *words: object) -> str:
     return message
 
 
-def test_a_gpt2_folder_becomes_a_complete_folder_of_ours(real_data, tmp_path, monkeypatch, capsys):
+def test_a_gpt2_directory_becomes_a_complete_scratchgpt(real_data, tmp_path, monkeypatch, capsys):
     files = real_data / "gpt2-tokenizer"
     theirs = shaken(GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=3))).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "gpt2")
     shutil.copy(files / "encoder.json", tmp_path / "gpt2" / "vocab.json")
     shutil.copy(files / "vocab.bpe", tmp_path / "gpt2" / "merges.txt")
-    said = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "new" / "ours")
-    assert "GPT2LMHeadModel of transformers; 1," in said
-    assert "Tokenizer: 50,257 tokens" in said
-    assert "Largest difference from GPT2LMHeadModel in transformers: " in said
+    output = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "new" / "ours")
+    assert "GPT2LMHeadModel of transformers; 1," in output
+    assert "Tokenizer: 50,257 tokens" in output
+    assert "Largest difference from GPT2LMHeadModel in transformers: " in output
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "ours")
     assert type(ours) is ScratchGPTForCausalLM
     assert ours.dtype == torch.bfloat16
@@ -78,20 +71,20 @@ def test_a_gpt2_folder_becomes_a_complete_folder_of_ours(real_data, tmp_path, mo
     assert tokenizer.eos_token_id == ours.config.eos_token_id == 50256
 
 
-def test_a_qwen3_folder(tmp_path, monkeypatch, capsys):
+def test_a_qwen3_directory(tmp_path, monkeypatch, capsys):
     theirs = shaken(Qwen3ForCausalLM(Qwen3Config(**QWEN3)))
     theirs.save_pretrained(tmp_path / "qwen3")
-    said = run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "ours")
-    assert "Qwen3ForCausalLM of transformers" in said
-    assert "No tokenizer: " in said
+    output = run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "ours")
+    assert "Qwen3ForCausalLM of transformers" in output
+    assert "No tokenizer: " in output
     assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
 def test_openais_checkpoint(real_data, tmp_path, monkeypatch, capsys):
     source = real_data / "openai-tf-toy"
-    said = run(monkeypatch, capsys, source, tmp_path / "ours")
-    assert "OpenAI's checkpoint for TensorFlow" in said
-    assert "No tokenizer: " in said  # the toy's merges make tokens that it does not list
+    output = run(monkeypatch, capsys, source, tmp_path / "ours")
+    assert "OpenAI's checkpoint for TensorFlow" in output
+    assert "No tokenizer: " in output  # the merges of the toy produce tokens that are not in its vocabulary
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     arrays = read_tensorflow_checkpoint(source / "model.ckpt.index")
     config = GPT2Config(vocab_size=356, n_positions=20, n_embd=15, n_head=5, n_layer=3)
@@ -122,7 +115,7 @@ def test_the_checksum_is_crc32c():
 
 
 def sorting_gpt(real_data: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """minGPT's model that sorts, as its author's script would have saved it."""
+    """minGPT's sorting model, as its author's script saves it, and its activations."""
 
     def tensor(entry: dict) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(base64.b64decode(entry["data"]), dtype="<f4").reshape(entry["shape"]).copy())
@@ -139,10 +132,10 @@ def test_mingpts_sorter_sorts(ending, real_data, tmp_path, monkeypatch, capsys):
     file = tmp_path / f"model.{ending}"
     torch.save(state, file) if ending == "pt" else save_file(state, file)
     message = refused(monkeypatch, capsys, file, tmp_path / "ours")
-    assert f"{file}: its tensors do not tell how many heads it has: pass --num_attention_heads" in message
+    assert f"{file} does not contain its number of heads: pass --num_attention_heads" in message
     assert "does not divide the width" in refused(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 5)
-    said = run(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 3)
-    assert "85,728 parameters" in said
+    output = run(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 3)
+    assert "85,728 parameters" in output
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         output = ours(activations["idx"].long(), output_hidden_states=True)
@@ -158,7 +151,7 @@ def test_mingpts_sorter_sorts(ending, real_data, tmp_path, monkeypatch, capsys):
 
 
 def nanogpt(bias: bool, vocab_size: int = 90) -> tuple[dict, GPT2LMHeadModel]:
-    """A checkpoint as nanoGPT's train.py saves it with torch.compile, and the model that it is."""
+    """A checkpoint as nanoGPT's train.py saves it with torch.compile, and the equivalent GPT-2."""
     fields = {**GPT2, "vocab_size": vocab_size, "activation_function": "gelu"}
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**fields)))
     state = {}
@@ -169,24 +162,13 @@ def nanogpt(bias: bool, vocab_size: int = 90) -> tuple[dict, GPT2LMHeadModel]:
             state[f"_orig_mod.{name}"] = tensor.T.contiguous()
         else:
             state[f"_orig_mod.{name}"] = tensor
-    arguments = {
-        "n_layer": 2,
-        "n_head": 3,
-        "n_embd": 24,
-        "block_size": 32,
-        "bias": bias,
-        "vocab_size": vocab_size,
-        "dropout": 0.0,
-    }
-    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}
-    content = {
-        "model": state,
-        "optimizer": optimizer,
-        "model_args": arguments,
-        "iter_num": 5,
+    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 32, "bias": bias, "vocab_size": vocab_size, "dropout": 0}
+    training = {
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []},
         "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "shakespeare_char", "device": "cpu"},
     }
-    return {**content, "config": {"dataset": "shakespeare_char", "device": "cpu"}}, theirs
+    return {"model": state, "model_args": sizes, "iter_num": 5, **training}, theirs
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -194,14 +176,14 @@ def test_nanogpts_checkpoint(bias, tmp_path, monkeypatch, capsys):
     content, theirs = nanogpt(bias)
     (tmp_path / "out").mkdir()
     torch.save(content, tmp_path / "out" / "ckpt.pt")
-    said = run(monkeypatch, capsys, tmp_path / "out", tmp_path / "ours")
-    assert "nanoGPT's checkpoint" in said
+    output = run(monkeypatch, capsys, tmp_path / "out", tmp_path / "ours")
+    assert "nanoGPT's checkpoint" in output
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     assert difference(ours, theirs) < 1e-5
     assert ours.config.attention_bias == ours.config.mlp_bias == bias
 
 
-def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypatch, capsys):
+def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, monkeypatch, capsys):
     characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
     content, _ = nanogpt(False)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -227,13 +209,13 @@ def test_nanogpts_characters_come_along_and_nothing_else_does(tmp_path, monkeypa
 def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
-    assert reading._plain_content(pickle.dumps(table, protocol)) == table
-    with pytest.raises(ValueError, match="it holds more than dictionaries, strings and whole numbers"):
-        reading._plain_content(pickle.dumps({"stoi": 0.5}, protocol))
+    assert reading.parse_plain_pickle(pickle.dumps(table, protocol)) == table
+    with pytest.raises(ValueError, match="it contains more than dictionaries, strings and integers"):
+        reading.parse_plain_pickle(pickle.dumps({"stoi": 0.5}, protocol))
 
 
 class Explosive:
-    """Unpickled, it makes a file."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -242,10 +224,10 @@ class Explosive:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch, capsys):
     torch.save({"model": Explosive(tmp_path / "ran")}, tmp_path / "model.pt")
     message = refused(monkeypatch, capsys, tmp_path / "model.pt", tmp_path / "ours", "--num_attention_heads", 3)
-    assert "reading it could run code that it brings, so it is not read" in message
+    assert "contains more than weights, which could run code" in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -261,8 +243,8 @@ def test_damaged_files_are_named(real_data, tmp_path, monkeypatch, capsys):
     key = "transformer__h__1__mlp__c_fc__bias"
     for file, expected in (
         (saved("missing.pt", **{key: None}), "missing.pt lacks transformer.h.1.mlp.c_fc.bias"),
-        (saved("surplus.pt", transformer__h__1__mlp__gate=torch.ones(3)), "has no place for transformer.h.1.mlp.gate"),
-        (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), and should be (192,)"),
+        (saved("surplus.pt", transformer__h__1__mlp__gate=torch.ones(3)), "has the unknown transformer.h.1.mlp.gate"),
+        (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), expected (192,)"),
         (saved("other.pt", transformer__wte__weight=None), "'transformer.wte.weight' is missing"),
     ):
         assert expected in refused(monkeypatch, capsys, file, tmp_path / "ours", *heads)
@@ -302,7 +284,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
     state = load_file(file)
     for changed, expected in (
         ({**state, "transformer.h.1.ln_1.weight": None}, "lacks model.layers.1.input_layernorm.weight"),
-        ({**state, "transformer.h.1.ln_3.weight": torch.ones(3)}, "has no place for model.layers.1.ln_3.weight"),
+        ({**state, "transformer.h.1.ln_3.weight": torch.ones(3)}, "has the unknown model.layers.1.ln_3.weight"),
         ({**state, "transformer.h.1.ln_1.weight": torch.ones(3)}, "model.layers.1.input_layernorm.weight"),
     ):
         save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, {"format": "pt"})
@@ -311,7 +293,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
         assert str(tmp_path / "gpt2") in message
     os.truncate(file, 5000)
     assert "model.safetensors is damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
-    assert "exists already" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
+    assert "exists: pass" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
 
 
 def refused_existing(monkeypatch, capsys, folder: Path) -> str:
@@ -333,12 +315,12 @@ def test_a_round_trip_through_gpt2_loses_nothing(tie, tmp_path, monkeypatch, cap
     text = ["to be, or not to be"] * 9
     tokenizer = ScratchGPTTokenizer.train(text, 270)
     tokenizer.save_pretrained(tmp_path / "ours")
-    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
-    assert "a complete GPT2LMHeadModel" in said
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    assert type(stock) is GPT2LMHeadModel
-    assert difference(ours, stock) < 1e-5
-    assert stock.generation_config.top_k == 7
+    output = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
+    assert "a complete GPT2LMHeadModel" in output
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    assert type(reference) is GPT2LMHeadModel
+    assert difference(ours, reference) < 1e-5
+    assert reference.generation_config.top_k == 7
     other = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
     assert not isinstance(other, ScratchGPTTokenizer)
     assert other(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
@@ -366,19 +348,19 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, 
     ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN))).to(dtype)
     ours.save_pretrained(tmp_path / "ours")
     run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "qwen3", "--to", "qwen3")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
-    assert type(stock) is Qwen3ForCausalLM
-    assert stock.dtype == dtype
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
+    assert type(reference) is Qwen3ForCausalLM
+    assert reference.dtype == dtype
     again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
-    assert difference(again.float(), stock.float()) < 1e-5
+    assert difference(again.float(), reference.float()) < 1e-5
     run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "again")
     for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("target", "fields"), [("gpt2", {}), ("qwen3", MODERN), ("gguf", MODERN), ("onnx", MODERN)])
-def test_a_model_that_was_tuned_with_dropout_goes_out(target, fields, tmp_path, monkeypatch, capsys):
-    """What is left out in training says nothing about what the model computes."""
+def test_a_model_trained_with_dropout_is_exported(target, fields, tmp_path, monkeypatch, capsys):
+    """Dropout affects only training."""
     dropouts = dict.fromkeys(("hidden_dropout", "embedding_dropout", "attention_dropout"), 0.1)
     words = ScratchGPTTokenizer.train(["to be or not to be"] * 9, 280)
     shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields, **dropouts}))).save_pretrained(tmp_path / "ours")
@@ -386,42 +368,42 @@ def test_a_model_that_was_tuned_with_dropout_goes_out(target, fields, tmp_path, 
     assert "Largest difference from" in run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
 
 
-def test_a_classifier_does_not_go_out(tmp_path, monkeypatch, capsys):
+def test_a_classifier_is_not_exported(tmp_path, monkeypatch, capsys):
     ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
-    said = refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
-    assert "is a ScratchGPTForSequenceClassification: --to takes a language model" in said
+    output = refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    assert "is a ScratchGPTForSequenceClassification: --to takes a language model" in output
 
 
-def test_what_is_no_file_of_weights_or_not_there(tmp_path, monkeypatch, capsys):
+def test_missing_sources_and_other_files_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.json").write_text("{}")
-    said = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
-    assert "is no file of weights (it is neither a file of PyTorch's nor of safetensors)" in said
-    said = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
-    assert "nothing is not there, and is no id of a repository on the Hub" in said
-    said = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
-    assert "someone/nothing is no file or folder here, and the Hub did not give it (" in said
+    output = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
+    assert "is damaged or not a file of weights (neither PyTorch nor safetensors)" in output
+    output = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
+    assert "nothing does not exist, and is not the id of a repository on the Hub" in output
+    output = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
+    assert "someone/nothing does not exist here, and the Hub did not provide it (" in output
 
 
 @pytest.mark.parametrize(
     ("fields", "target", "expected"),
     [
-        (MODERN, "gpt2", "position_embedding_type is 'rotary', and a gpt2 model has only 'learned'"),
-        ({}, "qwen3", "position_embedding_type is 'learned', and a qwen3 model has only 'rotary'"),
-        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, and a gpt2 model has only 4"),
-        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, and a qwen3 model has only True"),
+        (MODERN, "gpt2", "position_embedding_type is 'rotary', but a gpt2 model has only 'learned'"),
+        ({}, "qwen3", "position_embedding_type is 'learned', but a qwen3 model has only 'rotary'"),
+        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, but a gpt2 model has only 4"),
+        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, but a qwen3 model has only True"),
     ],
 )
-def test_what_the_target_cannot_be_is_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
+def test_fields_that_the_target_does_not_support_are_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
 
 
-# What people and damaged files get wrong ----------------------------------------------------------------------------------
+# Errors and damaged files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpt2(tmp_path) -> Path:
-    """A folder of GPT-2's."""
+    """A directory with a GPT-2."""
     shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
@@ -429,15 +411,15 @@ def gpt2(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("[1, 2]", "is damaged, or is not what it says it is"),
-        ("[" * 100_000, "is damaged, or is not what it says it is"),
+        ("[1, 2]", "is damaged or mislabeled"),
+        ("[" * 100_000, "is damaged or mislabeled"),
         ({"n_embd": "24"}, "n_embd"),
         ({"n_layer": 10**9}, "num_hidden_layers must be at most 10,000"),
         ({"architectures": ["GPT2Config"]}, "is a GPT2Config, for which ScratchGPT has no head"),
-        ({"quantization_config": "x"}, "is damaged, or is not what it says it is"),
+        ({"quantization_config": "x"}, "is damaged or mislabeled"),
     ],
 )
-def test_a_config_that_cannot_be(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+def test_invalid_configs_are_refused(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
     file = gpt2 / "config.json"
     file.write_text(changed if isinstance(changed, str) else json.dumps({**json.loads(file.read_text()), **changed}))
     assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
@@ -448,13 +430,13 @@ def test_a_config_that_cannot_be(changed, expected, gpt2, tmp_path, monkeypatch,
     [
         (
             {"transformer.h.1.ln_1.weight": torch.full((24,), torch.nan)},
-            "input_layernorm.weight holds numbers that are not finite",
+            "input_layernorm.weight has values that are not finite",
         ),
         ({"transformer.h.1.ln_1.weight": torch.ones(24, dtype=torch.int8)}, "transformer.h.1.ln_1.weight is of type I8"),
-        ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one place: transformer.wpe.weight and wpe.weight"),
+        ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one weight: transformer.wpe.weight and wpe.weight"),
     ],
 )
-def test_weights_that_are_none(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+def test_invalid_weights_are_refused(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
     file = gpt2 / "model.safetensors"
     save_file({**load_file(file), **changed}, file, {"format": "pt"})
     assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
@@ -463,19 +445,19 @@ def test_weights_that_are_none(changed, expected, gpt2, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"transformer.h.9.ln_1.weight": torch.ones(24)}, "to 9, and 3 of them: some are missing"),
-        ({"transformer.wte.weight": torch.ones(90, 24)}, "has two tensors for one place"),
+        ({"transformer.h.9.ln_1.weight": torch.ones(24)}, "has 3 layers, from 0 to 9: some are missing"),
+        ({"transformer.wte.weight": torch.ones(90, 24)}, "has two tensors for transformer.wte.weight"),
         ({"_orig_mod.transformer.wte.weight": torch.ones(90, 24, dtype=torch.int32)}, "is of type torch.int32"),
     ],
 )
-def test_a_checkpoint_that_cannot_be(changed, expected, tmp_path, monkeypatch, capsys):
+def test_invalid_checkpoints_are_refused(changed, expected, tmp_path, monkeypatch, capsys):
     checkpoint, _ = nanogpt(bias=True)
     checkpoint["model"] |= changed
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     assert expected in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
 
 
-def test_a_checkpoint_that_does_not_tell_its_heads_is_told_them(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_without_its_number_of_heads(tmp_path, monkeypatch, capsys):
     checkpoint, theirs = nanogpt(bias=True)
     torch.save({"model": checkpoint["model"]}, tmp_path / "ckpt.pt")
     assert "pass --num_attention_heads" in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
@@ -483,7 +465,7 @@ def test_a_checkpoint_that_does_not_tell_its_heads_is_told_them(tmp_path, monkey
     assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
-def test_weights_of_several_precisions_come_in_the_highest(tmp_path, monkeypatch, capsys):
+def test_weights_of_several_precisions_get_the_highest(tmp_path, monkeypatch, capsys):
     checkpoint, theirs = nanogpt(bias=True)
     checkpoint["model"] = {
         name: tensor if ".ln_" in name else tensor.bfloat16() for name, tensor in checkpoint["model"].items()
@@ -495,33 +477,33 @@ def test_weights_of_several_precisions_come_in_the_highest(tmp_path, monkeypatch
     assert difference(ours, theirs) < 0.1
 
 
-def test_a_bit_that_has_turned_in_a_checkpoint_is_found(tmp_path, monkeypatch, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_detected(tmp_path, monkeypatch, capsys):
     file = tmp_path / "ckpt.pt"
     torch.save(nanogpt(bias=True)[0], file)
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1  # in the middle of some matrix
+    content[len(content) // 2] ^= 1  # inside a matrix
     file.write_bytes(content)
-    assert "has changed since it was written" in refused(monkeypatch, capsys, file, tmp_path / "ours")
+    assert "is wrong" in refused(monkeypatch, capsys, file, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--type", "q8_0"], "--type q8_0 is for --to gguf"),
-        (["--num_attention_heads", 3], "tells its heads and its activation"),
+        (["--num_attention_heads", 3], "contains its heads and its activation"),
         (["--tokenizer", ""], "--tokenizer : "),
         (["--tokenizer", "nowhere/at/all"], "--tokenizer nowhere/at/all: that of nowhere/at/all cannot be read"),
-        (["--hidden_act", "nope"], "--hidden_act nope is not one that transformers knows: these are "),
+        (["--hidden_act", "nope"], "--hidden_act nope is unknown to transformers: choose one of "),
     ],
 )
-def test_options_that_do_not_fit_are_refused(words, expected, gpt2, tmp_path, monkeypatch, capsys):
+def test_options_that_do_not_apply_are_refused(words, expected, gpt2, tmp_path, monkeypatch, capsys):
     assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours", *words)
 
 
-def test_a_tokenizer_without_rows_for_its_ids_is_refused(gpt2, tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(gpt2, tmp_path, monkeypatch, capsys):
     ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290).save_pretrained(tmp_path / "tokenizer")
     message = refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer")
-    assert "and the model rows for 90 tokens" in message
+    assert "but the model 90 embeddings" in message
 
 
 def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, monkeypatch, capsys):
@@ -535,7 +517,7 @@ def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-def test_all_that_a_tokenizer_knows_comes_along_both_ways(tmp_path, monkeypatch, capsys):
+def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, monkeypatch, capsys):
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 280, kind="bpe")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
@@ -556,11 +538,11 @@ def test_all_that_a_tokenizer_knows_comes_along_both_ways(tmp_path, monkeypatch,
 def test_a_classifier_needs_no_padding(pad_token_id, tmp_path, monkeypatch, capsys):
     theirs = transformers.GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "vocab_size": 4}, pad_token_id=pad_token_id))
     theirs.save_pretrained(tmp_path / "gpt2")
-    said = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
-    assert "is a ScratchGPT without a tokenizer: AutoModelForSequenceClassification.from_pretrained(" in said
+    output = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    assert "is a ScratchGPT without a tokenizer: AutoModelForSequenceClassification.from_pretrained(" in output
 
 
-def test_a_head_of_its_own_under_a_config_that_says_tied(gpt2, tmp_path, monkeypatch, capsys):
+def test_an_untied_head_despite_a_config_that_says_tied(gpt2, tmp_path, monkeypatch, capsys):
     file = gpt2 / "model.safetensors"
     save_file({**load_file(file), "lm_head.weight": torch.randn(90, 24)}, file, {"format": "pt"})
     run(monkeypatch, capsys, gpt2, tmp_path / "ours")
@@ -571,7 +553,7 @@ def test_a_head_of_its_own_under_a_config_that_says_tied(gpt2, tmp_path, monkeyp
     assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
-def test_stopping_it_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The lean loss against torch's own, which holds all the logits."""
+"""The memory-efficient loss, compared with torch's, which materializes the logits."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_value_and_gradients(tokens, width, vocab_size, ignored, rows_in_a_chunk
     assert_same(ours, loss_and_gradients(torchs_own, hidden_states, weight, targets, num_items_in_batch))
 
 
-def test_nothing_that_counts():
+def test_all_targets_ignored():
     hidden_states, weight, targets = inputs(5, 4, 7, 1.1, seed=0)
     assert_same(
         loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, 3),
@@ -134,8 +134,8 @@ def test_the_operator_is_well_formed():
     torch.library.opcheck(module._linear_cross_entropy, (hidden_states, weight, targets, torch.tensor(3.0), True, True))
 
 
-def test_the_logits_are_never_all_there():
-    """The largest tensor made on the way is one chunk of logits, not all of them."""
+def test_the_logits_are_never_materialized():
+    """The largest intermediate tensor is one chunk of logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -156,8 +156,8 @@ def test_the_logits_are_never_all_there():
     assert largest == 16 * 1000
 
 
-def test_several_copies_of_the_file_live_side_by_side():
-    """Two folders loaded as remote code in one process define the operator twice."""
+def test_several_copies_of_the_file_can_be_imported():
+    """Two directories loaded as remote code in one process define the operator twice."""
     import importlib.util
 
     hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)

@@ -1,4 +1,4 @@
-"""Ours out as GGUF and ONNX, through the command: compared with what the programs that read these compute."""
+"""Export to GGUF and ONNX by the command, compared with the outputs of programs that read these."""
 
 from pathlib import Path
 
@@ -6,12 +6,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import normalizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2LMHeadModel,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer, convert
 from tests.conftest import IS_CURRENT, MODERN, TINY
@@ -30,21 +25,21 @@ def test_transformers_reads_our_gguf(fields, kind, most, tmp_path, monkeypatch, 
     ours.save_pretrained(tmp_path / "ours")
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be, that is the question 12"] * 9, 290)
     tokenizer.save_pretrained(tmp_path / "ours")
-    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf", "--type", kind)
-    assert f"Read back from {kind}. Largest difference from " in said
+    output = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "gguf", "--type", kind)
+    assert f"Read back from {kind}. Largest difference from " in output
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", config=config, dtype=torch.float32)
     assert type(theirs) in (GPT2LMHeadModel, Qwen3ForCausalLM)
     assert difference(ours, theirs) < most
     other = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-    text = "to be, naïve 🙂 or  not\n" + "<|eos|>" * IS_CURRENT  # older readers take it for eight characters
+    text = "to be, naïve 🙂 or  not\n" + "<|eos|>" * IS_CURRENT  # older readers split it into characters
     assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
     if IS_CURRENT:
         assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "qwen3"])
-def test_llama_cpp_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
+def test_llama_cpp_generates_the_same(fields, tmp_path, monkeypatch, capsys):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (it compiles llama.cpp)")
     ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)))
     ours.save_pretrained(tmp_path / "ours")
@@ -65,18 +60,18 @@ def test_llama_cpp_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "kind", "expected"),
     [
-        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', and in a GGUF gpt2 has 'gelu_pytorch_tanh'"),
+        ({"hidden_act": "relu"}, "bpe", "hidden_act is 'relu', but 'gelu_pytorch_tanh' in a GGUF gpt2"),
         (
             {**MODERN, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "bpe",
             "scaled rope_parameters",
         ),
-        ({}, "bpe-gpt4", "a GGUF file can only hold `bpe`"),
-        ({}, "character", "a GGUF file can only hold `bpe`"),
-        ({}, "lowercase", "would do without and see other ids"),
+        ({}, "bpe-gpt4", "GGUF can only contain the tokenizer `bpe`"),
+        ({}, "character", "GGUF can only contain the tokenizer `bpe`"),
+        ({}, "lowercase", "would ignore these and compute other ids"),
     ],
 )
-def test_what_a_gguf_cannot_say_is_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
+def test_models_that_gguf_cannot_express_are_refused(fields, kind, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290, kind="bpe" if kind == "lowercase" else kind)
     if kind == "lowercase":
@@ -92,24 +87,23 @@ can_write_onnx = pytest.mark.skipif(not IS_CURRENT, reason="takes transformers 5
 
 @can_write_onnx
 @pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {**MODERN, "dtype": "float32"}], ids=["gpt2 in bfloat16", "qwen3"])
-def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
+def test_onnxruntime_generates_the_same(fields, tmp_path, monkeypatch, capsys):
     config = ScratchGPTConfig(**TINY, **fields)
-    ours = shaken(ScratchGPTForCausalLM(config).to(config.dtype or torch.float32)).float()
     ours = shaken(ScratchGPTForCausalLM(config).to(config.dtype))
     ours.save_pretrained(tmp_path / "ours")
     ours.float()
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be, that is the question 12"] * 9, 290)
     tokenizer.save_pretrained(tmp_path / "ours")
-    said = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
-    assert "Largest difference from what onnxruntime computes: " in said
-    assert "torch.onnx" not in said
-    for file in (tmp_path / "out").iterdir():  # no word of where the code lay that it was made by
+    output = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    assert "Largest difference from onnxruntime: " in output
+    assert "torch.onnx" not in output
+    for file in (tmp_path / "out").iterdir():  # no path of this machine
         assert str(Path(convert.__file__).parent).encode() not in file.read_bytes(), file.name
         assert b"site-packages" not in file.read_bytes(), file.name
 
     from transformers.exporters.base import ExportedModel
 
-    exported = ExportedModel.from_pretrained(tmp_path / "out")  # transformers' own reader, of a batch with padding
+    exported = ExportedModel.from_pretrained(tmp_path / "out")  # transformers' reader, on a batch with padding
     texts = ["to be, or not", "the question 12 that is"]
     batch = AutoTokenizer.from_pretrained(tmp_path / "out")(texts, return_tensors="pt", padding=True, padding_side="left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -132,9 +126,9 @@ def test_onnxruntime_goes_on_as_we_do(fields, tmp_path, monkeypatch, capsys):
     ("fields", "expected"),
     [
         ({**MODERN, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
-        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX takes 7 or more"),
+        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX requires at least 7"),
     ],
 )
-def test_what_a_graph_cannot_say_is_refused(fields, expected, tmp_path, monkeypatch, capsys):
+def test_models_that_onnx_cannot_express_are_refused(fields, expected, tmp_path, monkeypatch, capsys):
     ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields})).save_pretrained(tmp_path / "ours")
     assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")

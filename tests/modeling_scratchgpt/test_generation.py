@@ -1,4 +1,4 @@
-"""Everything `generate` offers without a network, on both architectures."""
+"""The features of `generate` that need no network, on both architectures."""
 
 import time
 from functools import partial, partialmethod
@@ -18,15 +18,9 @@ def prompts(rows: int = 2, length: int = 7) -> torch.Tensor:
 
 
 def generate(model: ScratchGPTForCausalLM, ids: torch.Tensor, **options) -> torch.Tensor:
-    options = {
-        "max_new_tokens": 16,
-        "do_sample": False,
-        "eos_token_id": None,
-        "attention_mask": torch.ones_like(ids),
-        **options,
-    }
+    defaults = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     torch.manual_seed(0)
-    return model.generate(ids, **options)
+    return model.generate(ids, **{**defaults, **options})
 
 
 @torch.no_grad()
@@ -37,11 +31,11 @@ def greedy_by_hand(model: ScratchGPTForCausalLM, ids: torch.Tensor, new_tokens: 
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_greedy_is_what_it_says_whatever_the_cache(tiny_model, options):
+def test_greedy_search_with_every_cache(tiny_model, options):
     assert torch.equal(generate(tiny_model, prompts(), **options), greedy_by_hand(tiny_model, prompts()))
 
 
-def test_a_static_cache_of_ones_own(tiny_model):
+def test_a_static_cache_of_the_caller(tiny_model):
     cache = StaticCache(config=tiny_model.config, max_cache_len=40)
     assert torch.equal(generate(tiny_model, prompts(), past_key_values=cache), greedy_by_hand(tiny_model, prompts()))
 
@@ -105,7 +99,7 @@ def test_prompt_lookup_and_assistant_change_only_the_speed(tiny_model):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_padded_batch_says_what_each_row_says_alone(tiny_model, use_cache):
+def test_a_padded_batch_generates_the_same_as_each_row_alone(tiny_model, use_cache):
     rows = [prompts(1, length) for length in (3, 9, 6)]
     width = max(row.shape[1] for row in rows)
     padded = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=2) for row in rows])
@@ -115,7 +109,7 @@ def test_a_padded_batch_says_what_each_row_says_alone(tiny_model, use_cache):
         assert torch.equal(output[width:], generate(tiny_model, row)[0, row.shape[1] :])
 
 
-def test_each_row_stops_at_its_own_end(tiny_model):
+def test_each_row_stops_at_its_own_eos(tiny_model):
     plain = generate(tiny_model, prompts(3))
     end = plain[0, 9].item()  # what the first row says third
     output = generate(tiny_model, prompts(3), eos_token_id=end, pad_token_id=2)
@@ -125,16 +119,9 @@ def test_each_row_stops_at_its_own_end(tiny_model):
         assert set(row[len(said) :]) <= {2}
 
 
-def test_going_on_from_a_cache(tiny_model):
+def test_continuing_from_a_cache(tiny_model):
     ids = prompts()
-    first = tiny_model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=8,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-    )
+    first = generate(tiny_model, ids, max_new_tokens=8, return_dict_in_generate=True)
     rest = generate(tiny_model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=8)
     assert torch.equal(rest, generate(tiny_model, ids))
 
@@ -151,28 +138,20 @@ def test_from_embeddings(tiny_model):
     assert torch.equal(output, generate(tiny_model, ids)[:, 7:])
 
 
-def test_from_nothing(tiny_model):
+def test_without_a_prompt(tiny_model):
     output = tiny_model.generate(max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert output.shape == (1, 6)
     assert output[0, 0] == TINY["bos_token_id"]
 
 
 def test_scores_are_the_logits(tiny_model):
-    output = tiny_model.generate(
-        prompts(),
-        attention_mask=torch.ones(2, 7),
-        max_new_tokens=3,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    output = generate(tiny_model, prompts(), max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
         logits = tiny_model(output.sequences).logits[:, 6:-1]
     torch.testing.assert_close(torch.stack(output.logits, dim=1), logits, atol=1e-5, rtol=1e-4)
 
 
-def test_streaming_tells_tokens_as_they_come(tiny_model):
+def test_streaming_tokens(tiny_model):
     class Listener(BaseStreamer):
         def __init__(self):
             self.tokens, self.ended = [], False
@@ -214,32 +193,32 @@ def test_stop_strings(tiny_model, tokenizer):
     assert stop not in "".join(told[:-1])
 
 
-def test_past_the_learned_positions_is_refused_before_the_first_token(monkeypatch):
+def test_lengths_beyond_the_learned_positions_are_refused_before_the_first_token(monkeypatch):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     monkeypatch.setattr(ScratchGPTModel, "forward", None)  # not to be called
-    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones are more than the 64 positions .* max_new_tokens=58"):
+    with pytest.raises(ValueError, match=r"7 tokens and 59 new ones exceed the 64 learned positions .* max_new_tokens=58"):
         generate(model, prompts(), max_new_tokens=59)
 
 
 def test_up_to_the_last_learned_position():
-    """The last token is written, but no longer read, so that there is one more than positions: as transformers' GPT-2 does."""
+    """The last token needs no position, so there is one token more than positions, as in transformers' GPT-2."""
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
     longest = generate(model, prompts(), max_new_tokens=58)
     assert longest.shape == (2, 65)
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
-    assert generate(stock, prompts(), max_new_tokens=58).shape == (2, 65)
+    reference = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    assert generate(reference, prompts(), max_new_tokens=58).shape == (2, 65)
 
 
 def wrapped(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that `packed_linears` has under its hands."""
+    """The layers that are currently packed."""
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize("packing_is", ["faster", "slower", "whatever it is"])
 @torch.no_grad()
-def test_packed_layers_compute_the_same_and_leave_no_trace(packing_is, tiny_model, monkeypatch):
-    """Before, during and after the trial of what is faster, which is left to chance or not."""
+def test_packed_layers_compute_the_same_and_are_removed(packing_is, tiny_model, monkeypatch):
+    """Before, during and after the trial, whose result is forced or left open."""
     monkeypatch.setattr(packed_linear, "FASTER_PACKED", {})
 
     def slowly(*arguments, compute):

@@ -1,4 +1,4 @@
-"""The heads: what they compute, what they pool, and one loss whatever the split."""
+"""The heads: outputs, pooling, and losses that do not depend on the split of a batch."""
 
 import shutil
 
@@ -29,38 +29,23 @@ def random_ids(rows: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_last_real_token_classifies(tiny_config, side):
-    """Also where padding and end of text are one token, which pooling by id takes for the same."""
-    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5, pad_token_id=1)
-    ids = random_ids(3, 9)
-    ids[:, -1] = 1  # each text ends in the end-of-text token
-    alone = model(ids).logits
-    padding = torch.full((3, 4), 1)
-    mask = torch.cat((torch.zeros(3, 4), torch.ones(3, 9)), dim=1).long()
-    padded = torch.cat((padding, ids), dim=1)
-    if side == "right":
-        padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
-    torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
-    hidden = model.model(ids).last_hidden_state[:, -1]
-    torch.testing.assert_close(alone, hidden @ model.score.weight.T)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_mean_of_the_real_tokens_classifies_where_it_is_asked_for(tiny_config, side):
-    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5, classifier_pooling="mean")
-    ids, padding = random_ids(3, 9), torch.full((3, 4), 2)
-    alone = model(ids).logits
-    torch.testing.assert_close(alone, model.model(ids).last_hidden_state.mean(1) @ model.score.weight.T)
+def test_pooling_ignores_padding(tiny_config, side, pooling):
+    """Even if the padding id is also EOS, which pooling by id would confuse."""
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5, pad_token_id=1, classifier_pooling=pooling)
+    ids, padding = random_ids(3, 9), torch.full((3, 4), 1)
+    ids[:, -1] = 1  # each text ends with EOS
+    alone, hidden = model(ids).logits, model.model(ids).last_hidden_state
+    torch.testing.assert_close(alone, (hidden[:, -1] if pooling == "last" else hidden.mean(1)) @ model.score.weight.T)
     padded, mask = torch.cat((padding, ids), dim=1), torch.cat((torch.zeros(3, 4), torch.ones(3, 9)), dim=1).long()
     if side == "right":
         padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
     torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_labels_may_be_shares_of_the_classes(tiny_config):
-    """As torch's own cross-entropy takes them: so they carry smoothing and weights. Trainer counts every share."""
+def test_labels_may_be_class_probabilities(tiny_config):
+    """As in torch's cross-entropy, for label smoothing and weights. Trainer counts every element."""
     model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=4, problem_type="single_label_classification")
     ids, classes = random_ids(4, 8), torch.tensor([3, 0, 1, 2])
     hard = functional.one_hot(classes, 4).float()
@@ -84,10 +69,7 @@ CASES = {
         lambda: torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
     ),
     "a number": ({"num_labels": 1}, lambda: torch.tensor([0.5, -1.0, 2.0, 0.0])),
-    "numbers": (
-        {"num_labels": 2, "problem_type": "regression"},
-        lambda: torch.tensor([[0.5, 1], [2, -1], [0.1, 0.2], [3, 4]]),
-    ),
+    "numbers": ({"num_labels": 2, "problem_type": "regression"}, lambda: torch.tensor([[0.5, 1], [2, -1], [0.1, 0.2], [3, 4]])),
 }
 
 
@@ -110,7 +92,7 @@ def test_losses_of_sequence_classification(tiny_config, case):
     torch.testing.assert_close(sum(pieces), expected)
 
 
-def test_the_kind_of_problem_is_told_from_the_labels(tiny_config):
+def test_the_problem_type_is_inferred_from_the_labels(tiny_config):
     for num_labels, labels, kind in (
         (1, torch.rand(2), "regression"),
         (3, torch.tensor([0, 2]), "single_label_classification"),
@@ -136,7 +118,7 @@ def test_loss_of_token_classification(tiny_config):
 
 def test_loss_of_question_answering(tiny_config):
     model = make(ScratchGPTForQuestionAnswering, tiny_config)
-    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 99])  # 99: cut off
+    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 99])  # 99: beyond the text
     output = model(ids, start_positions=starts, end_positions=ends)
     expected = functional.cross_entropy(output.start_logits, starts) + functional.cross_entropy(output.end_logits[:2], ends[:2])
     torch.testing.assert_close(output.loss, expected / 2)
@@ -150,7 +132,7 @@ def test_loss_of_question_answering(tiny_config):
     torch.testing.assert_close(sum(pieces), by_hand / 6)
 
 
-def test_training_skips_the_logits_and_loses_nothing(tiny_model):
+def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_model):
     ids = random_ids(2, 12)
     labels = ids.clone()
     labels[0, :6] = -100
@@ -174,7 +156,7 @@ def test_training_skips_the_logits_and_loses_nothing(tiny_model):
 
 
 def test_a_wrapped_head_is_called(tiny_model):
-    """An adapter around the head must not be passed by: then the loss comes from the logits."""
+    """A head that is not a plain linear layer must be called, so the loss is computed from the logits."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, hidden_states):
@@ -192,7 +174,7 @@ def test_a_wrapped_head_is_called(tiny_model):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_packed_documents_do_not_see_each_other(tiny_model, attention, use_cache):
+def test_packed_documents_do_not_attend_to_each_other(tiny_model, attention, use_cache):
     if attention == "flex_attention" and shutil.which("g++") is None:
         pytest.skip("torch compiles flex attention for a CPU with g++, which is not installed")
     lengths = (5, 1, 9, 3)

@@ -1,4 +1,4 @@
-"""GPT-2's and Qwen3's folders, loaded as they are, compared with transformers' own models."""
+"""GPT-2 and Qwen3 as saved by transformers, loaded into ScratchGPT and compared with the original."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ IDS = torch.arange(40).view(2, 20)
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """A model whose biases and norms are not at their start."""
+    """Perturb all parameters, so that biases and norms are not at their initial values."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_gpt2_loads_however_it_was_saved(saved, tmp_path):
+def test_gpt2_loads_from_every_file_format(saved, tmp_path):
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
     SAVED[saved](theirs, tmp_path)
     ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -95,7 +95,7 @@ def test_gpt2_loads_however_it_was_saved(saved, tmp_path):
     assert difference(ScratchGPTModel.from_pretrained(tmp_path), theirs.transformer) < 1e-5
 
 
-def test_gpt2_with_a_head_of_its_own(tmp_path):
+def test_gpt2_with_an_untied_head(tmp_path):
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, tie_word_embeddings=False)))
     theirs.save_pretrained(tmp_path)
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
@@ -111,7 +111,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_comes_along(head, tmp_path):
+def test_every_head_of_gpt2_loads(head, tmp_path):
     theirs = shaken(HEADS[head](GPT2Config(**GPT2, id2label={0: "a", 1: "b", 2: "c"}, pad_token_id=89)))
     theirs.save_pretrained(tmp_path)
     ours, report = getattr(modeling_scratchgpt, f"ScratchGPT{head}").from_pretrained(tmp_path, output_loading_info=True)
@@ -121,7 +121,7 @@ def test_every_head_comes_along(head, tmp_path):
     assert ours.config.id2label == theirs.config.id2label
 
 
-def test_a_fresh_head_on_gpt2_is_reported_as_such(tmp_path):
+def test_a_new_head_on_gpt2_is_reported_as_missing(tmp_path):
     shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path)
     ours, report = modeling_scratchgpt.ScratchGPTForSequenceClassification.from_pretrained(
         tmp_path, num_labels=4, output_loading_info=True
@@ -133,7 +133,7 @@ def test_a_fresh_head_on_gpt2_is_reported_as_such(tmp_path):
 @pytest.mark.parametrize(
     "options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}, "dtype": "auto"}]
 )
-def test_options_of_from_pretrained_hold(options, tmp_path):
+def test_options_of_from_pretrained(options, tmp_path):
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
     theirs.save_pretrained(tmp_path)
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path, **options)
@@ -151,7 +151,7 @@ def test_offloaded_to_disk(tmp_path):
     assert difference(ours, theirs) < 1e-5
 
 
-def test_what_was_loaded_from_gpt2_is_saved_as_ours(tmp_path):
+def test_a_model_loaded_from_gpt2_is_saved_as_scratchgpt(tmp_path):
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
     theirs.save_pretrained(tmp_path / "gpt2")
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
@@ -166,7 +166,7 @@ def test_what_was_loaded_from_gpt2_is_saved_as_ours(tmp_path):
     assert not config.keys() & {"n_embd", "n_inner", "activation_function", "scale_attn_weights"}
 
 
-def test_all_of_gpt2s_config_counts(tmp_path):
+def test_all_fields_of_gpt2s_config_are_converted(tmp_path):
     fields = {
         "n_inner": 50,
         "activation_function": "relu",
@@ -193,7 +193,7 @@ def test_all_of_gpt2s_config_counts(tmp_path):
         ("add_cross_attention", True),
     ],
 )
-def test_what_a_scratchgpt_cannot_do_is_refused_by_name(field, value, tmp_path):
+def test_unsupported_features_are_refused_by_name(field, value, tmp_path):
     GPT2Config(**GPT2, **{field: value}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{field} is {value} in this gpt2 config"):
         ScratchGPTConfig.from_pretrained(tmp_path)
@@ -201,15 +201,13 @@ def test_what_a_scratchgpt_cannot_do_is_refused_by_name(field, value, tmp_path):
 
 def test_other_model_types_are_refused(tmp_path):
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model_type 'llama' is not one that ScratchGPT loads: these are scratchgpt, gpt2, qwen3"
-    ):
+    with pytest.raises(ValueError, match="model_type 'llama' is not supported: ScratchGPT loads scratchgpt, gpt2, qwen3"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
     Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
     Qwen3Config(**QWEN3, layer_types=["sliding_attention", "full_attention"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="layer_types is .* ScratchGPT has only full_attention"):
+    with pytest.raises(ValueError, match="layer_types is .* ScratchGPT supports only full_attention"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
 
 

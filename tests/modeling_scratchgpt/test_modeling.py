@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+import transformers
+from transformers import AutoModel
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
+import modeling_scratchgpt
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY
 
 
@@ -26,7 +29,7 @@ def test_eager_and_sdpa_agree(tiny_model):
 
 
 @torch.no_grad()
-def test_the_future_is_not_seen(tiny_model):
+def test_attention_is_causal(tiny_model):
     ids = random_ids(1, 20)
     changed = ids.clone()
     changed[0, 12] = (ids[0, 12] + 1) % 300
@@ -36,7 +39,7 @@ def test_the_future_is_not_seen(tiny_model):
 
 
 @torch.no_grad()
-def test_the_cache_changes_nothing(tiny_model):
+def test_decoding_with_a_cache_gives_the_same_logits(tiny_model):
     ids = random_ids(2, 20)
     whole = tiny_model(ids, use_cache=False).logits
     first = tiny_model(ids[:, :13], use_cache=True)
@@ -49,17 +52,9 @@ def test_the_cache_changes_nothing(tiny_model):
     torch.testing.assert_close(torch.cat(rest, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_generation_with_and_without_cache_is_the_same(tiny_model):
-    ids = random_ids(2, 9)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    torch.testing.assert_close(
-        tiny_model.generate(ids, use_cache=True, **options), tiny_model.generate(ids, use_cache=False, **options)
-    )
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_changes_nothing(tiny_model, side):
+def test_padding_does_not_change_the_logits(tiny_model, side):
     ids = random_ids(1, 11)
     padding = torch.full((1, 5), TINY["pad_token_id"])
     parts = (padding, ids) if side == "left" else (ids, padding)
@@ -91,7 +86,7 @@ def test_loss_by_hand(tiny_model):
     torch.testing.assert_close(tiny_model(ids, labels=labels, num_items_in_batch=7).loss, sum(terms) / 7)
 
 
-def test_loss_is_one_whatever_the_split(tiny_model):
+def test_loss_and_gradients_do_not_depend_on_the_split_of_a_batch(tiny_model):
     """Gradient accumulation: the pieces of a batch add up to its loss and its gradient."""
     ids = random_ids(4, 12)
     labels = ids.clone()
@@ -106,9 +101,9 @@ def test_loss_is_one_whatever_the_split(tiny_model):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_too_many_tokens_for_learned_positions_say_what_to_do():
+def test_more_tokens_than_learned_positions_are_refused():
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
-    with pytest.raises(ValueError, match=r"65 tokens were given, but this model has learned only 64 positions .* rotary"):
+    with pytest.raises(ValueError, match=r"65 tokens exceed the 64 learned positions of this model .* rotary"):
         model(random_ids(1, 65))
 
 
@@ -130,7 +125,7 @@ def test_inputs_are_ids_or_embeddings(tiny_model):
             tiny_model(**wrong)
 
 
-def test_fresh_weights_have_gpt2s_spread():
+def test_initial_weights_have_gpt2s_standard_deviations():
     config = ScratchGPTConfig(**{**TINY, "hidden_size": 128, "num_hidden_layers": 4})
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(config)
@@ -149,15 +144,24 @@ def test_fresh_weights_have_gpt2s_spread():
     assert not layer.mlp.up_proj.bias.any()
 
 
-def test_auto_classes_know_the_model(tiny_model, tiny_config, tmp_path):
-    assert type(AutoModel.from_config(tiny_config)) is ScratchGPTModel
+@pytest.mark.parametrize("head", ["", *HEADS])
+def test_auto_classes_create_save_and_load_every_model(head, tiny_config, tmp_path):
+    auto_class, name = getattr(transformers, f"AutoModel{head}"), f"ScratchGPT{head or 'Model'}"
+    model = auto_class.from_config(tiny_config)
+    assert type(model) is getattr(modeling_scratchgpt, name)
+    model.save_pretrained(tmp_path)
+    assert model.config.auto_map[f"AutoModel{head}"] == f"modeling_scratchgpt.{name}"
+    assert (tmp_path / "modeling_scratchgpt.py").is_file()
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_auto_model_loads_the_backbone_of_a_language_model(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is ScratchGPTForCausalLM
-    for name, tensor in tiny_model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    backbone = AutoModel.from_pretrained(tmp_path)
     ids = random_ids(1, 6)
+    backbone = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(backbone(ids).last_hidden_state, tiny_model.model(ids).last_hidden_state)
 
 

@@ -33,12 +33,7 @@ def test_training_is_repeatable():
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
-def test_special_tokens_are_three_and_come_first(tokenizer):
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
-
-
-def test_words_that_are_split_already_can_get_their_space(tokenizer, tmp_path):
+def test_add_prefix_space_for_pretokenized_texts(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "plain")
     spaced = ScratchGPTTokenizer.from_pretrained(tmp_path / "plain", add_prefix_space=True)
     spaced.save_pretrained(tmp_path / "spaced")
@@ -49,7 +44,7 @@ def test_words_that_are_split_already_can_get_their_space(tokenizer, tmp_path):
 
 @settings(max_examples=500, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=200))
-def test_any_text_comes_back_unchanged(tokenizer, text):
+def test_any_text_is_decoded_unchanged(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert all(0 <= token_id < len(tokenizer) for token_id in ids)
@@ -57,13 +52,13 @@ def test_any_text_comes_back_unchanged(tokenizer, text):
 
 @settings(max_examples=100, deadline=None)
 @given(start=st.integers(0, 0x10FFFF - 300))
-def test_every_plane_of_unicode_comes_back_unchanged(tokenizer, start):
+def test_every_plane_of_unicode_is_decoded_unchanged(tokenizer, start):
     text = "".join(chr(code) for code in range(start, start + 300) if not 0xD800 <= code <= 0xDFFF)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_texts_come_back_unchanged(tokenizer):
+def test_a_hundred_thousand_texts_are_decoded_unchanged(tokenizer):
     draw = random.Random(0)
     blocks = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF)]
     blocks += [(plane << 16, (plane << 16) + 0xFFFF) for plane in range(1, 17)]
@@ -75,13 +70,13 @@ def test_a_hundred_thousand_texts_come_back_unchanged(tokenizer):
 
 
 @pytest.mark.parametrize("piece", ["a", " ", "\n", "🙂", "\u0301", "<|bos|>", "to be "])
-def test_a_line_of_a_megabyte_comes_back_unchanged(tokenizer, piece):
+def test_a_line_of_a_megabyte_is_decoded_unchanged(tokenizer, piece):
     text = piece * (2**20 // len(piece.encode()))
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("text", ["\ud800", "to \udfff be"])
-def test_half_a_character_is_refused(tokenizer, text):
+def test_lone_surrogates_are_refused(tokenizer, text):
     with pytest.raises(TypeError, match="TextEncodeInput"):
         tokenizer(text)
     with pytest.raises(ValueError, match="surrogates not allowed"):
@@ -89,29 +84,20 @@ def test_half_a_character_is_refused(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", ["", " ", "  two  spaces ", " .,!? n't 's", "\n\t\r\n", "a<|eos|>b", "\0"])
-def test_spaces_and_marks_come_back_unchanged(tokenizer, text):
+def test_spaces_and_punctuation_are_decoded_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is ScratchGPTTokenizer
-    assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert loaded.special_tokens_map == tokenizer.special_tokens_map
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
-
-
 @pytest.mark.parametrize("letter", ["x", " ", "7", "!"])
-def test_a_text_without_spaces_is_no_harder(letter):
-    """Training takes the square of a word's length; a megabyte of DNA must not take days."""
+def test_training_on_a_long_text_without_spaces_is_fast(letter):
+    """Training time is quadratic in the length of a word; a megabyte of DNA must not take days."""
     tokenizer = ScratchGPTTokenizer.train([letter * 1_000_000], vocab_size=300)
     text = letter * 10_000
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_one_text_is_not_a_list_of_texts():
-    with pytest.raises(TypeError, match="texts must be a list or an iterator of texts, got one text"):
+    with pytest.raises(TypeError, match="texts must be a list or an iterator of strings, got one string"):
         ScratchGPTTokenizer.train("to be or not to be", vocab_size=300)
 
 
@@ -122,7 +108,7 @@ def test_batches_are_padded_and_masked(tokenizer):
     assert [sum(mask) for mask in batch["attention_mask"]] == [len(tokenizer(text)["input_ids"]) for text in texts]
 
 
-def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
     for wrong in (258, 2**40):
         with pytest.raises(ValueError, match=f"vocab_size must be at least 259 .* got {wrong}"):
             ScratchGPTTokenizer.train(TEXTS, vocab_size=wrong)
@@ -137,7 +123,7 @@ def kinds() -> dict[str, ScratchGPTTokenizer]:
     return {kind: ScratchGPTTokenizer.train(iter(TEXTS), vocab_size=330, kind=kind) for kind in TOKENIZERS}
 
 
-def test_the_default_is_what_it_was_before_there_was_a_choice(tokenizer):
+def test_the_default_kind_gives_the_same_ids_as_ever(tokenizer):
     assert tokenizer("to be, that is the café's 12 questions 🙂")["input_ids"] == [
         271, 261, 14, 279, 273, 278, 324, 9, 85, 308, 282, 85, 328
     ]  # fmt: skip
@@ -170,6 +156,7 @@ def test_a_special_token_spelled_out_in_a_text_is_text(kinds, kind, around):
 def test_every_kind_is_the_same_after_saving(kinds, kind, tmp_path):
     tokenizer = kinds[kind]
     tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
     text = "To be, that\n\n  is größer: 🙂 don't"
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), ScratchGPTTokenizer.from_pretrained(tmp_path)):
         assert type(loaded) is ScratchGPTTokenizer
@@ -180,7 +167,7 @@ def test_every_kind_is_the_same_after_saving(kinds, kind, tmp_path):
 
 @pytest.mark.parametrize("loader", ["AutoTokenizer", "TokenizersBackend"])
 def test_every_kind_loads_without_this_package(kinds, tmp_path, loader):
-    """With the folder's copy of this file, or with nothing but `tokenizer.json`."""
+    """With the saved copy of the code, or with `tokenizer.json` only."""
     text, expected = "To be, that\n\n  is größer: 🙂 don't", {}
     for kind, tokenizer in kinds.items():
         tokenizer.save_pretrained(tmp_path / kind)
@@ -206,13 +193,13 @@ KNOWN = "".join(sorted(set("".join(TEXTS))))
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
-def test_gpt4_any_text_comes_back_unchanged(kinds, text):
+def test_gpt4_any_text_is_decoded_unchanged(kinds, text):
     assert kinds["bpe-gpt4"].decode(kinds["bpe-gpt4"](text)["input_ids"]) == text
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(KNOWN, max_size=60))
-def test_known_characters_come_back(kinds, text):
+def test_known_characters_are_decoded_unchanged(kinds, text):
     for kind in ("character", "unigram"):
         ids = kinds[kind](text)["input_ids"]
         assert kinds[kind].decode(ids) == text
@@ -222,7 +209,7 @@ def test_known_characters_come_back(kinds, text):
 
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.sampled_from(["to", "be", "or", "not", "that", "is", "the", "question"]), max_size=20))
-def test_known_words_come_back_joined_by_spaces(kinds, words):
+def test_known_words_are_decoded_joined_by_spaces(kinds, words):
     for kind in ("word", "wordpiece"):
         assert kinds[kind].decode(kinds[kind]("\n ".join(words))["input_ids"]) == " ".join(words)
 
@@ -260,8 +247,8 @@ def test_unigram_learns_stems():
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_texts_are_read_once_and_not_held(kind):
-    """No more than a buffer of them is alive at once."""
+def test_training_texts_are_streamed(kind):
+    """Only a buffer of texts is in memory at once."""
 
     class Text(str):
         alive, most = 0, 0
@@ -290,7 +277,7 @@ def test_a_vocabulary_too_small_for_the_kind_is_refused(kind):
 
 
 @pytest.mark.parametrize(("kind", "least"), [("unigram", 5 + len(KNOWN)), ("character", 4 + len(KNOWN))])
-def test_room_for_every_character_is_asked_for(kind, least):
+def test_the_vocabulary_must_hold_every_character(kind, least):
     with pytest.raises(ValueError, match=f"vocab_size must be at least {least}: the texts have {len(KNOWN)} different"):
         ScratchGPTTokenizer.train(TEXTS, least - 1, kind=kind)
     assert len(ScratchGPTTokenizer.train(TEXTS, least, kind=kind)) == least
@@ -308,7 +295,7 @@ def test_an_unknown_kind_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["bpe-gpt4", "word", "unigram", "character"])
-def test_only_gpt2s_split_has_a_choice_of_the_first_space(kinds, kind):
+def test_only_bpe_supports_add_prefix_space(kinds, kind):
     before = kinds[kind].backend_tokenizer.to_str()
     kinds[kind].add_prefix_space = True
     assert not kinds[kind].add_prefix_space
@@ -316,7 +303,7 @@ def test_only_gpt2s_split_has_a_choice_of_the_first_space(kinds, kind):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_mistake_in_the_texts_comes_through(kind):
+def test_an_error_in_the_texts_is_raised(kind):
     def texts():
         yield "one"
         raise KeyError("the reader's own")
@@ -325,22 +312,22 @@ def test_a_mistake_in_the_texts_comes_through(kind):
         ScratchGPTTokenizer.train(texts(), 300, kind=kind)
 
 
-# How well it fits
+# Report
 
 
 def test_report_by_hand(kinds):
-    """Nine characters in twelve bytes, four words; of é and the snowman the corpus held the first."""
+    """Nine characters in twelve bytes, four words; the corpus contains é but no snowman."""
     report = tokenizer_report(kinds["character"], ["to be", " ☃ é"])
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (12 / 9, 9 / 4, 1 / 9)
     report = tokenizer_report(kinds["word"], ["to be or, unheard", "of"], max_texts=1)
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (17 / 5, 5 / 4, 1 / 5)
     report = tokenizer_report(kinds["bpe"], iter(["\x00 \x01"]))
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (1, 3 / 2, 0)
-    with pytest.raises(ValueError, match="there is no word in the first 1000 texts"):
+    with pytest.raises(ValueError, match="the first 1000 texts have no words"):
         tokenizer_report(kinds["bpe"], ["", " \n"])
 
 
-# GPT-2's own
+# GPT-2's tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +359,7 @@ def test_gpt2_same_ids_as_transformers(gpt2, gpt2_of_transformers, text):
     assert gpt2(text)["input_ids"] == gpt2_of_transformers(text)["input_ids"]
 
 
-def test_gpt2_one_token_begins_and_ends(gpt2):
+def test_gpt2_has_one_token_for_bos_and_eos(gpt2):
     assert len(gpt2) == 50257
     assert gpt2.bos_token_id == gpt2.eos_token_id == 50256
     assert gpt2("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
@@ -383,7 +370,7 @@ def test_gpt2_saved_and_loaded(gpt2, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
 
 
-def test_gpt2_files_that_are_not_gpt2s_are_refused(gpt2_files, tmp_path):
+def test_files_other_than_gpt2s_are_refused(gpt2_files, tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("{not json")
     with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):

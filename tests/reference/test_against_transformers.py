@@ -1,4 +1,4 @@
-"""The same weights in transformers' own models: the same logits, loss and gradients."""
+"""Logits, losses, gradients and greedy text, compared with transformers' models of the same weights."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.conftest import MODERN, TINY
 
 
 def as_gpt2(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """One of our weights under GPT-2's name. Its Conv1D holds matrices the other way around."""
+    """Rename a weight to GPT-2's name, and transpose matrices for Conv1D."""
     renamed = (
         name.replace("model.embed_tokens", "transformer.wte")
         .replace("model.embed_positions", "transformer.wpe")
@@ -26,7 +26,7 @@ def as_gpt2(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 
 def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A whole state dict for `GPT2LMHeadModel`: query, key and value stand side by side in one matrix there."""
+    """Convert a state dict to `GPT2LMHeadModel`, with query, key and value in one matrix."""
     result = {}
     for name, tensor in state.items():
         if "q_proj" in name:
@@ -81,7 +81,7 @@ def pair_with_qwen3(ours: ScratchGPTForCausalLM) -> Qwen3ForCausalLM:
 
 
 def shaken(config: ScratchGPTConfig, amount: float = 0.1) -> ScratchGPTForCausalLM:
-    """A model whose biases and norms are not at their start either."""
+    """A model with perturbed parameters, including biases and norms."""
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(config).eval()
     with torch.no_grad():
@@ -116,12 +116,7 @@ CONFIGS = {
         ScratchGPTConfig(
             **TINY,
             **MODERN,
-            rope_parameters={
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 5000.0,
-                "original_max_position_embeddings": 16,
-            },
+            rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 16},
         ),
         pair_with_qwen3,
     ),

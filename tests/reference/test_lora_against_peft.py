@@ -1,4 +1,4 @@
-"""Our LoRA and PEFT's, from the same start: the same numbers all along, and the same files."""
+"""LoRA compared with PEFT from the same initial weights: training and files."""
 
 import copy
 import json
@@ -39,13 +39,13 @@ def base(**fields: Any) -> ScratchGPTForCausalLM:
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields}))
     with torch.no_grad():
-        for parameter in model.parameters():  # nothing is at a special place
+        for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
 def both(folder: Path, kind: dict[str, Any], **fields: Any) -> tuple[ScratchGPTForCausalLM, peft.PeftModel]:
-    """Ours with an adapter, and PEFT's with the same: what ours has saved is put into PEFT's."""
+    """Our model with an adapter, and PEFT's with the same weights, loaded from our file."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "ensure_weight_tying": False, **kind}
     ours = base(**fields)
     theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**copy.deepcopy(settings)))
@@ -57,13 +57,13 @@ def both(folder: Path, kind: dict[str, Any], **fields: Any) -> tuple[ScratchGPTF
 
 
 def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a tensor from its counterpart, relative to its length."""
+    """The largest relative difference between tensors of the same name."""
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).norm() / second[name].norm().clamp(min=1e-12)) for name in first)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By names that ours and PEFT's have in common."""
+    """Gradients under names common to our LoRA and PEFT."""
     result = {}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -76,7 +76,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_steps_of_training_are_pefts(kind, tmp_path):
+def test_fifty_training_steps_equal_pefts(kind, tmp_path):
     tied = kind == "tied embeddings"
     ours, theirs = both(tmp_path, KINDS[kind], tie_word_embeddings=tied)
     models = (ours.train(), theirs.train())
@@ -96,21 +96,21 @@ def test_fifty_steps_of_training_are_pefts(kind, tmp_path):
             optimizer.zero_grad()
     save_adapter(ours, tmp_path)
     assert apart(load_file(tmp_path / WEIGHTS), peft.get_peft_model_state_dict(theirs)) < 1e-6
-    assert losses[0] < 5.6  # it has learned something: it began at 5.9
+    assert losses[0] < 5.6  # it started at 5.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fields", [{"tie_word_embeddings": True}, {**MODERN, "tie_word_embeddings": False}], ids=["gpt2", "modern"]
 )
-def test_each_reads_what_the_other_has_saved(kind, fields, tmp_path):
+def test_each_loads_what_the_other_has_saved(kind, fields, tmp_path):
     if "bias" in KINDS[kind] and "norm_type" in fields:
         pytest.skip("the modern model has no biases")
     ours, theirs = both(tmp_path / "0", KINDS[kind], **fields)
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         for name, parameter in [*ours.named_parameters(), *theirs.named_parameters()]:
-            if parameter.requires_grad:  # no adapter of zeros
+            if parameter.requires_grad:  # nonzero adapters
                 torch.manual_seed(sum(map(ord, name)))
                 parameter.add_(0.1 * torch.randn_like(parameter))
         ours.eval()
@@ -153,14 +153,14 @@ def test_embeddings_that_peft_saves_beside_an_adapter(changed, tmp_path):
     theirs.save_pretrained(tmp_path)
     model, ids = base().eval(), torch.arange(24).view(2, 12)
     if changed:
-        with pytest.raises(ValueError, match="brings embeddings of its own, .*, which is not done here: load it with PEFT"):
+        with pytest.raises(ValueError, match="has its own embeddings, .*, which is not supported: load it with PEFT"):
             load_adapter(model, tmp_path)
     else:
         load_adapter(model, tmp_path)
         torch.testing.assert_close(model(ids).logits, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_ranks_above_a_narrow_matrix_are_read(tmp_path):
+def test_ranks_above_those_of_narrow_matrices_are_loaded(tmp_path):
     fields = {**MODERN, "num_key_value_heads": 1}
     settings = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     theirs = peft.get_peft_model(base(**fields), settings).eval()
@@ -183,14 +183,14 @@ def test_ranks_above_a_narrow_matrix_are_read(tmp_path):
         ("something_new", {"a": 1}),
     ],
 )
-def test_what_only_peft_can_do_is_refused_by_name(feature, value, tmp_path):
+def test_features_that_only_peft_supports_are_refused_by_name(feature, value, tmp_path):
     both(tmp_path, {})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, feature: value}))
-    with pytest.raises(ValueError, match=f"{feature} is .*, which is not done here: load it with PEFT"):
+    with pytest.raises(ValueError, match=f"{feature} is .*, which is not supported: load it with PEFT"):
         load_adapter(base(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
-    with pytest.raises(ValueError, match="peft_type is 'LOHA': only LORA is read here"):
+    with pytest.raises(ValueError, match="peft_type is 'LOHA': only LORA is supported"):
         load_adapter(base(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     with pytest.raises(ValueError, match="init_lora_weights must be .*, got 'pissa'"):
@@ -198,13 +198,13 @@ def test_what_only_peft_can_do_is_refused_by_name(feature, value, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
-def test_peft_knows_where_lora_goes_in_our_model(fields):
+def test_peft_knows_the_default_target_modules(fields):
     model = peft.get_peft_model(base(**fields), peft.LoraConfig())
     adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} | ({"gate_proj"} if fields else set())
 
 
-def test_any_model_of_linear_layers_will_do(tmp_path):
+def test_models_of_transformers_with_linear_layers(tmp_path):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval()
     theirs = peft.get_peft_model(
@@ -248,12 +248,12 @@ for step in range(50):
 save_adapter(ours, f"{folder}/{dist.get_rank()}")
 mine = load_file(f"{folder}/{dist.get_rank()}/adapter_model.safetensors")
 assert apart(mine, peft.get_peft_model_state_dict(theirs)) < 1e-6
-for tensor in mine.values():  # both processes have the same
+for tensor in mine.values():  # equal on both processes
     other = tensor.clone()
     dist.broadcast(other, 0)
     assert torch.equal(tensor, other)
 """
 
 
-def test_two_processes_train_as_pefts_do(tmp_path):
+def test_training_on_two_processes_equals_pefts(tmp_path):
     on_two_processes(ON_TWO, tmp_path, *((kind, tmp_path) for kind in ("plain", "rsLoRA", "DoRA")))

@@ -1,13 +1,24 @@
-"""Runs of a recipe as a user starts them: in processes of their own, on a small book."""
+"""Runs of the recipes on small data: in this process by `main(argv)`, or as a user launches them."""
 
+import contextlib
+import functools
+import gc
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+from training import classify, instruct, pretrain
+from training.engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -15,8 +26,24 @@ SMALL = [
     "--validation_fraction", "0.1", "--report_to", "none",
     "--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64",
 ]  # fmt: skip
-
-TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+]
+# Options with which each recipe learns the data of `nights` from the model of `run`.
+TUNING: dict[ModuleType, list[str]] = {
+    pretrain: [
+        *("--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_steps", "8", "--save_steps", "4"),
+        *("--validation_fraction", "0.1", "--report_to", "none"),
+    ],
+    classify: ["--batch_size", "8", "--num_train_epochs", "3", "--learning_rate", "0.005", "--report_to", "none"],
+    instruct: [
+        *("--batch_size", "8", "--num_train_epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"),
+        *("--validation_fraction", "0.1", "--max_new_tokens", "12"),
+    ],
+}
+ANSWERS = {"dark": "stormy", "bright": "calm"}
 
 
 def launch(
@@ -47,43 +74,91 @@ def book(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def run(book, caches, tmp_path_factory):
-    """A finished run, started as the README says."""
+def run(book, caches, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A finished run of pretraining, started as the README says, on the CPU."""
     output_dir = tmp_path_factory.mktemp("outputs") / "book"
-    process = launch(["accelerate", "launch"], "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
+    launcher = [*LAUNCH, "--config_file", "training/configs/accelerate/cpu.yaml"]
+    process = launch(launcher, "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
     assert process.returncode == 0, process.stderr
     return output_dir, process
 
 
-@pytest.fixture
-def recipe(request, run, nights, tmp_path, monkeypatch):
-    """Runs the recipe that a module of tests is about in this process, on its data, and gives the folder it made."""
+@pytest.fixture(scope="session")
+def nights(book, tmp_path_factory) -> dict[ModuleType, str]:
+    """Data for each recipe: a text, and labels and answers that follow from one word."""
+    directory = tmp_path_factory.mktemp("nights")
+    examples = [
+        {"text": f"It was a {word} and {other} night, like {number} before.", "label": word}
+        for number in range(60)
+        for word, other in ANSWERS.items()
+    ]
+    (directory / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    conversations = [
+        {"instruction": f"night {number}", "input": word, "output": answer}
+        for number in range(40)
+        for word, answer in ANSWERS.items()
+    ]
+    (directory / "conversations.json").write_text(json.dumps(conversations))
+    return {pretrain: book, classify: str(directory / "examples.jsonl"), instruct: str(directory / "conversations.json")}
 
-    def start(*words: str, output: str = "model", base: Path | str = run[0]) -> Path:
-        folder = tmp_path / output
-        base_words = ["--base_model", str(base), "--dataset", nights, "--output_dir", str(folder)]
-        monkeypatch.setattr(sys, "argv", ["recipe.py", *base_words, *request.module.TRAINING, *words])
-        request.module.RECIPE.main()
-        return folder
+
+@pytest.fixture
+def tune(run, nights, tmp_path) -> Callable[..., Path]:
+    """Fine-tunes a model with a recipe in this process, and returns the output directory."""
+
+    def start(recipe: Any, *argv: str, output: str = "model", base: Path = run[0]) -> Path:
+        output_dir = tmp_path / output
+        words = ["--base_model", str(base), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
+        recipe.main([*words, *TUNING[recipe], *argv])
+        return output_dir
 
     return start
 
 
-@pytest.fixture(scope="module")
-def finished(request, run, nights, caches, tmp_path_factory):
-    """A finished run of the same recipe, started as the README says."""
-    folder = tmp_path_factory.mktemp("outputs") / "nights"
-    words = ["--base_model", str(run[0]), "--dataset", nights, "--output_dir", str(folder), *request.module.TRAINING]
-    script = Path(request.module.RECIPE.__file__).name
-    process = launch(["accelerate", "launch"], *words, script=script, **caches)
-    assert process.returncode == 0, process.stderr
-    return folder, process
+@pytest.fixture(scope="session")
+def finished(run, nights, tmp_path_factory) -> Callable[..., tuple[Path, str]]:
+    """The output directory of a finished run of a recipe, and what it printed."""
+
+    @functools.cache
+    def finish(recipe: Any) -> tuple[Path, str]:
+        output_dir = tmp_path_factory.mktemp("outputs") / "nights"
+        words = ["--base_model", str(run[0]), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            recipe.main([*words, *TUNING[recipe]])
+        return output_dir, printed.getvalue()
+
+    return finish
+
+
+@contextlib.contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """Within this context, a run in this process gets SIGTERM after a step, and stops."""
+    log_step = RunFolder.log_step
+
+    def log_and_signal(self: RunFolder, done: Any) -> None:
+        log_step(self, done)
+        if done.number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "log_step", log_and_signal)
+        with pytest.raises(SystemExit, match="^130$"):
+            yield
+    gc.collect()  # the run, which holds the lock of its directory
 
 
 def snippet_of(card: str) -> str:
-    """The program that a card gives first."""
+    """The first program of a card."""
     return re.findall(r"```python\n(.*?)```", card, re.S)[0]
 
 
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(folder: Path) -> list[dict]:
+    return [row for row in rows(folder) if "eval_loss" in row]
+
+
+def scores(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())

@@ -1,11 +1,10 @@
-"""The files for `accelerate launch --config_file`, read by Accelerate itself: they are accepted and mean what they say."""
+"""The files for `accelerate launch --config_file`, as read by Accelerate itself."""
 
 import argparse
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +15,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from modeling_scratchgpt import ScratchGPTForCausalLM
-from tests.conftest import on_two_processes
-from tests.training.conftest import SMALL, launch
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from tests.conftest import MODERN, TINY, on_two_processes
+from tests.training.conftest import LAUNCH, ROOT, SMALL, launch
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "training" / "configs" / "accelerate"
-# name: kind, processes in all, machines, mixed precision
-MEANT = {
+# name: distributed type, total number of processes, machines, mixed precision
+EXPECTED = {
     "cpu": (DistributedType.NO, 1, 1, "no"),
     "one_gpu": (DistributedType.NO, 1, 1, "bf16"),
     "ddp": (DistributedType.MULTI_GPU, 8, 1, "bf16"),
@@ -32,22 +30,19 @@ MEANT = {
 }
 
 
-CONFIG = ["--config_file", "training/configs/accelerate/ddp.yaml"]
-
-
-def launched(name: str, *words: str) -> argparse.Namespace:
-    """What `accelerate launch` makes of a file."""
+def launch_arguments(name: str, *words: str) -> argparse.Namespace:
+    """The arguments of `accelerate launch` with a file."""
     command = ["--config_file", str(FOLDER / f"{name}.yaml"), *words, "training/pretrain.py"]
     return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
-def test_there_are_no_others():
-    assert {path.stem for path in FOLDER.iterdir()} == MEANT.keys()
+def test_all_files_are_tested():
+    assert {path.stem for path in FOLDER.iterdir()} == EXPECTED.keys()
 
 
-@pytest.mark.parametrize("name", MEANT)
-def test_what_they_say(name):
-    kind, processes, machines, precision = MEANT[name]
+@pytest.mark.parametrize("name", EXPECTED)
+def test_values(name):
+    kind, processes, machines, precision = EXPECTED[name]
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert config.distributed_type == kind
     assert (config.num_processes, config.num_machines, config.mixed_precision) == (processes, machines, precision)
@@ -57,10 +52,10 @@ def test_what_they_say(name):
     assert len(first_line) <= 128
 
 
-@pytest.mark.parametrize("name", MEANT)
-def test_the_launcher_understands_them(name):
-    kind, processes, machines, precision = MEANT[name]
-    arguments = launched(name)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_launcher_accepts_them(name):
+    kind, processes, machines, precision = EXPECTED[name]
+    arguments = launch_arguments(name)
     assert arguments.use_fsdp == (kind == DistributedType.FSDP)
     assert arguments.multi_gpu == (kind == DistributedType.MULTI_GPU)
     if kind == DistributedType.NO:
@@ -74,7 +69,7 @@ def test_the_launcher_understands_them(name):
 
 
 def test_two_nodes_find_each_other(tmp_path):
-    """Two launchers of one process each, on this machine and its CPU, say that they are one run of two."""
+    """Two launchers of one process each, both on the CPU of this machine, form one run of two processes."""
     script = tmp_path / "script.py"
     script.write_text(
         "from accelerate import Accelerator\n"
@@ -88,7 +83,7 @@ def test_two_nodes_find_each_other(tmp_path):
         port = free.getsockname()[1]
     nodes = [
         subprocess.Popen(
-            ["accelerate", "launch", "--config_file", str(FOLDER / "two_nodes.yaml"), "--machine_rank", str(rank),
+            [*LAUNCH, "--config_file", str(FOLDER / "two_nodes.yaml"), "--machine_rank", str(rank),
              "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--num_processes", "2",
              "--mixed_precision", "no", str(script)],
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -103,30 +98,30 @@ def test_two_nodes_find_each_other(tmp_path):
 
 
 def test_fewer_gpus_on_the_command_line():
-    assert launched("ddp", "--num_processes", "4").num_processes == 4
+    assert launch_arguments("ddp", "--num_processes", "4").num_processes == 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
-def test_processes_for_gpus_that_are_not_here(book, caches, tmp_path):
-    """Each would train by itself, all of them into one folder."""
-    words = [*("--dataset", book, "--output_dir", str(tmp_path / "out")), *SMALL]
-    process = launch(["accelerate", "launch", *CONFIG, "--num_processes", "2"], *words, **caches)
-    assert process.returncode
-    line = "pretrain.py: error: 2 processes were started for GPUs that are not here: start one, or, on the CPU, several by"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_processes_for_gpus_that_do_not_exist(book, caches, tmp_path):
+    """Each would train the whole model, all of them into one directory."""
+    words = ["--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
+    launcher = [*LAUNCH, "--config_file", str(FOLDER / "ddp.yaml"), "--num_processes", "2"]
+    process = launch(launcher, *words, **caches)
+    assert process.returncode == 1  # of the launcher
+    line = "pretrain.py: error: 2 processes were started for GPUs that this machine does not have: start one, or several"
     assert process.stderr.count(line) == 1
     assert not (tmp_path / "out").exists()
 
 
-def fsdp_plugin(monkeypatch) -> FullyShardedDataParallelPlugin:
-    """The plugin as a process that the launcher started would make it."""
-    for name, value in prepare_multi_gpu_env(launched("fsdp2")).items():
-        if name.startswith("FSDP_"):
-            monkeypatch.setenv(name, value)
-    return FullyShardedDataParallelPlugin()
+def fsdp_environment() -> dict[str, str]:
+    """What the launcher passes to its processes."""
+    return {name: value for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2")).items() if name.startswith("FSDP_")}
 
 
 def test_fsdp2_plugin(monkeypatch):
-    plugin = fsdp_plugin(monkeypatch)
+    for name, value in fsdp_environment().items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap == ["ScratchGPTDecoderLayer"]
@@ -138,7 +133,7 @@ def test_fsdp2_plugin(monkeypatch):
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 
 
-# Accelerate does not enter FSDP on a CPU, but its function that cuts up a model does not mind where it runs.
+# Accelerate does not use FSDP on a CPU, but its function that shards a model runs everywhere.
 PROGRAM = """
 from types import SimpleNamespace
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -171,25 +166,9 @@ for _ in range(3):
 """
 
 
-def test_the_fsdp2_wrapping_trains_like_one_process(tiny_config, tmp_path):
-    for tied in (True, False):
-        tiny_config.tie_word_embeddings = tied
+def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
+    cases = [({**TINY, **more}, tied) for more in ({}, MODERN) for tied in (True, False)]
+    for number, (shape, tied) in enumerate(cases):
         torch.manual_seed(0)
-        ScratchGPTForCausalLM(tiny_config).save_pretrained(tmp_path / f"tied_{tied}")
-    environment = {name: value for name, value in prepare_multi_gpu_env(launched("fsdp2")).items() if name.startswith("FSDP_")}
-    on_two_processes(PROGRAM, tmp_path, [tmp_path / "tied_True"], [tmp_path / "tied_False"], **environment)
-
-
-def test_the_cpu_file_runs_the_recipe(tmp_path):
-    """As typed: `accelerate launch --config_file training/configs/accelerate/cpu.yaml`."""
-    script = tmp_path / "script.py"
-    script.write_text("from accelerate import Accelerator\nprint(Accelerator().device, Accelerator().num_processes)\n")
-    process = subprocess.run(
-        ["accelerate", "launch", "--config_file", str(FOLDER / "cpu.yaml"), str(script)],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["cpu", "1"]
+        ScratchGPTForCausalLM(ScratchGPTConfig(**shape, tie_word_embeddings=tied)).save_pretrained(tmp_path / str(number))
+    on_two_processes(PROGRAM, tmp_path, *([tmp_path / str(number)] for number in range(4)), **fsdp_environment())

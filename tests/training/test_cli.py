@@ -1,8 +1,10 @@
+import errno
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from training.cli import model_config, model_option, option, parse_arguments
+from training.cli import model_config, model_option, option, parse_arguments, run_main
 from training.errors import UserError, printable
 
 
@@ -11,8 +13,9 @@ class Arguments:
     config: str = option("unused.yaml", "YAML")
     words: list[str] = option(["one"], "several")
     model: list[str] = model_option()
-    number: int = option(3, "a number")
-    rate: float = option(0.5, "a rate")
+    number: int = option(3, "a number", minimum=1)
+    rate: float = option(0.5, "a rate", above=0, maximum=1)
+    verbose: bool = option(True, "a switch")
 
 
 def parse(tmp_path, yaml, *typed):
@@ -21,7 +24,7 @@ def parse(tmp_path, yaml, *typed):
     return parse_arguments(Arguments, "test", ["--config", str(file), *typed])
 
 
-def test_defaults_file_and_command_line_in_that_order(tmp_path):
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
     arguments = parse(tmp_path, "number: 7\nrate: 1.0e-3\nwords: [a, b]\n", "--rate", "0.25")
     assert (arguments.number, arguments.rate, arguments.words) == (7, 0.25, ["a", "b"])
     assert parse(tmp_path, "number: 7", "--number", "8").number == 8
@@ -39,36 +42,36 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
     [
         ("numbr: 7", (), r"config\.yaml: unrecognized names: numbr: did you mean number\?"),
         ("number: many", (), r"config\.yaml: argument --number: invalid int value: 'many'"),
-        ("- a\n- b", (), "must hold `name: value` lines"),
-        ("a: [", (), "not YAML"),
+        ("- a\n- b", (), "it must contain `name: value` lines"),
+        ("a: [", (), "invalid YAML"),
         ("number: 7", ("--numbr", "8", "--rat=1"), r"arguments: --numbr 8 --rat=1: did you mean --number and --rate\?"),
         ("number: 7", ("--quantity", "8"), r"unrecognized arguments: --quantity 8 \(--help lists all arguments\)"),
         ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
         ("number: 7", ("stray",), "unrecognized arguments: stray"),
-        (
-            "number: 7",
-            ("--num", "8"),
-            "unrecognized arguments: --num 8",
-        ),  # abbreviations change meaning
+        ("number: 7", ("--num", "8"), "unrecognized arguments: --num 8"),  # an abbreviation, which a new option would break
+        ("number: 0", (), "--number must be at least 1, got 0"),
+        ("", ("--rate", "0"), r"--rate must be above 0 and at most 1, got 0\.0"),
+        ("", ("--rate", "inf"), "--rate must be above 0 and at most 1, got inf"),
+        ("", ("--words", "\udcff"), "is not UTF-8: rename the file or directory"),
     ],
 )
-def test_mistakes_are_named(tmp_path, yaml, typed, message):
+def test_a_mistake_in_the_file_or_on_the_command_line(tmp_path, yaml, typed, message):
     with pytest.raises(UserError, match=message):
         parse(tmp_path, yaml, *typed)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"missing\.yaml: No such file or directory"):
         parse_arguments(Arguments, "test", ["--config", str(tmp_path / "missing.yaml")])
 
 
-def test_a_preset_starts_afresh(tmp_path):
+def test_a_preset_drops_the_fields_before_it(tmp_path):
     arguments = parse(tmp_path, "model:\n  hidden_size: 64\n  norm_type: rmsnorm\n", "--model", "preset=355M", "n_layer=2")
     config = model_config(arguments.model, vocab_size=300, context_length=32)
     assert (config.hidden_size, config.num_hidden_layers, config.norm_type) == (1024, 2, "layernorm")
 
 
-def test_fields_typed_in_several_places_add_up(tmp_path):
+def test_fields_of_several_model_options_add_up(tmp_path):
     arguments = parse(tmp_path, "number: 7", "--model", "hidden_size=64", "--model", "n_head=2")
     assert arguments.model == ["hidden_size=64", "n_head=2"]
 
@@ -83,7 +86,7 @@ def test_help_shows_the_files_values(tmp_path, capsys):
     assert "(default: 77)" in capsys.readouterr().out
 
 
-def test_presets_and_values_of_every_kind():
+def test_presets_and_values_of_all_types():
     words = ["preset=124M", "qk_norm=true", "attention_dropout=0.1", "norm_type=rmsnorm", "head_dim=null", "n_layer=2"]
     config = model_config(words, vocab_size=300, context_length=32)
     assert (config.hidden_size, config.num_hidden_layers, config.qk_norm, config.norm_type) == (768, 2, True, "rmsnorm")
@@ -94,10 +97,10 @@ def test_presets_and_values_of_every_kind():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hiden_size=3"], "--model hiden_size=3: give fields of ScratchGPTConfig as name=value.* did you mean hidden_size?"),
-        (["q=3"], "--model q=3: give fields of ScratchGPTConfig as name=value.* there are .*hidden_size"),
-        (["hidden_size=["], r"--model hidden_size=\[: the value is not YAML"),
-        (["hidden_size"], "--model hidden_size: give fields"),
+        (["hiden_size=3"], "--model hiden_size=3: pass fields of ScratchGPTConfig as name=value.* did you mean hidden_size?"),
+        (["q=3"], "--model q=3: pass fields of ScratchGPTConfig as name=value.* the fields are .*hidden_size"),
+        (["hidden_size=["], r"--model hidden_size=\[: the value is not valid YAML"),
+        (["hidden_size"], "--model hidden_size: pass fields"),
         (["vocab_size=5"], "--model vocab_size=5"),
         (["hidden_size=-3"], "--model: hidden_size must be a positive integer, got -3"),
         (["hidden_size=wide"], "--model: Field 'hidden_size' expected int, got str"),
@@ -105,10 +108,36 @@ def test_presets_and_values_of_every_kind():
         (["max_position_embeddings=16"], "--context_length 32 is longer than the model's max_position_embeddings"),
     ],
 )
-def test_a_model_that_cannot_be_is_refused(words, message):
+def test_an_invalid_model(words, message):
     with pytest.raises(UserError, match=message):
         model_config(words, vocab_size=300, context_length=32)
 
 
-def test_what_a_terminal_would_obey_is_replaced():
+def test_a_switch_and_the_word_before_all_options(tmp_path):
+    assert not parse(tmp_path, "", "--no_verbose").verbose
+    assert not parse(tmp_path, "verbose: false").verbose
+    assert parse_arguments(Arguments, "test", ["7", "--config", ""], positional="number").number == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("pass \x1b another"), 2, "program.py: error: pass � another\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "program.py: error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_user_are_one_line_and_an_exit_code(error, code, message, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/program.py"])
+    with pytest.raises(SystemExit, match=f"^{code}$"):
+        run_main(main)
+    assert capsys.readouterr().err == message
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+def test_control_characters_are_replaced():
     assert printable("a\tb\r\nc\x1b[2J\x01\r\u202ed é") == "a\tb\nc�[2J���d é"

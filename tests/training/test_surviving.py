@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or starved, for real, and what they come to when they go on."""
+"""Runs that are really stopped and killed, or run out of disk, and the results after they are resumed."""
 
 import os
 import random
@@ -22,9 +22,7 @@ OPTIONS = [
     "--gradient_accumulation_steps", "2", "--optimizer", "muon",
 ]  # fmt: skip
 # Large enough that writing a checkpoint takes a while.
-LARGE = [*OPTIONS, "--max_steps", "8", "--save_steps", "1", "--model", "intermediate_size=20000"]
-
-LAUNCHERS = {1: [sys.executable], 2: TORCHRUN}
+LARGE = [*OPTIONS, "--max_steps", "6", "--eval_steps", "6", "--save_steps", "1", "--model", "intermediate_size=20000"]
 
 
 def start(launcher: list[str], *arguments: str, **environment: str) -> subprocess.Popen:
@@ -39,18 +37,20 @@ def start(launcher: list[str], *arguments: str, **environment: str) -> subproces
     )
 
 
-def kill_when(process: subprocess.Popen, moment) -> bool:
-    """Kill the run and all its processes, unasked, as soon as the moment has come; False if it was sooner at its end."""
-    deadline = time.monotonic() + 120
-    while not moment():
-        if process.poll() is not None:
-            return False
+def wait_for(process: subprocess.Popen, condition) -> None:
+    """Wait until a condition holds while the process runs."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill the run and all its processes."""
     for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         each.kill()
     process.communicate()
-    return True
 
 
 def steps_done(folder: Path) -> int:
@@ -58,55 +58,78 @@ def steps_done(folder: Path) -> int:
     return path.read_text().count("learning_rate") if path.exists() else 0
 
 
-def outcome(folder: Path) -> tuple[bytes, list]:
-    """All that must not depend on what a run went through: the weights, bit by bit, and the losses."""
-    return (folder / "model.safetensors").read_bytes(), [(row["step"], row["loss"]) for row in rows(folder)]
+def results(folder: Path) -> tuple[bytes, list]:
+    """The weights, bit by bit, and the metrics: all that interruptions must not change."""
+    metrics = [{name: value for name, value in row.items() if name != "seconds"} for row in rows(folder)]
+    return (folder / "model.safetensors").read_bytes(), metrics
 
 
 @pytest.fixture(scope="module")
-def straight(book, caches, tmp_path_factory):
-    """Folders of uninterrupted runs, by the number of their processes."""
-    folders = {}
-
-    def folder(processes: int) -> Path:
-        if processes not in folders:
-            folders[processes] = tmp_path_factory.mktemp("straight") / "run"
-            options = ["--dataset", book, *OPTIONS, "--output_dir", str(folders[processes])]
-            assert launch(LAUNCHERS[processes], *options, ACCELERATE_USE_CPU="true", **caches).returncode == 0
-        return folders[processes]
-
+def straight(book, tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    pretrain.main(["--dataset", book, *OPTIONS, "--output_dir", str(folder)])
     return folder
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(straight, book, caches, tmp_path, processes, kills):
-    launcher = LAUNCHERS[processes]
-    environment = {**caches, "ACCELERATE_USE_CPU": "true"}
-    options = ["--dataset", book, *OPTIONS]
-    generator = random.Random(processes)
-    folder = tmp_path / "killed"
-    resume: list[str] = []
-    for part in range(kills):
-        process = start(launcher, *options, "--output_dir", str(folder), *resume, **environment)
-        last = 16 * part + generator.randrange(5, 16)
-        assert kill_when(process, lambda last=last: steps_done(folder) >= last)
-        resume = ["--resume"]
-    final = launch(launcher, *options, "--output_dir", str(folder), *resume, **environment)
-    assert final.returncode == 0, final.stderr
-    assert "Going on after step" in final.stdout
-    assert outcome(folder) == outcome(straight(processes))
+def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, caches, tmp_path):
+    """While it is paused, no other run can use its directory; Ctrl-C saves a checkpoint; SIGKILL leaves the last one."""
+    folder = tmp_path / "run"
+    options = ["--dataset", book, *OPTIONS, "--save_steps", "10", "--output_dir", str(folder)]
+    first = start([sys.executable], *options, **caches)
+    wait_for(first, lambda: steps_done(folder) >= 5)
+    first.send_signal(signal.SIGSTOP)
+    for resume in ([], ["--resume"]):
+        with pytest.raises(
+            UserError, match=f"--output_dir {folder}: another run is writing there. Wait for it to end, or pass"
+        ):
+            pretrain.main([*options, *resume])
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGCONT)
+    output, _ = first.communicate(timeout=200)
+    assert first.returncode == 130
+    assert output.count("Stopping after this step and saving a checkpoint. Ctrl-C stops at once.") == 1
+    assert "To continue, run the same command with --resume." in output
+    assert "Traceback" not in output
+    stopped = steps_done(folder)
+    second = start([sys.executable], *options, "--resume", **caches)
+    wait_for(second, lambda: steps_done(folder) >= max(stopped + 1, 22))
+    kill(second)
+    pretrain.main([*options, "--resume"])
+    assert results(folder) == results(straight)
+
+
+def test_two_processes_train_and_resume_like_one(run, book, caches, tmp_path):
+    """To the same bits with two processes again; with one process to the same losses."""
+    environment = {"ACCELERATE_USE_CPU": "true", **caches}
+    names = ("straight", "two", "one")
+    options = {name: ["--dataset", book, *SMALL, "--save_steps", "3", "--output_dir", str(tmp_path / name)] for name in names}
+    process = launch(TORCHRUN, *options["straight"], **environment)
+    assert process.returncode == 0, process.stderr
+    killed = start(TORCHRUN, *options["two"], **environment)
+    wait_for(killed, lambda: any((tmp_path / "two" / "checkpoints").glob("step-*")))
+    kill(killed)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    process = launch(TORCHRUN, *options["two"], "--resume", **environment)
+    assert process.returncode == 0, process.stderr
+    assert "Resuming from step" in process.stdout
+    pretrain.main([*options["one"], "--resume"])
+    assert results(tmp_path / "two") == results(tmp_path / "straight")
+    for name in ("two", "one"):
+        for expected, row in zip(rows(run[0]), rows(tmp_path / name), strict=True):
+            assert row.pop("seconds", None) is None or expected.pop("seconds")
+            assert row == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path):
     options = ["--dataset", book, *LARGE]
-    assert launch([sys.executable], *options, "--output_dir", str(tmp_path / "straight"), **caches).returncode == 0
+    pretrain.main([*options, "--save_steps", "6", "--output_dir", str(tmp_path / "straight")])
     folder = tmp_path / "killed"
     checkpoints = folder / "checkpoints"
-
     process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
 
     def is_writing() -> bool:
-        """Looked at while the run stands still: what is half-written then is half-written when it is killed."""
+        """Checked while the run is paused: a file that is incomplete then is incomplete when it is killed."""
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
         found = any(checkpoints.glob("step-*")) and any(checkpoints.glob(".writing-*/*"))
@@ -114,70 +137,51 @@ def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path)
             process.send_signal(signal.SIGCONT)
         return found
 
-    assert kill_when(process, is_writing)
+    wait_for(process, is_writing)
+    kill(process)
     assert list(checkpoints.glob(".writing-*"))
     os.truncate(max(checkpoints.glob("step-*")) / "model.safetensors", 100)  # and the disk has lost a piece
-    final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
-    assert final.returncode == 0, final.stderr
+    pretrain.main([*options, "--output_dir", str(folder), "--resume"])
     assert not list(checkpoints.glob(".writing-*"))
-    assert outcome(folder) == outcome(tmp_path / "straight")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_first(straight, book, caches, tmp_path, number):
-    options = ["--dataset", book, *OPTIONS, "--save_steps", "1000"]
-    folder = tmp_path / "stopped"
-    process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
-    while steps_done(folder) < 5:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 130
-    assert output.count("Stopping after this step, which is then saved. Ctrl-C ends it at once.") == 1
-    assert "The same command with --resume goes on from there." in output
-    assert "Traceback" not in output
-    final = launch([sys.executable], *options, "--output_dir", str(folder), "--resume", **caches)
-    assert final.returncode == 0, final.stderr
-    assert outcome(folder) == outcome(straight(1))
+    assert results(folder) == results(tmp_path / "straight")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_struck_at_any_moment(book, tmp_path, number):
-    """Twenty times, from the imports to the card; a run that got through is compared, and another begun."""
+def test_signals_at_any_moment(book, tmp_path, number):
+    """Twenty times, from the imports to the card; a run that ends is compared, and another started."""
     generator = random.Random(number)
     options = ["--dataset", book, *OPTIONS, "--resume", "--output_dir"]
 
     def begin(name: str) -> subprocess.Popen:
         return start([sys.executable], *options, str(tmp_path / name), HF_HOME=str(tmp_path / f"home-{name}"))
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     process = begin("straight")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    whole = time.monotonic() - began
-    strikes, ended = 0, 0
-    while strikes < 20 or not ended:
+    duration = time.monotonic() - start_time
+    signals, ended = 0, 0
+    while signals < 20 or not ended:
         process = begin(f"run-{ended}")
-        strike = strikes < 20
+        is_signalled = signals < 20
         try:
-            output, _ = process.communicate(timeout=generator.uniform(0, whole) if strike else 200)
+            output, _ = process.communicate(timeout=generator.uniform(0, duration) if is_signalled else 200)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             output, _ = process.communicate(timeout=100)
-            strikes += 1
-        silent = "Reading" not in output  # until then Python imports, and says in its own words what stopped it
-        assert process.returncode in (0, 2, 130, -number) or silent, output
-        assert "Traceback" not in output or silent, output
-        if process.returncode in (0, 2):  # 2: the last strike came after the end
-            assert process.returncode == 0 or "already holds a finished model" in output, output
-            assert outcome(tmp_path / f"run-{ended}") == outcome(tmp_path / "straight")
+            signals += 1
+        is_importing = "Reading" not in output  # until then Python prints what stopped it
+        assert process.returncode in (0, 2, 130, -number) or is_importing, output
+        assert "Traceback" not in output or is_importing, output
+        if process.returncode in (0, 2):  # 2: the last signal came after the end
+            assert process.returncode == 0 or "already contains a finished model" in output, output
+            assert results(tmp_path / f"run-{ended}") == results(tmp_path / "straight")
             ended += 1
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_again_and_again(straight, book, caches, mount):
+def test_a_disk_that_is_full_again_and_again(straight, book, caches, mount):
     folder, failures = Path(), 0
     for kilobytes in (4, 16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1500, 64_000):
         folder = mount(f"size={kilobytes}k") / "run"
@@ -190,58 +194,4 @@ def test_a_disk_that_fills_again_and_again(straight, book, caches, mount):
         assert "No space left on device" in process.stderr.splitlines()[-1]
         failures += 1
     assert failures > 4
-    assert outcome(folder) == outcome(straight(1))
-
-
-def test_two_runs_into_one_folder(straight, book, caches, tmp_path):
-    folder = tmp_path / "shared"
-    options = ["--dataset", book, *OPTIONS, "--output_dir", str(folder)]
-    first = start([sys.executable], *options, **caches)
-    while steps_done(folder) < 5:
-        assert first.poll() is None
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)
-    for resume in ([], ["--resume"]):
-        second = launch([sys.executable], *options, *resume, **caches)
-        assert second.returncode == 2
-        assert second.stderr.splitlines()[-1].endswith(
-            f"--output_dir {folder}: another run is writing there. Wait for its end, or pass another folder."
-        )
-    first.send_signal(signal.SIGCONT)
-    first.communicate(timeout=100)
-    assert first.returncode == 0
-    assert outcome(folder) == outcome(straight(1))
-
-
-def test_one_process_goes_on_with_what_two_began(run, book, caches, tmp_path):
-    folder = tmp_path / "two"
-    options = ["--dataset", book, *SMALL, "--save_steps", "3", "--output_dir", str(folder)]
-    process = start(TORCHRUN, *options, ACCELERATE_USE_CPU="true", **caches)
-    assert kill_when(process, lambda: len(list((folder / "checkpoints").glob("step-*"))) >= 1)
-    final = launch([sys.executable], *options, "--resume", **caches)
-    assert final.returncode == 0, final.stderr
-    for one, two in zip(rows(run[0]), rows(folder), strict=True):
-        assert one["step"] == two["step"]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("learning_rate", "0.5", "started with 0.008: go on with that, or start a new run in another --output_dir."),
-        ("max_steps", "99", "start a new run in another --output_dir, from the finished model, by --base_model."),
-    ],
-)
-def test_other_settings_cannot_go_on(run, book, tmp_path, monkeypatch, name, value, said):
-    """Said before the model is evaluated."""
-    folder = tmp_path / "run"
-    shutil.copytree(run[0] / "checkpoints", folder / "checkpoints")
-    shutil.copy(run[0] / "metrics.jsonl", folder)
-    words = ["--dataset", book, *SMALL, "--output_dir", str(folder), "--resume", f"--{name}", value]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pretrain, "evaluate", None)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
-    with pytest.raises(UserError) as error:
-        pretrain.main()
-    assert f"--{name} is {value}, but the run in" in str(error.value)
-    assert said in str(error.value)
+    assert results(folder) == results(straight)

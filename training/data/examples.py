@@ -1,10 +1,9 @@
-"""Texts with their labels, for classification: read, balanced, split, and free of copies between the splits.
+"""Labelled texts for classification: reading, balancing and splitting, without duplicates between the splits.
 
 Notable:
-- A label is what its column says, as text: names go into the model's `id2label`. Several columns, or lists, are several labels
-  a text; with `regression` columns hold numbers.
-- What stays in one split is a text with its copies or, of the embedded docstrings, a module. Within each label the splits have
-  the shares that were asked for.
+- A label is the text in its column, and a name in the model's `id2label`. Several columns, or lists, are several labels; with
+  `regression` the columns are numbers.
+- Duplicates of a text stay in one split, and so do the built-in docstrings of a module. The splits are stratified by label.
 """
 
 import hashlib
@@ -16,56 +15,56 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Sequence
+from sklearn.utils.class_weight import compute_class_weight
 
 from training.cli import option
-from training.data.docstrings import read_docstrings
+from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
 from training.data.files import TABLE_ENDINGS, check_columns, find_files, get_text, read_rows, refuse_empty
-from training.data.sources import hub_splits, is_hub_id
+from training.data.sources import hub_splits, is_dataset_id
 from training.data.splits import (
     SplitArguments,
     check_splits,
-    drawn,
     drop_leakage,
     fill_missing_splits,
     read_given,
     refuse_empty_splits,
+    sample_per_class,
 )
 from training.errors import UserError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
-LARGEST = 1e6  # a number to predict; the square of its error has to fit
-DOCSTRINGS = 1000  # of each library
-FEW = 20  # examples, of which every other may have a label of its own
+LARGEST = 1e6  # of the numbers to predict, so that squared errors stay finite
+MIN_EXAMPLES = 20  # from which on there should be several examples per label
 
 
 @dataclass
 class ExampleArguments(SplitArguments):
-    """What can be asked of the examples of a run."""
+    """Arguments about the labelled examples of a run."""
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs` (which library does this docstring come from); .csv, .tsv, .jsonl and .parquet files, folders and globs of "
-        "them; ids of datasets on the Hub.",
+        "`docs` (docstrings labelled by their library); .csv, .tsv, .jsonl and .parquet files, directories and globs of them; "
+        "ids of datasets on the Hub",
     )
-    text_column: str = option("text", "Column of the text.")
-    label_column: list[str] = option(["label"], "Column of the label or the number; several for several labels of 0 and 1.")
-    columns: list[str] = option([], "Names of the columns, left to right, of .csv and .tsv files that begin without them.")
-    problem_type: str = option(SINGLE, "What is to be told of a text.", choices=[SINGLE, MULTI, REGRESSION])
+    text_column: str = option("text", "column with the text")
+    label_column: list[str] = option(["label"], "column with the label or number; several columns for several labels (0 or 1)")
+    columns: list[str] = option([], "column names of .csv and .tsv files without a header")
+    problem_type: str = option(SINGLE, "one label, several labels or numbers per text", choices=[SINGLE, MULTI, REGRESSION])
     balance: str = option(
         "none",
-        "undersample: as many examples of each label as the rarest has; weights: the rarer a label, the more each of its "
-        "examples counts; or none.",
+        "class balance. undersample: drop examples of all labels but the rarest; weights: weight the loss by inverse class "
+        "frequency; or none",
         choices=["none", "undersample", "weights"],
     )
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text and what is to be told of it: a name, several names, or numbers."""
+    """A text and its target: a label, several labels, or numbers."""
 
     text: str
     label: Any  # str, tuple[str, ...] or tuple[float, ...], by the problem type
-    group: str  # what stays in one split
+    group: str  # a group stays in one split
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,18 @@ class Examples:
 
     Attributes:
         splits: train, validation and test; the last may be empty.
-        names: of the labels, or of the columns that hold numbers, in the order of their ids.
-        copies: how many examples were dropped from a split because their text stands in a later one.
-        left_out: how many were dropped by undersampling.
+        names: of the labels, or of the columns of numbers, in the order of their ids.
+        duplicates: number of examples dropped from each split because their text is also in a later one.
+        undersampled: number of examples dropped by undersampling.
     """
 
     splits: dict[str, list[Example]]
     names: list[str]
-    copies: dict[str, int]
-    left_out: int
+    duplicates: dict[str, int]
+    undersampled: int
 
     def digest(self) -> str:
-        """Tells apart what is trained on, and what is held out."""
+        """SHA-256 of all texts, labels and label names."""
         content = hashlib.sha256(repr(self.names).encode())
         for name, split in self.splits.items():
             content.update(repr([name, *((example.text, example.label) for example in split)]).encode())
@@ -93,55 +92,63 @@ class Examples:
 
 
 def check_examples(arguments: ExampleArguments) -> None:
-    """Refuse nonsense, and sources that cannot be read, before any long work; looks at no network."""
+    """Validate the arguments and the first row of every file before any long work, without network access.
+
+    Raises:
+        UserError: an invalid combination of arguments, or a source that cannot be read.
+    """
     paths = check_splits(arguments, TABLE_ENDINGS)
     if not arguments.label_column:
-        raise UserError("--label_column is empty: name the column of the labels.")
+        raise UserError("--label_column is empty: pass the column with the labels.")
     if len(set(arguments.label_column)) < len(arguments.label_column) or arguments.text_column in arguments.label_column:
         raise UserError(f"--label_column {' '.join(arguments.label_column)} and --text_column must be different columns.")
     if len(arguments.label_column) > 1 and arguments.problem_type == SINGLE:
         names = " ".join(arguments.label_column)
         raise UserError(f"--label_column {names}: several columns are for --problem_type {MULTI} or {REGRESSION}.")
     if arguments.balance != "none" and arguments.problem_type != SINGLE:
-        raise UserError(f"--balance {arguments.balance} is for one label a text: leave it out with {arguments.problem_type}.")
+        raise UserError(f"--balance {arguments.balance} is for one label per text: leave it out with {arguments.problem_type}.")
     if "docs" in arguments.dataset and arguments.problem_type != SINGLE:
-        raise UserError(f"--dataset docs brings one label a text: it is not for --problem_type {arguments.problem_type}.")
+        raise UserError(f"--dataset docs has one label per text: it is not for --problem_type {arguments.problem_type}.")
     for path in paths:
         next(read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns), None)
 
 
 def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
-    """The examples of a run, as it was told.
+    """Read, balance and split the examples of a run.
 
     Raises:
-        UserError: a source cannot be read; a text is empty; a label is none of its kind; there is one label only, or one that
-            is not in the training split; a split would be empty.
+        UserError: a source cannot be read; a text is empty; a label is invalid; there is only one label, or one that is not in
+            the training split; a split would be empty.
     """
     given = read_given(arguments, lambda source: _read_source(source, arguments))
     train = given["train"]
     if arguments.problem_type == SINGLE:
         _check_names(train)
     if arguments.balance == "undersample":
-        given["train"] = _most(train, min(Counter(example.label for example in train).values()), seed)
-    splits, copies = drop_leakage(
-        fill_missing_splits(given, arguments, seed, lambda example: example.group, _stratum),
-        lambda example: example.text.strip(),
+        given["train"] = _sample_per_label(train, min(Counter(example.label for example in train).values()), seed)
+    filled = fill_missing_splits(
+        given, arguments, seed, lambda it: it.group, lambda it: it.label if arguments.problem_type == SINGLE else None
     )
-    return Examples(splits, _names(splits, arguments), copies, len(train) - len(given["train"]))
+    splits, duplicates = drop_leakage(filled, lambda it: it.text.strip())
+    return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """What an example of each class counts so that all classes count alike, and an example 1 on average (King and Zeng, 2001).
+    """Weights (C,) by inverse class frequency, 1 on average over the examples (King and Zeng, 2001).
 
     Args:
-        labels: (N, C), 1 at the class of each example.
+        labels: one-hot (N, C). A class without examples gets the weight of one with a single example.
     """
-    counts = labels.sum(0)
-    return len(labels) / (len(counts) * np.maximum(counts, 1))
+    classes, num_classes = labels.argmax(1), labels.shape[1]
+    present = np.unique(classes)
+    weights = np.full(num_classes, len(labels) / num_classes)
+    # scikit-learn knows only the classes that have examples.
+    weights[present] = compute_class_weight("balanced", classes=present, y=classes) * len(present) / num_classes
+    return weights
 
 
 def as_numbers(examples: list[Example], names: list[str], problem_type: str) -> np.ndarray:
-    """Labels as float32 (N, C): a 1 for each label that an example has, or the numbers themselves."""
+    """Targets as float32 (N, C): one-hot or multi-hot labels, or the numbers."""
     if problem_type == REGRESSION:
         return np.array([example.label for example in examples], dtype=np.float32).reshape(-1, len(names))
     ids = {name: index for index, name in enumerate(names)}
@@ -160,26 +167,19 @@ def _columns(arguments: ExampleArguments) -> dict[str, str]:
 
 
 def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
-    """The examples of a source by their split; all of them are `train` where it has none."""
+    """The splits of a source; a source without splits is `train` as a whole."""
     if source == "docs":
         return {"train": _docstrings()}
-    if is_hub_id(source):
+    if is_dataset_id(source):
         splits = _hub_rows(source, arguments)
     else:
-        paths = find_files(source, TABLE_ENDINGS)
-        splits = {
-            "train": (
-                row
-                for path in paths
-                for row in read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns)
-            )
-        }
+        options = _columns(arguments), arguments.encoding_errors, arguments.columns
+        splits = {"train": (row for path in find_files(source, TABLE_ENDINGS) for row in read_rows(path, *options))}
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
 
 
 def _docstrings() -> list[Example]:
-    """Which library a docstring comes from, a thousand of each; what several have word for word tells nothing, and is left
-    out."""
+    """Docstrings labelled by their library, without those that several libraries share."""
     libraries = defaultdict(set)
     entries = read_docstrings()
     for entry in entries:
@@ -189,88 +189,88 @@ def _docstrings() -> list[Example]:
         for entry in entries
         if len(libraries.pop(entry["docstring"], ())) == 1
     ]
-    return _most(examples, DOCSTRINGS, 0)
+    return _sample_per_label(examples, DOCSTRINGS_PER_LIBRARY, 0)
 
 
 def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     splits = hub_splits(source)
     for rows in splits.values():
         check_columns(source, _columns(arguments), rows.column_names)
-    # By custom -1 stands for labels that are kept secret: such a test split is none.
+    # By convention -1 is a label that is not published: such a test split is useless.
     column = arguments.label_column[0]
     if "test" in splits and isinstance(splits["test"].features[column], ClassLabel) and -1 in splits["test"][:1][column]:
         del splits["test"]
-    return {name: _named(rows, f"{source}: {name} row", arguments) for name, rows in splits.items()}
+    return {name: _with_label_names(rows, f"{source}: {name} row", arguments) for name, rows in splits.items()}
 
 
-def _named(rows: Any, place: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with the names of their labels, where the dataset has numbers and says what they mean."""
+def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows in which the ids of `ClassLabel` columns are replaced by their names."""
     names: dict[str, Callable[[Any], Any]] = {}
     for column in arguments.label_column:
         feature = rows.features[column]
-        of = feature.feature if isinstance(feature, Sequence) else feature
-        if isinstance(of, ClassLabel):
-            names[column] = of.int2str
+        item = feature.feature if isinstance(feature, Sequence) else feature
+        if isinstance(item, ClassLabel):
+            names[column] = item.int2str
     for number, row in enumerate(rows.select_columns([arguments.text_column, *arguments.label_column]), start=1):
         for column, name in names.items():
             row[column] = None if row[column] in (-1, None) else name(row[column])
-        yield f"{place} {number}", row
+        yield f"{location} {number}", row
 
 
 def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArguments) -> list[Example]:
-    read = {SINGLE: _one_name, MULTI: _several_names, REGRESSION: _numbers}[arguments.problem_type]
+    read = {SINGLE: _read_label, MULTI: _read_labels, REGRESSION: _read_numbers}[arguments.problem_type]
     examples, empty = [], []
-    for place, row in rows:
-        text = get_text(row, arguments.text_column, place, arguments.encoding_errors)
+    for location, row in rows:
+        text = get_text(row, arguments.text_column, location, arguments.encoding_errors)
         if text.strip():
             values = {column: row[column] for column in arguments.label_column}
-            examples.append(Example(text, read(values, place), text.strip()))
+            examples.append(Example(text, read(values, location), text.strip()))
         else:
-            empty.append(place)
+            empty.append(location)
     refuse_empty(empty, f"text under {arguments.text_column!r}")
     return examples
 
 
-def _one_name(values: dict[str, Any], place: str) -> str:
+def _read_label(values: dict[str, Any], location: str) -> str:
     ((column, value),) = values.items()
     if isinstance(value, list):
-        raise UserError(f"{place} has a list under {column!r}: several labels a text are for --problem_type {MULTI}.")
+        raise UserError(f"{location} has a list under {column!r}: several labels per text are for --problem_type {MULTI}.")
     if isinstance(value, float):
-        raise UserError(f"{place} has the number {value} under {column!r}: give names, or --problem_type {REGRESSION}.")
-    return _name(value, column, place)
+        raise UserError(f"{location} has the number {value} under {column!r}: use names, or --problem_type {REGRESSION}.")
+    return _label_name(value, column, location)
 
 
-def _name(value: Any, column: str, place: str) -> str:
+def _label_name(value: Any, column: str, location: str) -> str:
     if not isinstance(value, str | int) or not str(value).strip():
-        raise UserError(f"{place} has no label under {column!r} but {value!r:.80}: give it one, or leave this row out.")
+        raise UserError(f"{location} has no label under {column!r} but {value!r:.80}: add one, or leave this row out.")
     if isinstance(value, str):
-        get_text({column: value}, column, place)  # refuses half a character
+        get_text({column: value}, column, location)  # must be valid Unicode
     return str(value).strip()
 
 
-def _several_names(values: dict[str, Any], place: str) -> tuple[str, ...]:
+def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
     if len(values) > 1:
         for column, value in values.items():
             if str(value) not in ("0", "1", "True", "False"):
-                raise UserError(f"{place} has {value!r} under {column!r}: of several columns each must hold 0 or 1.")
+                raise UserError(f"{location} has {value!r} under {column!r}: with several label columns each must be 0 or 1.")
         return tuple(column for column, value in values.items() if str(value) in ("1", "True"))
     ((column, value),) = values.items()
     if not isinstance(value, list):
         raise UserError(
-            f"{place} has no list under {column!r} but {value!r}: give lists (in .jsonl or .parquet), or several columns of 0 "
-            "and 1 by --label_column."
+            f"{location} has no list under {column!r} but {value!r}: use lists (in .jsonl or .parquet), or several columns of "
+            "0 and 1 as --label_column."
         )
-    return tuple(dict.fromkeys(_name(item, column, place) for item in value))
+    return tuple(dict.fromkeys(_label_name(item, column, location) for item in value))
 
 
-def _numbers(values: dict[str, Any], place: str) -> tuple[float, ...]:
+def _read_numbers(values: dict[str, Any], location: str) -> tuple[float, ...]:
     numbers = []
     for column, value in values.items():
         number = _as_number(value)
         if number is None:
-            raise UserError(f"{place} has no number under {column!r} but {value!r:.80}: give one, or leave this row out.")
+            raise UserError(f"{location} has no number under {column!r} but {value!r:.80}: add one, or leave this row out.")
         if not abs(number) < LARGEST:
-            raise UserError(f"{place} has {value!r:.80} under {column!r}, too large to be told: scale the numbers to about 1.")
+            raise UserError(f"{location} has {value!r:.80} under {column!r}, too large a number: scale them to about 1.")
         numbers.append(number)
     return tuple(numbers)
 
@@ -283,39 +283,30 @@ def _as_number(value: Any) -> float | None:
 
 
 def _check_names(examples: list[Example]) -> None:
-    """Refuse columns of numbers, which a file of text holds as text, and of what are no labels."""
+    """Reject a label column of fractional numbers, which CSV files have as text, and one of mostly unique values."""
     labels = dict.fromkeys(example.label for example in examples)
     fractions = [label for label in labels if (_as_number(label) or 0) % 1]
     if fractions and all(_as_number(label) is not None for label in labels):
-        raise UserError(f"--label_column holds numbers such as {fractions[0]}: give names, or --problem_type {REGRESSION}.")
-    if len(examples) >= FEW and len(labels) > len(examples) / 2:
+        raise UserError(f"--label_column has numbers such as {fractions[0]}: use names, or --problem_type {REGRESSION}.")
+    if len(examples) >= MIN_EXAMPLES and len(labels) > len(examples) / 2:
         raise UserError(
-            f"--label_column holds {len(labels):,} different labels for {len(examples):,} texts, such as "
-            f"{next(iter(labels))!r:.80}: name the right column (and --text_column)."
+            f"--label_column has {len(labels):,} different labels for {len(examples):,} texts, such as "
+            f"{next(iter(labels))!r:.80}: pass the right column (and --text_column)."
         )
 
 
-def _stratum(example: Example) -> str | None:
-    """What has the same share in each split, as far as that can be."""
-    return example.label if isinstance(example.label, str) else None
+def _sample_per_label(examples: list[Example], count: int, seed: int) -> list[Example]:
+    """At most `count` pseudo-random examples of each label, in their order."""
+    texts, labels = [example.text for example in examples], [example.label for example in examples]
+    return [examples[index] for index in sample_per_class(texts, labels, count, seed, "balance")]
 
 
-def _most(examples: list[Example], count: int, seed: int) -> list[Example]:
-    """At most so many examples of each label, drawn at random, in the order they had."""
-    taken, kept = Counter[str](), []
-    for index in drawn([example.text for example in examples], seed, "balance"):
-        taken[examples[index].label] += 1
-        if taken[examples[index].label] <= count:
-            kept.append(index)
-    return [examples[index] for index in sorted(kept)]
-
-
-def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
-    """What the model is to tell apart, from the training split; the others may not know more."""
+def _label_names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
+    """The labels of the training split, sorted; the other splits must not have more."""
     refuse_empty_splits(splits, arguments)
     for name, examples in splits.items():
         if len(examples) == 1 and name != "train" and arguments.problem_type == REGRESSION:
-            raise UserError(f"the {name} split has a single example, of which nothing can be said: give more.")
+            raise UserError(f"the {name} split has a single example, too few for regression metrics: pass more.")
     if arguments.problem_type == REGRESSION:
         return arguments.label_column
     found = {name: dict.fromkeys(_labels(examples)) for name, examples in splits.items()}
@@ -323,15 +314,19 @@ def _names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> lis
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
     names.sort(key=lambda name: (int(name), name) if numbers else name)
     if len(names) < 2 and arguments.problem_type == SINGLE:
-        raise UserError(f"every example of the training split has the label {names[0]!r:.80}: there is nothing to tell apart.")
+        raise UserError(
+            f"every example of the training split has the label {names[0]!r:.80}: there must be two labels at least."
+        )
     if not names:
-        raise UserError("no example of the training split has a label: there is nothing to learn.")
+        raise UserError("no example of the training split has a label.")
     if len(arguments.label_column) > 1:
         return arguments.label_column
     for name in ("validation", "test"):
         if unseen := [label for label in found[name] if label not in found["train"]]:
             few = ", ".join(map(repr, unseen[:5]))
-            raise UserError(f"the {name} split has labels that the training split has not: {few:.200}. Add examples of them.")
+            raise UserError(
+                f"the {name} split has labels that the training split does not have: {few:.200}. Add examples of them."
+            )
     return names
 
 

@@ -1,10 +1,10 @@
-"""Files of texts: plain text, and tables (JSON, JSON lines, CSV, TSV and Parquet), which are read row by row.
+"""Readers of local files: plain text, and tables (JSON, JSON lines, CSV, TSV and Parquet), which are read row by row.
 
 Notable:
-- Rows are read one by one here and not by `datasets`' own loaders: those guess types, take a missing column and the text "NA"
-  for nothing, and cannot say which line is wrong.
-- Every mistake in a file is a `UserError` that names the file, the line or row, what is wrong with it and what to do.
-- Text is UTF-8. A mark of byte order at its beginning is no part of it.
+- The loaders of `datasets` are not used: they guess types, read a missing column and the text "NA" as null, and cannot name the
+  line of an error.
+- Every error in a file is a `UserError` that names the file, the line or row, the problem and the remedy.
+- Text is UTF-8. A byte order mark at its beginning is dropped.
 """
 
 import codecs
@@ -27,12 +27,16 @@ from training.errors import UserError, one_line
 TABLE_ENDINGS = (".jsonl", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
 Row = dict[str, Any]
-HEAD = 2**20  # bytes of a text file that are looked at before long work
-LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow counts them with 32 bits
+HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
+LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow's offsets have 32 bits
 
 
 def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
-    """The file itself, what the glob matches, or all files below the folder with one of these endings; sorted."""
+    """The file itself, the files that match the glob, or all files below the directory with one of the extensions; sorted.
+
+    Raises:
+        UserError: there is none.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -41,38 +45,38 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
         path = Path(os.path.expanduser(source))
         str(path).encode()
         if path.is_dir():
-            names = (Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files)
+            names = (Path(directory) / file for directory, _, files in os.walk(path, onerror=fail) for file in files)
             found = sorted(name for name in names if name.suffix.lower() in endings and name.is_file())
             if not found:
-                raise UserError(f"{source}: there is no {', '.join(endings)} file in this folder.")
+                raise UserError(f"{source}: this directory has no {', '.join(endings)} file.")
             return found
         if not path.exists() and glob.has_magic(str(path)):
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
             if not found:
-                raise UserError(f"{source}: no file here matches this pattern.")
+                raise UserError(f"{source}: no file matches this pattern.")
             return found
         if not path.is_file():
-            raise UserError(f"{source}: no such file or folder.")
+            raise UserError(f"{source}: no such file or directory.")
         return [path]
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}: {error.filename}.") from error
     except ValueError as error:
-        raise UserError(f"{source!r}: this is no name of a file ({error}).") from error
+        raise UserError(f"{source!r}: not a valid file name ({error}).") from error
 
 
 def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
-    """The text of every row, or of the whole file where its ending is that of no table; a row that says null is blank.
+    """Yield the text of every row of a table (null as an empty text), or the whole text of any other file.
 
     Args:
-        text_column: the column, or the JSON key, that holds the text.
-        errors: `"strict"` refuses what is not UTF-8, `"replace"` puts � in its place.
+        text_column: the column, or the JSON key, of the text.
+        errors: of bytes that are not UTF-8: `"strict"` raises, `"replace"` replaces them by �.
 
     Raises:
-        UserError: the file cannot be read, is not what its ending says, or has a row without text.
+        UserError: the file cannot be read, is not what its extension promises, or has a row without text.
     """
     if path.suffix.lower() in TABLE_ENDINGS:
-        for place, row in read_rows(path, {text_column: "text_column"}, errors):
-            yield get_text(row, text_column, place, errors)
+        for location, row in read_rows(path, {text_column: "text_column"}, errors):
+            yield get_text(row, text_column, location, errors)
     else:
         with _system_errors(path):
             yield _text_file(path, errors)
@@ -81,25 +85,25 @@ def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
 def read_rows(
     path: Path, columns: dict[str, str], errors: str, header: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """The rows of a table, each with its place, which an error about it says first.
+    """Yield the rows of a table, each with its location, with which errors about the row begin.
 
     Args:
-        path: a file whose ending is that of no table is taken for tab-separated.
-        columns: those to read, and of each the option that names it; with none, whatever a row holds.
+        path: a file with any other extension is read as tab-separated.
+        columns: the columns to read, each with the option that names it; all columns if empty.
         errors: as in `read_file`.
-        header: names of the columns of a CSV or TSV file that begins without them; none where `--columns` could give them.
+        header: column names of a CSV or TSV file without a header; empty if it has one, and the recipe an option `--columns`.
 
     Raises:
-        UserError: the file cannot be read, is not what its ending says, or lacks a column.
+        UserError: the file cannot be read, is not what its extension promises, or lacks a column.
     """
     if header and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
-        raise UserError(f"{path} names its own columns: leave out --columns.")
+        raise UserError(f"{path} has its own column names: leave out --columns.")
     with _system_errors(path):
         match path.suffix.lower():
             case ".json":
-                yield from _json_rows(path, columns, errors)
+                yield from _check_rows(_json_rows(path, errors), columns)
             case ".jsonl":
-                yield from _jsonl_rows(path, columns, errors)
+                yield from _check_rows(_jsonl_rows(path, columns, errors), columns)
             case ".parquet":
                 yield from _parquet_rows(path, columns, errors)
             case _:
@@ -107,10 +111,10 @@ def read_rows(
 
 
 def read_lines(path: Path | str, errors: str) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a file, or of standard input where the path is "-".
+    """Yield the numbered lines of a file, or of standard input if the path is "-".
 
     Raises:
-        UserError: they are not UTF-8.
+        UserError: a line is not UTF-8.
     """
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -118,10 +122,10 @@ def read_lines(path: Path | str, errors: str) -> Iterator[tuple[int, str]]:
 
 
 def check_file(path: Path, text_column: str, errors: str) -> None:
-    """Refuse what the beginning of a file shows to be wrong.
+    """Check the beginning of a file.
 
     Raises:
-        UserError: as `read_file`.
+        UserError: see `read_file`.
     """
     with _system_errors(path):
         if path.suffix.lower() in TABLE_ENDINGS:
@@ -131,40 +135,49 @@ def check_file(path: Path, text_column: str, errors: str) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+    """SHA-256 of a file's content."""
     with _system_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def get_text(row: Row, text_column: str, place: str, errors: str = "strict") -> str:
-    """The text of a row; `place` is what an error says first."""
+def get_text(row: Row, text_column: str, location: str, errors: str = "strict") -> str:
+    """The text of a row, empty if it is null.
+
+    Args:
+        location: of the row; errors begin with it.
+
+    Raises:
+        UserError: it is not a text, or not valid Unicode.
+    """
     text = row[text_column]
     if not isinstance(text, str | None):
-        raise UserError(f"{place} has no text under {text_column!r} but {type(text).__name__}: it must be a text.")
+        raise UserError(f"{location} has no text under {text_column!r} but {type(text).__name__}: it must be a text.")
     if text is None or text.isascii():
         return text or ""
     if errors != "strict":
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
-    try:  # JSON can spell half of a character, text cannot hold it
+    try:  # JSON can contain half of a surrogate pair, UTF-8 cannot
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place} holds half of a character ({error}): mend it, or set --encoding_errors replace.") from error
+        raise UserError(
+            f"{location} has half of a character ({error}): correct it, or set --encoding_errors replace."
+        ) from error
     return text
 
 
-def refuse_empty(places: list[str], what: str) -> None:
-    """Refuse rows in which `what` is empty, naming the first of their places."""
-    if places:
-        others = f", and so have {len(places) - 1:,} more of its rows: leave them" if len(places) > 1 else ": leave this row"
-        raise UserError(f"{places[0]} has an empty {what}{others} out.")
+def refuse_empty(locations: list[str], field: str) -> None:
+    """Raise `UserError` if there are rows in which `field` is empty."""
+    if locations:
+        others = f", and so have {len(locations) - 1:,} more rows: leave them" if len(locations) > 1 else ": leave this row"
+        raise UserError(f"{locations[0]} has an empty {field}{others} out.")
 
 
-def check_columns(place: str, columns: dict[str, str], there: Iterable[str], advice: str = "") -> None:
-    """Refuse what lacks one of the columns, which are given with the option that names each."""
+def check_columns(location: str, columns: dict[str, str], existing: Iterable[str], advice: str = "") -> None:
+    """Raise `UserError` if one of the columns, each given with the option that names it, does not exist."""
     for column, option in columns.items():
-        if column not in there:
-            names = ", ".join(map(str, there)) or "nothing"
-            raise UserError(f"{place} has no {column!r}; it has {names:.200}. Set --{option}{advice}.")
+        if column not in existing:
+            names = ", ".join(map(str, existing)) or "nothing"
+            raise UserError(f"{location} has no {column!r}; it has {names:.200}. Set --{option}{advice}.")
 
 
 @contextmanager
@@ -181,68 +194,74 @@ def _text_file(path: Path, errors: str) -> str:
 
 
 def _check_text_file(path: Path, errors: str) -> None:
-    """What can be said after a look at its beginning."""
+    """Check the size and the beginning of a text file."""
     if path.stat().st_size > LONGEST_DOCUMENT:
-        raise UserError(f"{path}: a document can have 2 GB at most: cut the file into several.")
+        raise UserError(f"{path}: a document may have at most 2 GB: split the file.")
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if len(head) == HEAD:
-        head = head[: head.rfind(b"\n") + 1]  # it may end within a character
+        head = head[: head.rfind(b"\n") + 1]  # it may end inside a character
     _decoded(head, path, 1, errors)
 
 
-def _json_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+def _json_rows(path: Path, errors: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(_text_file(path, errors))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): it must hold a list of objects, or be named .jsonl.") from error
+        raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or be named .jsonl.") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path} holds no list but {type(rows).__name__}: it must be a list of objects.")
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}: row {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{place} is no object but {type(row).__name__}.")
-        check_columns(place, columns, row)
-        yield place, row
+        raise UserError(f"{path} is not a list but {type(rows).__name__}: it must be a list of objects.")
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
-    like = ", ".join(f'"{column}": "..."' for column in columns or ("name",))
+def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Any]]:
     for number, line in read_lines(path, errors):
         if line.isspace():
             continue
-        place = f"{path}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON ({error}): it must look like {{{like}}}.") from error
+            raise UserError(f"{path}: line {number} is not JSON ({error}): {_expect_object(columns)}.") from error
+        yield f"{path}: line {number}", row
+
+
+def _check_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str]) -> Iterator[tuple[str, Row]]:
+    for location, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{place} is no object but {type(row).__name__}: it must look like {{{like}}}.")
-        check_columns(place, columns, row)
-        yield place, row
+            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
+        check_columns(location, columns, row)
+        yield location, row
+
+
+def _expect_object(columns: dict[str, str]) -> str:
+    example = ", ".join(f'"{column}": "..."' for column in columns or ("name",))
+    return f"it must look like {{{example}}}"
 
 
 def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str] | None) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
-    is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes are characters as any other
+    is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes have no special meaning
     lines = (line for _, line in read_lines(path, errors))
-    form: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(lines, **form)
+    options: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(lines, **options)
     try:
         header = names or next(reader, [])
-        advice = ", or, if these are no names but the first row, name the columns by --columns" if names == [] else ""
+        advice = (
+            ", or, if these are not names but the first row, pass the names of the columns with --columns"
+            if names == []
+            else ""
+        )
         check_columns(f"{path}", columns, header, advice)
-        if twice := [column for column in columns if list(header).count(column) > 1]:
-            raise UserError(f"{path} has two columns {twice[0]!r}: give each a name of its own.")
+        if repeated := [column for column in columns if list(header).count(column) > 1]:
+            raise UserError(f"{path} has two columns {repeated[0]!r}: give each its own name.")
         for row in reader:
             if row and len(row) != len(header):
-                what = "commas" if is_csv else "tabs"
+                remedy = "texts with commas in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
                 raise UserError(
-                    f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put texts that hold "
-                    f"{what} into {'quotes' if is_csv else 'a .csv file, in quotes'}."
+                    f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put {remedy}."
                 )
             if row and row == names:
-                raise UserError(f"{path}: line {reader.line_num} holds the names of the columns: leave out --columns.")
+                raise UserError(f"{path}: line {reader.line_num} has the names of the columns: leave out --columns.")
             if row:
                 yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
@@ -261,8 +280,8 @@ def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[
                     cells = (_cell(value, path, number, errors) for value in values)
                     yield f"{path}: row {number}", dict(zip(names, cells, strict=True))
     except pa.ArrowException as error:
-        raise UserError(f"{path}: this is not a Parquet file, or a damaged one ({error}).") from error
-    except (ValueError, OverflowError, LookupError) as error:  # texts that are none, times that are none, two columns of a name
+        raise UserError(f"{path}: not a Parquet file, or a corrupt one ({error}).") from error
+    except (ValueError, OverflowError, LookupError) as error:  # invalid texts or times, or two columns of one name
         raise UserError(f"{path}: row {number} cannot be read ({one_line(error)}).") from error
 
 
@@ -273,9 +292,9 @@ def _cell(value: Any, path: Path, number: int, errors: str) -> Any:
 
 
 def _decoded(data: Any, path: Path | str, first: int, errors: str, unit: str = "line") -> str:
-    """The text of these bytes, which start with the `first` line (or are that row) of the file."""
+    """Decode bytes that begin with line `first` of the file, or are row `first`."""
     if unit == "line" and b"\0" in data:
-        raise UserError(f"{path}: this is a binary file; ScratchGPT reads UTF-8 text.")
+        raise UserError(f"{path}: a binary file; ScratchGPT reads UTF-8 text.")
     try:
         return str(data, "utf-8", errors)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What `--dataset` can name: `docs`, files and folders here, datasets on the Hub."""
+"""Sources that `--dataset` can name: `docs`, local files and directories, and datasets on the Hub."""
 
 import glob
 import os
@@ -10,55 +10,57 @@ from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from modeling_scratchgpt import hub
 from training.data.files import FILE_ENDINGS, find_files
 from training.errors import UserError, one_line
 
 
 def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
-    """Refuse sources that are not there; looks at no network.
+    """Check that all sources exist, without network access.
 
     Args:
-        endings: of the files that a folder stands for.
+        endings: extensions of the files to read from a directory.
 
     Returns:
-        The files, which nobody has looked into yet.
+        The local files; their content is not checked.
 
     Raises:
-        UserError: there is no source, or no file where one names files.
+        UserError: there is no source, or a local one does not exist.
     """
     if not sources or not all(source.strip() for source in sources):
-        what = "holds an empty name" if sources else "is empty"
-        raise UserError(f"--dataset {what}: give `docs`, files, folders or the id of a dataset on the Hub.")
-    return [path for source in sources if source != "docs" and not is_hub_id(source) for path in find_files(source, endings)]
+        problem = "holds an empty name" if sources else "is empty"
+        raise UserError(f"--dataset {problem}: pass `docs`, files, directories or the id of a dataset on the Hub.")
+    return [
+        path for source in sources if source != "docs" and not is_dataset_id(source) for path in find_files(source, endings)
+    ]
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether it is shaped like an id, with nothing of that name here, nor a folder that it would lie in."""
-    return (
-        not os.path.exists(source)
-        and not source.lower().endswith((*FILE_ENDINGS, ".json"))
-        and not glob.has_magic(source)
-        and source.count("/") <= 1
-        and not os.path.isdir(os.path.dirname(source))
-        and not source.startswith((".", "/", "~"))
-    )
+def is_dataset_id(source: str) -> bool:
+    """True for `name`, `owner/name` or `owner/name:configuration`, unless it is a local path or has the extension of a data
+    file."""
+    is_file = source == "docs" or os.path.exists(source) or source.lower().endswith((*FILE_ENDINGS, ".json"))
+    return not is_file and not glob.has_magic(source) and hub.is_hub_id(parse_hub_id(source)[0])
+
+
+def parse_hub_id(source: str) -> tuple[str, str | None]:
+    """Split `id:configuration` into the two arguments of `load_dataset`."""
+    name, _, configuration = source.partition(":")
+    return name, configuration or None
 
 
 def short_name(source: str) -> str:
-    """What a source is called where others read it: without the folders above it."""
-    return source if is_hub_id(source) else Path(source).name
+    """Name of a source for publication: a path without its parent directories."""
+    return source if is_dataset_id(source) else Path(source).name
 
 
 def hub_splits(source: str) -> DatasetDict:
-    """The splits train, validation and test of a dataset, of which it has at least the first; `id:configuration` names one of
-    several.
+    """Load the splits train, validation and test of a dataset on the Hub; it must have at least the first.
 
     Raises:
-        UserError: it cannot be had, or has no such split.
+        UserError: it cannot be loaded, or has no split `train`.
     """
-    name, _, configuration = source.partition(":")
     with hub_errors(source):
-        loaded = load_dataset(name, configuration or None)
+        loaded = load_dataset(*parse_hub_id(source))
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "train" not in splits:
         raise UserError(f"{source} has no split `train`; it has {', '.join(splits)}.")
@@ -67,7 +69,10 @@ def hub_splits(source: str) -> DatasetDict:
 
 @contextmanager
 def hub_errors(source: str) -> Iterator[None]:
+    """Turn the errors of loading a source from the Hub into a `UserError`."""
     try:
         yield
     except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
-        raise UserError(f"{source}: no such file or folder here, and the Hub did not give it ({one_line(error)}).") from error
+        raise UserError(
+            f"{source}: no such local file or directory, and loading it from the Hub failed ({one_line(error)})."
+        ) from error

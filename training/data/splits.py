@@ -1,162 +1,189 @@
-"""Which examples are learned from, which are chosen by, and which are looked at in the end.
+"""Training, validation and test splits of documents, examples and conversations.
 
 Notable:
-- Which split an example falls into depends on the seed and on its group alone: what belongs together stays together.
-- Within each stratum the splits have the shares that were asked for.
-- Splits that are given are taken as they are, but for copies: what stands in the test split is dropped from the others.
+- The split of an example depends on the seed and its group alone, not on the order of the data. A group is never divided.
+- Each split gets its fraction of every stratum. Validation groups come from the beginning of a pseudo-random order and test
+  groups from its end, so changing one fraction does not change the other split.
+- Splits that are given are used as they are, except that training and validation lose what is also in a later split.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from training.cli import option
 from training.data.sources import check_sources
 from training.errors import UserError
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass
 class SplitArguments:
-    """What can be asked of the splits of a run."""
+    """Arguments about the splits of a run."""
 
-    dataset: list[str] = option(["docs"], "What to learn from.")
-    validation_dataset: list[str] = option([], "The same, to choose by; if not given, a share of --dataset is held out.")
-    test_dataset: list[str] = option([], "The same, for one last look at the end.")
-    encoding_errors: str = option(
-        "strict", "What to do about bytes that are not UTF-8: strict or replace.", choices=["strict", "replace"]
-    )
-    validation_fraction: float = option(0.1, "Share that is held out to choose by, if none is given.")
-    test_fraction: float = option(0.2, "Share that is held out for the end, if none is given; 0 for none.")
+    dataset: list[str] = option(["docs"], "training data")
+    validation_dataset: list[str] = option([], "validation data; default: a fraction of --dataset is held out")
+    test_dataset: list[str] = option([], "test data, evaluated once, at the end; default: a fraction of --dataset")
+    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
+    test_fraction: float = option(0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
 
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
-    """Refuse nonsense before any long work; looks at no network.
+    """Validate the arguments before any data is read, without network access.
 
     Args:
-        endings: of the files that a folder stands for.
+        endings: extensions of the files to read from a directory.
 
     Returns:
-        The files, which nobody has looked into yet.
+        The local files; their content is not checked.
 
     Raises:
-        UserError: the shares leave nothing, or a source is not there.
+        UserError: the fractions leave nothing to train on or to validate with, or a source does not exist.
     """
-    made = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
-    fractions = {name: getattr(arguments, f"{name}_fraction") for name in made}
-    if not 0 <= sum(fractions.values()) < 1 or min(fractions.values(), default=0) < 0:
+    held_out = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
+    fractions = {name: getattr(arguments, f"{name}_fraction") for name in held_out}
+    if sum(fractions.values()) >= 1:
         given = " and ".join(f"--{name}_fraction {fraction}" for name, fraction in fractions.items())
-        raise UserError(f"{given} must be zero or more, and leave something to train on.")
+        raise UserError(f"{given} leave nothing to train on: together they must be below 1.")
     if fractions.get("validation") == 0:
-        raise UserError("--validation_fraction 0 leaves nothing to choose by: give a share, or a --validation_dataset.")
+        raise UserError("--validation_fraction 0 leaves nothing to validate with: pass a fraction or a --validation_dataset.")
     sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
     if "docs" in sources and len(sources) > 1:
-        raise UserError("--dataset docs is split by modules: give it alone.")
+        raise UserError("--dataset docs is split by modules and cannot be combined with other sources.")
     return check_sources(sources, endings)
 
 
-def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Thing]]]) -> dict[str, list[Thing]]:
-    """The examples of each split as the sources give them; a split that they do not give is empty.
+def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Item]]]) -> dict[str, list[Item]]:
+    """Read the splits that the sources provide; the others are empty.
 
     Args:
-        read: gives the splits of a source; all of it is `train` where it has none.
+        read: returns the splits of a source; a source without splits is `train` as a whole.
 
     Raises:
-        UserError: a source holds nothing.
+        UserError: a source is empty.
     """
-    given: dict[str, list[Thing]] = {name: [] for name in SPLITS}
+    given: dict[str, list[Item]] = {name: [] for name in SPLITS}
     for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
         for source in sources:
-            found = read(source)
-            if not found.get(name, found["train"]):
-                raise UserError(f"{source}: there is no example in it.")
-            given[name] += found.get(name, found["train"])
-            for split in SPLITS[1:]:  # a source's own count where no others are given
-                if name == "train" and not getattr(arguments, f"{split}_dataset"):
-                    given[split] += found.get(split, [])
+            splits = read(source)
+            items = splits.get(name, splits["train"])
+            if not items:
+                raise UserError(f"{source} has no examples.")
+            given[name] += items
+            for other in SPLITS[1:]:  # the source's own splits are used unless there are sources for them
+                if name == "train" and not getattr(arguments, f"{other}_dataset"):
+                    given[other] += splits.get(other, [])
     return given
 
 
 def fill_missing_splits(
-    given: dict[str, list[Thing]],
+    given: dict[str, list[Item]],
     arguments: SplitArguments,
     seed: int,
-    group: Callable[[Thing], str],
-    stratum: Callable[[Thing], str | None] = lambda thing: None,
-) -> dict[str, list[Thing]]:
-    """The splits, with those that are not given cut from the training examples.
+    group: Callable[[Item], str],
+    stratum: Callable[[Item], str | None] = lambda item: None,
+) -> dict[str, list[Item]]:
+    """Hold out part of the training examples for each split that is empty.
 
     Args:
-        group: of an example; what is in one group stays in one split.
-        stratum: of an example; each is cut in the shares that were asked for.
+        group: of an example; a group stays in one split.
+        stratum: of an example; each split gets its fraction of every stratum.
     """
     fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
     train = given["train"]
-    made = split_by_group(list(map(group, train)), fractions, seed, list(map(stratum, train)))
-    cut = {name: [train[index] for index in indices] for name, indices in made.items()}
-    return {name: cut[name] if name == "train" else given[name] or cut[name] for name in SPLITS}
+    indices = split_indices((group(item).encode() for item in train), fractions, seed, list(map(stratum, train)))
+    made = {name: [train[index] for index in indices[name]] for name in SPLITS}
+    return {name: made[name] if name == "train" else given[name] or made[name] for name in SPLITS}
 
 
-def refuse_empty_splits(splits: dict[str, list[Thing]], arguments: SplitArguments) -> None:
-    """Refuse splits that hold nothing, but for a test split that was not asked for."""
-    for name, split in splits.items():
-        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
-            there = ", ".join(f"{other} {len(found):,}" for other, found in splits.items())
-            raise UserError(f"nothing is left for the {name} split ({there}): give more examples, or larger shares of them.")
-
-
-def drawn(things: Sequence[str], seed: int, purpose: str) -> list[int]:
-    """Their indices as they are drawn: an order that the seed and each thing by itself decide."""
-    key = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    draws = [hashlib.blake2b(thing.encode(), digest_size=8, key=key).digest() for thing in things]
-    return sorted(range(len(things)), key=draws.__getitem__)
-
-
-def split_by_group(
-    groups: Sequence[str], fractions: dict[str, float], seed: int, strata: Sequence[str | None] | None = None
-) -> dict[str, list[int]]:
-    """The indices of each split, drawn stratum by stratum and group by group.
+def split_indices(
+    groups: Iterable[bytes | memoryview], fractions: dict[str, float], seed: int, strata: Sequence[Hashable] | None = None
+) -> dict[str, np.ndarray]:
+    """Ascending indices of the examples in each split. In every stratum at least one group is left to train on.
 
     Args:
-        groups: of each example.
-        fractions: the shares of validation and test; the rest is train.
-        strata: of each example; all are in one if not given.
+        groups: one of each example. Only 64 bits of each are kept.
+        fractions: of validation and test; the rest is train.
+        strata: one of each example; a single one if not given.
     """
-    sides: dict[str, list[int]] = {name: [] for name in SPLITS}
-    members = defaultdict(list)
-    for index in drawn(groups, seed, "split"):
-        members[strata[index] if strata else None].append(index)
-    done = 0  # what one stratum's share is rounded by is made up for by the next
-    for indices in members.values():
-        shares = {name: round((done + len(indices)) * share) - round(done * share) for name, share in fractions.items()}
-        done += len(indices)
-        ends = {"test": min(shares["test"], len(indices) - 1)}  # one example at least is learned from
-        ends["validation"] = min(ends["test"] + shares["validation"], len(indices) - 1)
-        side = ""
-        for place, index in enumerate(indices):
-            if not place or groups[index] != groups[indices[place - 1]]:
-                side = next((name for name, end in ends.items() if place < end), "train")
-            sides[side].append(index)
-    return {name: sorted(indices) for name, indices in sides.items()}
+    draws = hash_texts(groups, seed, "split")
+    order = np.argsort(draws, kind="stable")
+    members: dict[Hashable, Any] = {None: order}  # of each stratum, in pseudo-random order
+    if strata is not None:
+        members = {strata[index]: [] for index in order}
+        for index in order:
+            members[strata[index]].append(index)
+    splits: dict[str, list[np.ndarray]] = {name: [order[:0]] for name in SPLITS}
+    num_done = 0
+    for indices in map(np.asarray, members.values()):
+        # Rounding the running total makes up in the next stratum for what was rounded off in this one.
+        total = num_done + len(indices)
+        num_validation, num_test = (
+            round(total * fractions[name]) - round(num_done * fractions[name]) for name in ("validation", "test")
+        )
+        num_done = total
+        end, start = _boundaries(draws[indices], num_validation, num_test)
+        for name, part in zip(SPLITS, (indices[end:start], indices[:end], indices[start:]), strict=True):
+            splits[name].append(part)
+    return {name: np.sort(np.concatenate(parts)) for name, parts in splits.items()}
+
+
+def _boundaries(draws: np.ndarray, num_validation: int, num_test: int) -> tuple[int, int]:
+    """The end of the validation examples and the start of the test examples. No group (a number in `draws`, ascending) is
+    divided, and at least one is left between them."""
+    if not len(draws):
+        return 0, 0
+    end = np.searchsorted(draws, draws[num_validation - 1], "right") if num_validation else 0
+    start = np.searchsorted(draws, draws[-num_test], "left") if num_test else len(draws)
+    start = max(start, np.searchsorted(draws, draws[0], "right"))
+    return int(min(end, np.searchsorted(draws, draws[start - 1], "left"))), int(start)
+
+
+def hash_texts(texts: Iterable[bytes | memoryview], seed: int, purpose: str) -> np.ndarray:
+    """Pseudo-random uint64 (N,); each depends on the seed, the purpose and its own text alone."""
+    key = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    digests = (hashlib.blake2b(text, digest_size=8, key=key).digest() for text in texts)
+    return np.fromiter((int.from_bytes(digest) for digest in digests), dtype=np.uint64)
+
+
+def sample_per_class(texts: Sequence[str], classes: Sequence[str], count: int, seed: int, purpose: str) -> list[int]:
+    """Ascending indices of at most `count` pseudo-random texts of each class."""
+    taken, sampled = Counter[str](), []
+    for index in np.argsort(hash_texts((text.encode() for text in texts), seed, purpose), kind="stable").tolist():
+        taken[classes[index]] += 1
+        if taken[classes[index]] <= count:
+            sampled.append(index)
+    return sorted(sampled)
 
 
 def drop_leakage(
-    splits: dict[str, list[Thing]], what: Callable[[Thing], Hashable]
-) -> tuple[dict[str, list[Thing]], dict[str, int]]:
-    """Each split without those that are the same as one in a split after it, and how many it lost by that.
+    splits: dict[str, list[Item]], key: Callable[[Item], Hashable]
+) -> tuple[dict[str, list[Item]], dict[str, int]]:
+    """Drop the examples whose key is also in a later split.
 
-    Args:
-        what: of an example must not be in two splits.
+    Returns:
+        The splits, and how many examples each has lost.
     """
-    kept, copies, later = {}, {}, set[Hashable]()
+    kept: dict[str, list[Item]] = {}
+    later: set[Hashable] = set()
     for name in reversed(SPLITS):
-        kept[name] = [thing for thing in splits[name] if what(thing) not in later]
-        copies[name] = len(splits[name]) - len(kept[name])
-        later.update(map(what, kept[name]))
-    return {name: kept[name] for name in SPLITS}, {name: copies[name] for name in SPLITS}
+        kept[name] = [item for item in splits[name] if key(item) not in later]
+        later.update(map(key, kept[name]))
+    return {name: kept[name] for name in SPLITS}, {name: len(splits[name]) - len(kept[name]) for name in SPLITS}
+
+
+def refuse_empty_splits(splits: dict[str, list[Item]], arguments: SplitArguments) -> None:
+    """Raise `UserError` if a split is empty, except for a test split that was not requested."""
+    for name, split in splits.items():
+        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
+            sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
+            raise UserError(f"the {name} split is empty ({sizes}): pass more examples, or larger fractions of them.")

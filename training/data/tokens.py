@@ -1,20 +1,16 @@
-"""From documents to token ids: the tokenizer of a corpus, and its ids in one flat file.
+"""Training a tokenizer on a corpus, and tokenizing documents and texts.
 
 Notable:
-- The ids of a split stand one after another in a file that is memory-mapped: `<bos> document <eos> <bos> document <eos> ...`
-- Where another model's tokenizer has one token for beginning and end, or only one of them, a single one stands between two
-  documents, and one at each end. So the first token that is predicted is the first of the text, unless there is neither.
-- Tokenizer and ids are named by the content that they are made from: reused when nothing has changed, and never otherwise.
-- Long documents are encoded piece by piece, so memory does not grow with them. They are cut where no split into words sees it.
+- The ids of a split's documents are in one memory-mapped file: `<bos> document <eos> <bos> document <eos> ...`
+- If a tokenizer has the same token for beginning and end, or only one of the two, that token is put once between two documents,
+  and once at either end. So the first token that is predicted is the first of the text, unless there is neither token.
+- Long documents are tokenized in pieces, to limit memory. They are cut where every pre-tokenizer starts a word.
 """
 
 import copy
-import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -25,73 +21,63 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
-from training.data.cache import atomic_file, cached
+from training.data.cache import cached_file, digest_texts
+from training.data.datasets import TokenizedExamples
 from training.errors import UserError
 
-# Before white space after a letter or digit: GPT-2's and GPT-4's split, and those on white space, all begin a new word there.
+# White space after a letter or digit: GPT-2's and GPT-4's pre-tokenizers, and splitting on white space, all start a word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
 PIECE, LONGEST_PIECE = 2**16, 2**20  # characters
-BATCH = 2**20  # characters that are encoded at once, on all cores
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The token ids of one split, where its documents start among them, the length of its text in UTF-8 bytes, and a digest
-    of text and tokenizer."""
-
-    ids: np.ndarray
-    num_bytes: int
-    starts: np.ndarray
-    digest: str = ""
+BATCH = 2**20  # characters that are tokenized at a time, on all cores
 
 
 def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context_length: int) -> ScratchGPTTokenizer:
-    """ScratchGPT's tokenizer for these texts, trained once and then read from the cache.
+    """Train a tokenizer on the column `text`, or load it from the cache.
 
     Raises:
-        UserError: the vocabulary is too small for the corpus; the file in the cache is damaged.
+        UserError: the vocabulary is too small for the corpus; the cached file is corrupt.
     """
-    digest, _ = _content(texts)
-    path = cached(f"tokenizer {kind} {vocab_size} {digest}", "json")
-    if not path.exists():
+
+    def write(path: Path) -> None:
         passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
         try:
             trained = ScratchGPTTokenizer.train(passages, vocab_size, kind=kind, show_progress=True)
-        except ValueError as error:  # only the corpus tells how many characters it has
+        except ValueError as error:  # how many characters there are is not known before
             raise UserError(f"--vocab_size {vocab_size} with --tokenizer {kind}: {error}") from error
         content = {"tokenizer": trained.backend_tokenizer.to_str(), "special_tokens": trained.special_tokens_map}
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(content))
+        path.write_text(json.dumps(content))
+
+    path = cached_file(f"tokenizer {kind} {vocab_size} {digest_texts(texts)[0]}", "json", write)
     try:
         content = json.loads(path.read_text())
         with panics_as_errors():
             backend = Tokenizer.from_str(content["tokenizer"])
         return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=context_length, **content["special_tokens"])
     except Exception as error:  # `tokenizers` raises bare exceptions
-        raise UserError(f"the cached tokenizer {path} is damaged ({error}): delete it.") from error
+        raise UserError(f"the cached tokenizer {path} is corrupt ({error}): delete it.") from error
 
 
-def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Tokens:
-    """The ids of all texts as one memory-mapped array, made once.
+def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExamples:
+    """Tokenize documents into a memory-mapped file, or open the cached one.
 
     Args:
         texts: a dataset with the column `text`.
         tokenizer: a fast tokenizer.
-        name: what the progress bar calls the texts.
+        name: of the texts, for the progress bar.
     """
     marks = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True  # one spelled out in a text is text: it must not end the document
+    backend.encode_special_tokens = True  # a special token that is spelled out in a text must not end the document
     backend.no_truncation()
     backend.no_padding()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    digest, num_bytes = _content(texts)
-    path = cached(f"tokens {marks} {backend.to_str()} {digest}", dtype.name)
-    if not _is_whole(path, dtype):
+    digest, num_bytes = digest_texts(texts)
+
+    def write(path: Path) -> None:
         lengths: list[int] = []
         length = 0
         bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
-        with atomic_file(path) as temporary, open(temporary, "wb") as file, bar:
+        with open(path, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
                 for (text, is_first, is_last), encoding in zip(pieces, encodings, strict=True):
@@ -103,16 +89,42 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: 
                         lengths.append(length)
                         length = 0
                     bar.update(len(text.encode()))
-            # After the ids, the lengths of the documents; the last sixteen bytes tell whether the file is whole.
+            # The lengths of the documents follow the ids; the last 16 bytes show whether the file is complete.
             file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
-    num_documents, num_ids = _counts(path)
+
+    made_from = f"tokens {marks} {backend.to_str()} {digest}"
+    path = cached_file(made_from, dtype.name, write, lambda path: _read_counts(path, dtype) is not None)
+    num_documents, num_ids = _read_counts(path, dtype) or (0, 0)  # never None: the file is complete now
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
-    lengths_ = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize).astype(np.int64)
-    return Tokens(ids, num_bytes, np.cumsum(lengths_) - lengths_, path.stem)
+    lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return TokenizedExamples(ids, offsets, num_bytes, path.stem)
+
+
+def tokenize_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: np.ndarray | None = None
+) -> tuple[TokenizedExamples, int]:
+    """Tokenize texts as `pipeline` does, with the special tokens that the tokenizer adds to each.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        max_length: in tokens; longer texts are truncated.
+        labels: float32 (E, C).
+
+    Returns:
+        The examples, and the number of truncated texts.
+    """
+    parts, num_truncated = [], 0
+    for first in range(0, len(texts), 1000):
+        batch = list(texts[first : first + 1000])
+        for encoding in tokenizer(batch, truncation=True, max_length=max_length, padding=False).encodings or []:
+            parts.append(np.array(encoding.ids, dtype=np.int32))
+            num_truncated += bool(encoding.overflowing)
+    return TokenizedExamples(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), labels=labels), num_truncated
 
 
 def _batches_of_pieces(texts: datasets.Dataset) -> Iterator[list[tuple[str, bool, bool]]]:
-    """Every text in pieces, about a megabyte at once: (piece, whether its document begins, and ends, with it)."""
+    """Yield all texts in pieces, about a megabyte at a time: (piece, is the document's first, is its last)."""
     batch, characters = [], 0
     for rows in texts.iter(batch_size=100):
         for text in rows["text"]:
@@ -128,40 +140,23 @@ def _batches_of_pieces(texts: datasets.Dataset) -> Iterator[list[tuple[str, bool
 
 
 def cut_into_pieces(text: str) -> list[str]:
-    """The text in pieces of about 64,000 characters that are tokenized as the whole would be.
+    """Cut a text into pieces of about 64,000 characters that have the same tokens as the whole.
 
-    Only where a million characters offer no fitting place (no letter or digit before white space) is it cut regardless.
+    Only if a million characters have no suitable position (white space after a letter or digit) is it cut anywhere.
     """
     pieces, start = [], 0
     while len(text) - start > PIECE:
-        place = CUT.search(text, start + PIECE, start + LONGEST_PIECE)
-        end = place.start() if place else min(start + LONGEST_PIECE, len(text))
+        found = CUT.search(text, start + PIECE, start + LONGEST_PIECE)
+        end = found.start() if found else min(start + LONGEST_PIECE, len(text))
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
 
 
-def _content(texts: datasets.Dataset) -> tuple[str, int]:
-    """A digest of all texts, and their length in UTF-8 bytes."""
-    content, num_bytes = hashlib.sha256(), 0
-    for batch in texts.iter(batch_size=100):
-        for text in batch["text"]:
-            encoded = text.encode()
-            content.update(hashlib.sha256(encoded).digest())
-            num_bytes += len(encoded)
-    return content.hexdigest(), num_bytes
-
-
-def _counts(path: Path) -> tuple[int, int]:
-    """What the end of a token file says: how many documents and how many ids it holds."""
-    with open(path, "rb") as file:
-        file.seek(-16, os.SEEK_END)
-        num_documents, num_ids = np.frombuffer(file.read(), dtype=np.uint64).tolist()
-    return num_documents, num_ids
-
-
-def _is_whole(path: Path, dtype: np.dtype) -> bool:
-    if not path.exists() or path.stat().st_size < 16:
-        return False
-    num_documents, num_ids = _counts(path)
-    return path.stat().st_size == num_ids * dtype.itemsize + (num_documents + 2) * 8
+def _read_counts(path: Path, dtype: np.dtype) -> tuple[int, int] | None:
+    """Number of documents and of ids in a token file; None if it is incomplete."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < 16:
+        return None
+    num_documents, num_ids = np.fromfile(path, dtype=np.uint64, offset=size - 16).tolist()
+    return (num_documents, num_ids) if size == num_ids * dtype.itemsize + (num_documents + 2) * 8 else None

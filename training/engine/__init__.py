@@ -1,1 +1,1 @@
-"""A run: its steps, its checkpoints, what it costs and what it shows."""
+"""One training run: loop, checkpoints, metrics, costs."""

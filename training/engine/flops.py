@@ -1,40 +1,48 @@
-"""What a model is made of and what a token costs, counted from its config alone; and what the device can do.
+"""Parameters and FLOPs of a model, from its config alone; and the peak speed of the device.
 
 Notable:
-- Parameters are counted by the part they belong to; a head that shares the embedding's weights is counted once, there.
-- FLOPs are those of the matrix products, a multiplication and an addition for each weight: 2 forward, 4 backward.
-- A device's peak is measured with one large matrix product, so that it needs no table of devices.
+- Parameters are those of the real model class on the meta device, where tensors have shapes but no memory.
+- FLOPs are those of the matrix products, one multiplication and one addition per weight: 2 forward, 4 backward.
+- The peak is measured with large matrix products, so no table of devices is needed.
 """
 
 import time
+from collections import Counter
 
 import torch
+from torch import nn
 
-from modeling_scratchgpt import ScratchGPTConfig
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
-SECONDS_PER_SIZE, FEWEST_PRODUCTS, LONGEST_PRODUCT = 0.05, 3, 0.5  # in measuring a device's peak
+# Words in the names of parameters; the last that occurs decides.
+PARTS = {
+    "embed_tokens": "embeddings",
+    "embed_positions": "positions",
+    "self_attn": "attention",
+    "mlp": "MLP",
+    "norm": "norms",
+    "lm_head": "head",
+}
+SECONDS_PER_SIZE, MIN_PRODUCTS, MAX_PRODUCT_SECONDS = 0.05, 3, 0.5  # of the measurement of a device's peak
+
+
+def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
+    """The language model on the meta device."""
+    with torch.device("meta"):
+        return ScratchGPTForCausalLM(config)
 
 
 def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
-    """How many parameters a `ScratchGPTForCausalLM` has in each of its parts.
+    """Number of parameters of a `ScratchGPTForCausalLM` in each of its parts, all layers together.
 
     Returns:
-        Counts for `embeddings`, `positions`, `attention`, `MLP`, `norms` and `head`, all layers together. Their sum is
-        `model.num_parameters()`: a tied head has none of its own, and rotary positions have none at all.
+        Counts for `embeddings`, `positions`, `attention`, `MLP`, `norms` and `head`, which sum to `model.num_parameters()`: a
+        tied head has none of its own, and rotary positions have none at all.
     """
-    width, layers, norm = config.hidden_size, config.num_hidden_layers, 2 if config.norm_type == "layernorm" else 1
-    query, key_value, inner = widths(config)
-    biases = config.attention_bias * (query + 2 * key_value + width)
-    mlp_biases = config.mlp_bias * ((_mlp_matrices(config) - 1) * inner + width)
-    qk_norms = 2 * (query // config.num_attention_heads) if config.qk_norm else 0
-    return {
-        "embeddings": config.vocab_size * width,
-        "positions": config.max_position_embeddings * width if config.position_embedding_type == "learned" else 0,
-        "attention": layers * (2 * width * (query + key_value) + biases),
-        "MLP": layers * (_mlp_matrices(config) * width * inner + mlp_biases),
-        "norms": layers * (2 * norm * width + qk_norms) + norm * width,
-        "head": 0 if config.tie_word_embeddings else config.vocab_size * width,
-    }
+    counts: Counter[str] = Counter(dict.fromkeys(PARTS.values(), 0))
+    for name, parameter in meta_model(config).named_parameters():
+        counts[next((PARTS[word] for word in reversed(PARTS) if word in name), "others")] += parameter.numel()
+    return dict(counts)
 
 
 def flops_per_token(
@@ -44,63 +52,47 @@ def flops_per_token(
     has_head: bool = True,
     trained_blocks: int | None = None,
 ) -> float:
-    """Floating-point operations of training on one token, forward and backward, as PaLM's paper and nanoGPT count them.
+    """Floating-point operations of training on one token, forward and backward, counted as in PaLM and nanoGPT.
 
-    6 for each weight of a matrix that multiplies: those of the blocks, and the head's, which is a product also when its weights
-    are the embedding's; looking up an embedding is none. And 12 x layers x heads x head_dim x context for attention's scores
-    and its sum of values. That counts every pair of tokens; a causal model needs half of them, and a kernel that leaves the
-    others out does less work than is counted here.
+    6 per weight of a matrix product: of the blocks, and of the head, also if it is tied; the lookup of an embedding has none.
+    And 12 x layers x heads x head_dim x context for attention's scores and weighted sum of values. This counts every pair of
+    tokens: a causal model needs half of them, and a kernel that skips the others does fewer operations than counted here.
 
     Source: Chowdhery et al., 2022, "PaLM", appendix B.
 
     Args:
         context_length: tokens in a window.
-        frozen: the weights themselves are not trained, but adapters too small to count: then it is 4 for each weight.
+        frozen: the weights are not trained, only adapters too small to count: 4 per weight instead of 6.
         has_head: whether every token is scored. A classifier scores a text, which is too little to count.
-        trained_blocks: how many of the last blocks the gradient goes through; all of them if not given.
+        trained_blocks: number of last blocks that the gradient passes through; all blocks by default.
     """
-    query, key_value, inner = widths(config)
-    block = 2 * config.hidden_size * (query + key_value) + _mlp_matrices(config) * config.hidden_size * inner
+    layers = meta_model(config).model.layers
+    block = sum(module.weight.numel() for module in layers[0].modules() if isinstance(module, nn.Linear))
     head = config.vocab_size * config.hidden_size if has_head else 0
-    blocks = config.num_hidden_layers
-    trained = blocks if trained_blocks is None else trained_blocks
-    forward = 2.0 * (blocks * block + head) + 4.0 * blocks * query * context_length
-    backward = (2.0 if frozen else 4.0) * (trained * block + head) + 8.0 * trained * query * context_length
+    attention = 2.0 * config.num_attention_heads * config.head_dim * context_length  # type: ignore[operator]
+    trained = len(layers) if trained_blocks is None else trained_blocks
+    forward = 2.0 * (len(layers) * block + head) + 2 * len(layers) * attention
+    backward = (2.0 if frozen else 4.0) * (trained * block + head) + 4 * trained * attention
     return forward + backward
 
 
 @torch.no_grad()
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best matrix product found in about half a second: what "100 % utilisation" means here.
+    """FLOP/s of the fastest matrix product found in about half a second: the speed that a utilization of 100 % stands for.
 
-    The matrices grow while one product takes little time: devices differ by a factor of a million, and one that is slow in this
-    dtype (bfloat16 on many CPUs) must not be kept busy for minutes. Of each size it takes the best of several: the first wake
-    threads and libraries, and on a machine with other work any of them may have to wait.
+    The matrices grow while a product is quick: devices differ by a factor of a million, and a device that is slow in this
+    dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several products of each size counts: the first
+    ones start threads and load libraries, and on a busy machine any of them may have to wait.
     """
     best = 0.0
     for side in (128, 256, 512, 1024, 2048, 4096, 8192):
         matrix = torch.randn(side, side, device=device).to(dtype)
         start, seconds = time.perf_counter(), list[float]()
-        while len(seconds) < FEWEST_PRODUCTS or time.perf_counter() - start < SECONDS_PER_SIZE:
-            seconds.append(_seconds_of_product(matrix))
+        while len(seconds) < MIN_PRODUCTS or time.perf_counter() - start < SECONDS_PER_SIZE:
+            product_start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # reading a number waits for the GPU, which works asynchronously
+            seconds.append(time.perf_counter() - product_start)
         best = max(best, 2 * side**3 / min(seconds))
-        if 8 * min(seconds) > LONGEST_PRODUCT:  # twice the side is eight times the work
+        if 8 * min(seconds) > MAX_PRODUCT_SECONDS:  # twice the side is eight times the work
             break
     return best
-
-
-def _seconds_of_product(matrix: torch.Tensor) -> float:
-    start = time.perf_counter()
-    product = matrix @ matrix
-    product[0, 0].item()  # a GPU works on while Python runs ahead: asking for a number waits for it
-    return time.perf_counter() - start
-
-
-def widths(config: ScratchGPTConfig) -> tuple[int, int, int]:
-    """Widths of all query heads together, of all key heads, and inside the MLP; the config has derived what was not given."""
-    query, key_value = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))  # type: ignore[operator]
-    return query, key_value, config.intermediate_size  # type: ignore[return-value]
-
-
-def _mlp_matrices(config: ScratchGPTConfig) -> int:
-    return 3 if config.mlp_type == "gated" else 2

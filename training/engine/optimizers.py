@@ -1,31 +1,51 @@
-"""The optimizers and their schedule.
+"""Optimizers and learning rate schedules.
+
+Background: Adam rescales each weight on its own. Muon ("momentum orthogonalized by Newton-Schulz", Jordan et al., 2024) updates
+a weight matrix as a whole. The momentum of a matrix is dominated by a few directions: most of its singular values are tiny, so
+plain momentum learns hardly anything along the others. Muon keeps the singular vectors and sets all singular values to about 1,
+i.e. it replaces U S V^T by U V^T, the nearest orthogonal matrix: every direction is learned at the same rate. No singular value
+decomposition is needed: a few matrix products (the Newton-Schulz iteration) are precise enough. This suits the matrices inside
+the blocks. Embeddings (looked up, not multiplied), the head, norms and biases stay with AdamW.
 
 Notable:
-- Muon turns the update of each hidden matrix into its nearest orthogonal matrix, so that every direction is learned at the
-  same rate; what is no hidden matrix (embeddings, head, norms, biases) stays with AdamW.
-- Matrices of one shape are orthogonalised in one batched product, in the precision that the device is fast in.
-- Under FSDP2 momentum stays sharded; only the matrix to be orthogonalised is gathered, and each process keeps its shard.
-- A schedule is one function of the step.
+- Matrices of one shape are orthogonalized in one batched product, in the dtype in which the device is fastest.
+- With FSDP2 the momentum stays sharded: only the matrix to orthogonalize is gathered, and each process keeps its shard.
+- To add an optimizer or a schedule, write a function and add it to `OPTIMIZERS` or `SCHEDULES`.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "linear", "wsd")
+
+class OptimizerArguments(Protocol):
+    """The fields of a recipe's arguments that optimizers and schedules read."""
+
+    optimizer: str
+    learning_rate: float
+    muon_learning_rate: float
+    weight_decay: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    decay_ratio: float
+    min_lr_ratio: float
+    max_steps: int
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products are fast in: bfloat16 where the hardware has it. A CPU without is 100 times slower in it than in
-    float32; one with it takes a quarter of the time."""
+    """The dtype of the fastest matrix products: bfloat16 where the hardware supports it, else float32.
+
+    A CPU without bfloat16 is 100 times slower in it than in float32; one with it takes a quarter of the time.
+    """
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -35,16 +55,16 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices (N, rows, columns) with their singular vectors as they are, and their singular values moved close to 1.
+    """Move the singular values of matrices (N, rows, columns) close to 1 and keep their singular vectors.
 
     Each step of the Newton-Schulz iteration maps every singular value s to a s + b s^3 + c s^5. The coefficients are
-    Jordan's (https://kellerjordan.github.io/posts/muon, 2024): they lift small values the fastest, and land between 0.7 and
-    1.2 instead of at 1, which does as well.
+    Jordan's (https://kellerjordan.github.io/posts/muon, 2024): small values grow fastest, and all end between 0.7 and 1.2
+    instead of at 1, which trains equally well.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices  # the products with itself below are then the small ones
-    # The Frobenius norm bounds the largest singular value, and up to 1 the iteration converges.
+    x = matrices.mT if is_tall else matrices  # x @ x.mT below is then the smaller of the two possible squares
+    # The Frobenius norm bounds the largest singular value, and the iteration converges for values up to 1.
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(matmul_dtype(x.device))
     for _ in range(steps):
         square = x @ x.mT
@@ -52,15 +72,14 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """
-    Momentum, orthogonalised, for matrices (Jordan et al., 2024).
+class Muon(Optimizer):
+    """Muon, for matrices: momentum, orthogonalized (Jordan et al., 2024).
 
     Args:
-        parameters: matrices, or groups of them.
-        lr: how long a step is: about the change of the weights' spectral norm.
-        weight_decay: share of the weights, times `lr`, that each step takes away.
-        momentum: share of the old momentum that stays; the step looks ahead by as much (Nesterov).
+        parameters: matrices, or parameter groups of matrices.
+        lr: learning rate, about the change of the spectral norm of the weights per step.
+        weight_decay: decoupled weight decay, as in AdamW: each step multiplies the weights by `1 - lr * weight_decay`.
+        momentum: decay rate of the momentum, which is Nesterov's.
     """
 
     def __init__(self, parameters: Iterable, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
@@ -68,7 +87,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> float | None:  # type: ignore[override]
-        """Change the parameters that have a gradient; all processes of a sharded model take part."""
+        """Update the parameters that have a gradient; with a sharded model every process must call it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,14 +99,14 @@ class Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for (rows, columns), parameters in by_shape.items():
                 directions = [self._direction(parameter, group["momentum"]) for parameter in parameters]
-                # An orthogonal tall matrix has rows shorter than 1: without the factor its outputs would change too little.
+                # Rows of a tall orthogonal matrix are shorter than 1: without the factor its outputs would change too little.
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
                 for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(sharded_like(parameter, update), alpha=rate)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(shard_like(parameter, update), alpha=rate)
         return loss
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        """Where momentum leads (rows, columns), whole on every process."""
+        """Update the momentum; return the Nesterov direction (rows, columns), unsharded on every process."""
         gradient, state = parameter.grad, self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -96,103 +115,111 @@ class Muon(torch.optim.Optimizer):
         return direction.full_tensor() if isinstance(direction, DTensor) else direction
 
 
-def sharded_like(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that every process has, or all of it where the parameter is not sharded."""
+def shard_like(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that every process holds in full; the tensor itself if the parameter is not sharded."""
     if not isinstance(parameter, DTensor):
-        return whole
-    # With no source each process cuts its part out of its own copy, and nothing is sent.
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return tensor
+    # Without a source rank each process cuts its shard out of its own copy, and nothing is communicated.
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def make_optimizers(
-    model: nn.Module, name: str, learning_rate: float, muon_learning_rate: float, weight_decay: float
-) -> list[torch.optim.Optimizer]:
-    """`"adamw"`: AdamW for everything. `"muon"`: Muon for the matrices of the blocks, and AdamW for the rest.
+def adamw_for_all(parameters: dict[str, nn.Parameter], arguments: OptimizerArguments) -> list[Optimizer]:
+    """AdamW for all parameters. Only matrices are decayed: decaying biases and norms regularizes nothing (GPT-2, nanoGPT)."""
+    groups = [
+        {
+            "params": [parameter for parameter in parameters.values() if parameter.ndim >= 2],
+            "weight_decay": arguments.weight_decay,
+        },
+        {"params": [parameter for parameter in parameters.values() if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    # GPT-3's betas (Brown et al., 2020): old gradients are forgotten faster than with the default.
+    return [AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)]
 
-    Args:
-        model: parameters that need no gradient are left out.
-        learning_rate: AdamW's.
-        muon_learning_rate: Muon's, if the name is `"muon"`.
-        weight_decay: of matrices; with Muon, of its own alone. Biases and norms are not decayed: pulling them to zero
-            regularises nothing (GPT-2's and nanoGPT's practice).
-    """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
-    named = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
-    parameters = [parameter for _, parameter in named]
-    if name == "adamw":
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-        ]
-        # These betas forget old gradients faster than the default, as GPT-3's do (Brown et al., 2020).
-        return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
-    hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for path, parameter in named:
-        (hidden if "layers." in path and parameter.ndim == 2 else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = []  # a head, or adapters, may be all there is to train
-    if hidden:
-        optimizers.append(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
-    if rest:  # AdamW keeps pace with Muon at high rates; there it has to forget fast (Jordan's betas in modded-nanogpt)
-        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.8, 0.95), weight_decay=0.0, fused=True))
+
+def muon_and_adamw(parameters: dict[str, nn.Parameter], arguments: OptimizerArguments) -> list[Optimizer]:
+    """Muon, with weight decay, for the matrices of the blocks, and AdamW, without, for all other parameters."""
+    hidden = {path: parameter for path, parameter in parameters.items() if "layers." in path and parameter.ndim == 2}
+    others = [parameter for path, parameter in parameters.items() if path not in hidden]
+    optimizers: list[Optimizer] = []
+    if hidden:  # either may be missing when only a head, or only adapters, are trained
+        optimizers.append(Muon(hidden.values(), lr=arguments.muon_learning_rate, weight_decay=arguments.weight_decay))
+    if others:  # at the high learning rates that keep pace with Muon, AdamW must forget fast (betas of Jordan's modded-nanogpt)
+        optimizers.append(AdamW(others, lr=arguments.learning_rate, betas=(0.8, 0.95), weight_decay=0.0, fused=True))
     return optimizers
 
 
-def muon_initialization(model: PreTrainedModel) -> None:
-    """Start a fresh language model where Muon gains the most from its first steps (Jordan's modded-nanogpt, 2024).
+OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], OptimizerArguments], list[Optimizer]]] = {
+    "adamw": adamw_for_all,
+    "muon": muon_and_adamw,
+}
 
-    What writes to the residual stream starts at zero: each block is the identity until it has something to say. A head of its
-    own starts near zero, at the loss of chance; then the embedding can start at 1, and what reads from the stream so that it
-    keeps its input's size. With a tied head that did harm, so there both stay as they are. (Tiny Shakespeare after 220 steps:
-    1.844 instead of 1.864 with a head of its own, 1.890 instead of 1.895 tied.)
+
+def decayed(step: int, start: int, arguments: OptimizerArguments) -> float:
+    """Fraction of the decay from step `start` to the last step that is done, between 0 and 1."""
+    return min(max(0.0, (step - start) / max(1, arguments.max_steps - start)), 1.0)
+
+
+def cosine(step: int, warmup_steps: int, arguments: OptimizerArguments) -> float:
+    """Decay along half a cosine, from the end of the warm-up on."""
+    return 0.5 * (1 - math.cos(math.pi * decayed(step, warmup_steps, arguments)))
+
+
+def warmup_stable_decay(step: int, warmup_steps: int, arguments: OptimizerArguments) -> float:
+    """Constant, then linear decay over the last `decay_ratio` of the steps (Hu et al., 2024); extensible until it decays."""
+    return decayed(step, max(warmup_steps, round((1 - arguments.decay_ratio) * arguments.max_steps)), arguments)
+
+
+# From the step (from 0) and the number of warm-up steps to the fraction of the decay that is done.
+SCHEDULES: dict[str, Callable[[int, int, OptimizerArguments], float]] = {
+    "cosine": cosine,
+    "linear": decayed,
+    "wsd": warmup_stable_decay,
+}
+
+
+def lr_factor(step: int, arguments: OptimizerArguments) -> float:
+    """Factor on the peak learning rate at a step (from 0): linear warm-up to 1, then decay to `min_lr_ratio`."""
+    warmup_steps = math.ceil(arguments.warmup_ratio * arguments.max_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 1 - (1 - arguments.min_lr_ratio) * SCHEDULES[arguments.lr_scheduler_type](step, warmup_steps, arguments)
+
+
+def build_optimizers(arguments: OptimizerArguments, model: nn.Module) -> tuple[list[Optimizer], list[LambdaLR]]:
+    """The optimizers of a run, for the parameters that require a gradient, and a learning rate schedule for each.
+
+    Raises:
+        ValueError: unknown optimizer or schedule.
+    """
+    for kind, name, functions in (
+        ("optimizer", arguments.optimizer, OPTIMIZERS),
+        ("schedule", arguments.lr_scheduler_type, SCHEDULES),
+    ):
+        if name not in functions:
+            raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(functions)}.")
+    parameters = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizers = OPTIMIZERS[arguments.optimizer](parameters, arguments)
+    return optimizers, [LambdaLR(optimizer, partial(lr_factor, arguments=arguments)) for optimizer in optimizers]
+
+
+def muon_initialization(model: PreTrainedModel) -> None:
+    """Re-initialize a new language model for training with Muon (Jordan's modded-nanogpt, 2024).
+
+    Projections that write to the residual stream start at zero, so that each block starts as the identity. An untied head
+    starts near zero, which gives the loss of uniform predictions; then the embedding can start with standard deviation 1, and
+    projections that read from the residual stream such that they keep the scale of their input. With a tied head these
+    changes did harm, so both stay as they are. (Tiny Shakespeare after 220 steps: 1.844 instead of 1.864 untied, 1.890
+    instead of 1.895 tied.)
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    has_own_head = isinstance(head, nn.Linear) and head.weight is not embedding.weight
+    is_untied = isinstance(head, nn.Linear) and head.weight is not embedding.weight
     for path, module in model.named_modules():
         if "layers." in path and isinstance(module, nn.Linear):
             if hasattr(module, "writes_to_residual"):
                 nn.init.zeros_(module.weight)
-            elif has_own_head:
+            elif is_untied:
                 bound = math.sqrt(3 / module.in_features)
                 nn.init.uniform_(module.weight, -bound, bound)
-    if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and has_own_head:
+    if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and is_untied:
         nn.init.normal_(head.weight, std=0.001)
         nn.init.normal_(embedding.weight, std=1.0)
-
-
-def schedule_factor(step: int, kind: str, warmup_steps: int, max_steps: int, min_lr_ratio: float, decay_ratio: float) -> float:
-    """What the highest rate is multiplied by at a step (from 0): up to 1 in a line, then down to `min_lr_ratio`.
-
-    Args:
-        kind: `"cosine"` and `"linear"` fall from the warm-up on; `"wsd"` (warm-up, stable, decay: Hu et al., 2024) stays and
-            falls in a line over the last `decay_ratio` of the steps, so that a run can be made longer before it falls.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    start = max(warmup_steps, round((1 - decay_ratio) * max_steps)) if kind == "wsd" else warmup_steps
-    progress = min(max(0.0, (step - start) / max(1, max_steps - start)), 1.0)
-    fall = 0.5 * (1 - math.cos(math.pi * progress)) if kind == "cosine" else progress
-    return 1 - (1 - min_lr_ratio) * fall
-
-
-def make_schedules(
-    optimizers: list[torch.optim.Optimizer],
-    kind: str,
-    warmup_steps: int,
-    max_steps: int,
-    min_lr_ratio: float,
-    decay_ratio: float,
-) -> list[LambdaLR]:
-    """`schedule_factor` for each optimizer, whose rates now are the highest ones."""
-    if kind not in SCHEDULES:
-        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(SCHEDULES)}.")
-    factor = partial(
-        schedule_factor,
-        kind=kind,
-        warmup_steps=warmup_steps,
-        max_steps=max_steps,
-        min_lr_ratio=min_lr_ratio,
-        decay_ratio=decay_ratio,
-    )
-    return [LambdaLR(optimizer, factor) for optimizer in optimizers]

@@ -1,1 +1,1 @@
-"""What has been learned, measured and told."""
+"""Metrics, reports and model cards."""

@@ -1,4 +1,4 @@
-"""What a classifier says, for people: examples, mistakes, tables and a picture."""
+"""Reports on a classifier: examples, mistakes, tables, a picture."""
 
 import warnings
 from collections import Counter
@@ -8,118 +8,129 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
 from training.results.markdown import cell, plain
 from training.results.scores import Predictions
 
-PICTURE, MISTAKES = "predictions.png", "mistakes.md"
-MOST_MISTAKES = 500
-MOST_IN_PICTURE = 40  # labels whose names and counts can be read
-SHOWN = 4
-NAME, LINE = 40, 100  # characters of a label in a picture, of a text on the terminal
+MAX_MISTAKES = 500
+MAX_LABELS = 40  # in a picture with readable names and counts
+NUM_PREVIEWS = 4
+LABEL_CHARACTERS, LINE_CHARACTERS = 40, 100
 UNITS = {SINGLE: "nats per text", MULTI: "nats per label", REGRESSION: "squared error"}
 
 
-def described(examples: list[Example], labels: np.ndarray, names: list[str], problem_type: str) -> str:
-    """How many examples there are, and of which labels."""
+def describe_labels(examples: list[Example], labels: np.ndarray, names: list[str], problem_type: str) -> str:
+    """The number of examples, and of each of the most frequent labels."""
     if problem_type == REGRESSION:
         return f"{len(examples):,}"
     counts = Counter(dict(zip(names, labels.sum(0).astype(int).tolist(), strict=True)))
-    most = ", ".join(f"{plain(name, NAME)} {count:,}" for name, count in counts.most_common(8))
-    return f"{len(examples):,} ({most}{', ...' if len(names) > 8 else ''})"
+    frequent = ", ".join(f"{plain(name, LABEL_CHARACTERS)} {count:,}" for name, count in counts.most_common(8))
+    return f"{len(examples):,} ({frequent}{', ...' if len(names) > 8 else ''})"
 
 
-def shown(examples: list[Example], predictions: Predictions) -> str:
-    """Some texts, different labels first, with what the model says of them and what is true."""
+def preview_predictions(examples: list[Example], predictions: Predictions) -> list[str]:
+    """A few texts with their predicted and true labels, as many different labels as possible."""
     firsts = {str(example.label): index for index, example in reversed(list(enumerate(examples)))}
     lines = []
-    for index in list(dict.fromkeys([*firsts.values(), *range(len(examples))]))[:SHOWN]:
-        answers = f"{told(predictions, index)}; true: {truth(examples[index])}"
-        lines.append(f"[{plain(answers, LINE)}] {plain(examples[index].text, LINE)}\n")
-    return "\n".join(lines)
+    for index in list(dict.fromkeys([*firsts.values(), *range(len(examples))]))[:NUM_PREVIEWS]:
+        labels = f"{format_prediction(predictions, index)}; true: {format_label(examples[index])}"
+        lines.append(f"[{plain(labels, LINE_CHARACTERS)}] {plain(examples[index].text, LINE_CHARACTERS)}")
+    return lines
 
 
-def told(predictions: Predictions, index: int) -> str:
-    """What the model says of one text, for people."""
+def format_prediction(predictions: Predictions, index: int) -> str:
+    """The predicted labels of a text with their probabilities, or the predicted numbers."""
     if predictions.problem_type == REGRESSION:
         return ", ".join(f"{number:.3f}" for number in predictions.logits[index])
     chosen = np.flatnonzero(predictions.decisions[index])
     return ", ".join(f"{predictions.names[label]} {predictions.probabilities[index, label]:.1%}" for label in chosen) or "none"
 
 
-def truth(example: Example) -> str:
-    """The label of an example, for people."""
+def format_label(example: Example) -> str:
+    """The true labels or numbers of a text."""
     return example.label if isinstance(example.label, str) else ", ".join(map(str, example.label)) or "none"
 
 
 def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Predictions) -> str:
-    """What was predicted wrongly, the worst first, as Markdown; where numbers are predicted, what is furthest off."""
+    """The wrong predictions, the worst first, as Markdown; of a regression all, the largest errors first."""
     if predictions.problem_type == REGRESSION:
-        badness, wrong = np.abs(predictions.logits - labels).max(-1), np.arange(len(examples))
+        errors, wrong = np.abs(predictions.logits - labels).max(-1), np.arange(len(examples))
     else:
-        badness = np.abs(predictions.probabilities - labels).max(-1)
+        errors = np.abs(predictions.probabilities - labels).max(-1)
         wrong = np.flatnonzero((predictions.decisions != labels).any(-1))
-    what = f"{len(wrong):,} of {len(examples):,} texts, the worst first" if len(wrong) else "none"
-    lines = [f"Mistakes: {what}.", "", "| predicted | true | text |", "|---|---|---|"]
-    for index in wrong[np.argsort(-badness[wrong], kind="stable")][:MOST_MISTAKES]:
-        cells = told(predictions, index), truth(examples[index]), examples[index].text
+    summary = f"{len(wrong):,} of {len(examples):,} texts, the worst first" if len(wrong) else "none"
+    lines = [f"Mistakes: {summary}.", "", "| predicted | true | text |", "|---|---|---|"]
+    for index in wrong[np.argsort(-errors[wrong], kind="stable")][:MAX_MISTAKES]:
+        cells = format_prediction(predictions, index), format_label(examples[index]), examples[index].text
         lines.append(f"| {' | '.join(cell(text) for text in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -> None:
-    """As a PNG: which labels are taken for which, what is found of each label, or predicted beside true numbers."""
-    names = [plain(name, NAME).replace("$", r"\$") for name in predictions.names]  # which would begin a formula
-    side = 3 + 0.45 * min(len(names), MOST_IN_PICTURE)
+    """As a PNG: the confusion matrix, precision and recall of each of several labels, or predicted over true numbers."""
+    names = [plain(name, LABEL_CHARACTERS).replace("$", r"\$") for name in predictions.names]  # $ begins a formula
+    side = 3 + 0.45 * min(len(names), MAX_LABELS)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    match predictions.problem_type:
-        case "regression":
-            dots = [axes.scatter(*pair, s=8, alpha=0.6) for pair in zip(labels.T, predictions.logits.T, strict=True)]
-            ends = [float(labels.min()), float(labels.max())]
-            axes.plot(ends, ends, color="grey", linewidth=0.8)
-            axes.set(xlabel="true", ylabel="predicted")
-            axes.legend(dots, names)
-        case "single_label_classification":
-            _draw_counts(axes, predictions.confusion_matrix(labels), names, names)
-            axes.set(xlabel="predicted", ylabel="true")
-        case _:
-            found = [(a * b).sum(0) for a, b in ((labels, predictions.decisions), (labels, 1 - predictions.decisions))]
-            wrong = ((1 - labels) * predictions.decisions).sum(0)
-            _draw_counts(axes, np.stack((*found, wrong), 1).astype(int), names, ["found", "missed", "wrongly told"])
-    with warnings.catch_warnings(action="ignore"):  # of characters that the font has not
+    {REGRESSION: _draw_scatter, SINGLE: _draw_confusion_matrix, MULTI: _draw_bars}[predictions.problem_type](
+        axes, labels, predictions, names
+    )
+    with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
         figure.savefig(path, dpi=120)
 
 
-def _draw_counts(axes: Any, counts: np.ndarray, rows: list[str], columns: list[str]) -> None:
-    """Counts as numbers, the share of each in its row as a colour."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if len(rows) <= MOST_IN_PICTURE:
-        is_long = max(map(len, columns)) > 5
-        axes.set_xticks(range(len(columns)), columns, rotation=45 if is_long else 0, ha="right" if is_long else "center")
-        axes.set_yticks(range(len(rows)), rows)
-        for row, column in np.ndindex(counts.shape):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=color)
+def _draw_scatter(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
+    dots = [axes.scatter(*pair, s=8, alpha=0.6) for pair in zip(labels.T, predictions.logits.T, strict=True)]
+    ends = [float(labels.min()), float(labels.max())]
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.set(xlabel="true", ylabel="predicted")
+    axes.legend(dots, names)
+
+
+def _draw_confusion_matrix(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
+    is_readable = len(names) <= MAX_LABELS
+    display = ConfusionMatrixDisplay(predictions.confusion_matrix(labels), display_labels=names if is_readable else None)
+    rotation = 45 if max(map(len, names)) > 5 else 0
+    display.plot(
+        ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=rotation, values_format=",d"
+    )
+    if not is_readable:
+        axes.set(xticks=[], yticks=[])
+    axes.set(xlabel="predicted", ylabel="true")
+
+
+def _draw_bars(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
+    positions, height = np.arange(len(names)), 0.4
+    for shift, (score, values) in enumerate(zip(("precision", "recall"), predictions.f1_scores(labels)[:2], strict=True)):
+        axes.barh(positions + (shift - 0.5) * height, values, height, label=score)
+    if len(names) <= MAX_LABELS:
+        axes.set_yticks(positions, names)
+    axes.set(xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.legend()
 
 
 def results_table(before: Any, results: dict[str, dict[str, Any]], problem_type: str) -> str:
-    """The scores of each split side by side, then those of each label, as Markdown."""
+    """The metrics of each split side by side, then those of each label, as Markdown.
+
+    Args:
+        before: metrics on the validation split before training.
+        results: the full report of each split, in order.
+    """
     columns = {"validation, before": vars(before), **results}
-    rows = [key for key, value in list(results.values())[-1].items() if isinstance(value, float)]
+    last_split, last = list(results.items())[-1]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
+    for row in [key for key, value in last.items() if isinstance(value, float)]:
         cells = (f"{column[row]:.4f}" if row in column else "" for column in columns.values())
         lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
-    looked = "The validation split was used to follow training" + (
-        "; the test split once, at the end." if "test" in results else "."
-    )
-    lines += ["", f"The loss is in {UNITS[problem_type]}. {looked}"]
-    if labels := list(results.values())[-1].get("labels"):
-        lines += ["", f"| {list(results)[-1]} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
-        for name, it in labels.items():
-            lines.append(f"| {cell(name)} | {it['precision']:.4f} | {it['recall']:.4f} | {it['f1']:.4f} | {it['examples']:,} |")
+    test = "; the test split once, at the end." if "test" in results else "."
+    lines += ["", f"The loss is in {UNITS[problem_type]}. The validation split was used to follow training{test}"]
+    if labels := last.get("labels"):
+        lines += ["", f"| {last_split} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
+        for name, scores in labels.items():
+            numbers = " | ".join(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1"))
+            lines.append(f"| {cell(name)} | {numbers} | {scores['examples']:,} |")
     return "\n".join(lines)

@@ -1,31 +1,31 @@
-"""Texts of others in Markdown, so that they show as they are: none is taken for markup."""
+"""Texts from elsewhere in Markdown: shown verbatim, so that nothing in them is markup."""
 
 import re
 
 from training.errors import printable
 
-TEXT = 500  # characters of a text in a file for people
+MAX_TEXT = 500  # characters of a text
 
 
-def plain(text: str, most: int) -> str:
-    """A text as one line of so many characters at most, with nothing in it that a terminal would obey."""
+def plain(text: str, max_length: int) -> str:
+    """A text as one line of at most `max_length` characters, without control characters."""
     line = printable(" ".join(text.split()))
-    return line if len(line) <= most else f"{line[:most]}..."
+    return line if len(line) <= max_length else f"{line[:max_length]}..."
 
 
-def code(text: str, most: int = TEXT) -> str:
-    """A text that Markdown shows as it is."""
-    text = plain(text, most)
+def code(text: str, max_length: int = MAX_TEXT) -> str:
+    """A text as inline code."""
+    text = plain(text, max_length)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def block(text: str, language: str = "text") -> str:
-    """The same of many lines, whatever fences stand in it."""
+    """A text as a code block, with a fence longer than any in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def cell(text: str) -> str:
-    """The same in a table."""
+    """A text as inline code in a cell of a table."""
     return code(text.replace("|", "\\|"))

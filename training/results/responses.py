@@ -1,12 +1,11 @@
-"""What a model answers: generated in batches, scored against what was expected, and side by side in a page for people.
+"""Answers of a model: generated in batches, scored against references, and written side by side.
 
 Notable:
-- Prompts of a batch are padded on the left, so that all answers begin at the same place; the longest come first, so that a
-  batch which is too large for the memory shows at once.
-- A batch goes on until its longest answer ends. So answers are generated in stages, each twice as long as the one before; those
-  that have not ended yet fill the batches of the next.
-- Nothing is drawn at random: an answer is what the model's generation config makes of the likeliest tokens. What is measured
-  can be had again, and is what users get.
+- Prompts of a batch are padded on the left, so that all answers begin at the same position; the longest come first, so that a
+  batch that does not fit into memory fails at once.
+- A batch runs until its longest answer ends. Answers are therefore generated in stages, each twice as long as the one before;
+  those that have not ended fill the batches of the next stage.
+- Nothing is sampled: the metrics are reproducible, and are those of the answers that users get.
 """
 
 import json
@@ -22,16 +21,16 @@ from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data.cache import atomic_file
+from modeling_scratchgpt.atomic import atomic_file
 from training.data.conversations import Conversation, Message
+from training.engine.run_folder import RESPONSES, RESPONSES_PAGE
 from training.errors import printable
-from training.results.markdown import TEXT, block, code
+from training.results.markdown import MAX_TEXT, block, code
 
-RESPONSES, PAGE = "responses.jsonl", "responses.md"
-MOST_ON_PAGE = 100
+MAX_ON_PAGE = 100
 FIRST_STAGE = 16  # tokens
-ROW = {"prompt", "expected", "base", "base_ended", "response", "ended", "chrf"}
-NEVER_ENDED = " *(cut: it did not end)*"
+KEYS = {"prompt", "expected", "base", "base_finished", "response", "finished", "chrf"}
+TRUNCATED = " *(truncated)*"
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,35 @@ class Response:
     """An answer of a model."""
 
     text: str
-    ended: bool  # by the model itself, and not because it had said enough
+    finished: bool  # by the model's stop token, not by the maximum length
 
     def __str__(self) -> str:
-        return self.text if self.ended else f"{self.text} ..."
+        return self.text if self.finished else f"{self.text} ..."
 
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """How good answers are."""
+    """Metrics of answers against references."""
 
-    ended: float  # share that the model ended itself
-    exact_match: float  # share that is what was expected, word for word
-    chrf: float  # character n-gram F-score of all answers together, 0 to 100 (Popović, 2015)
+    finished: float  # share that ends with the stop token
+    exact_match: float  # share that equals the reference
+    chrf: float  # character n-gram F-score over all answers, 0 to 100 (Popović, 2015)
 
     def __str__(self) -> str:
-        return f"{self.ended:.1%} ended by themselves, {self.exact_match:.1%} word for word as expected, chrF {self.chrf:.1f}"
+        return f"{self.finished:.1%} finished, {self.exact_match:.1%} exact match, chrF {self.chrf:.1f}"
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Grades of a judge."""
+
+    mean: float | None  # 0 to 100
+    graded: int
+    malformed: int  # replies that are not a grade
+
+    def __str__(self) -> str:
+        mean = "none" if self.mean is None else f"{self.mean:.1f} of 100"
+        return f"mean grade {mean} over {self.graded:,} answers, {self.malformed:,} malformed replies"
 
 
 @torch.no_grad()
@@ -69,71 +81,77 @@ def respond(
     """The model's answers, in the order of the prompts.
 
     Args:
-        model: says in its generation config which token ends an answer.
-        tokenizer: with a chat template, a token to pad with, and padding on the left.
-        prompts: messages that end with the user's.
-        batch_size: prompts that are answered at once.
-        max_new_tokens: an answer is cut after so many, or where the model has no more positions.
-        progress: what a bar says that shows how far it is; none is shown without it.
+        model: the `eos_token_id` of its generation config ends an answer.
+        tokenizer: with a chat template and a padding token.
+        prompts: messages, the last of which is the user's.
+        batch_size: prompts per batch.
+        max_new_tokens: longer answers are truncated, as are those that reach the model's last position.
+        progress: description of a progress bar; no bar if empty.
     """
     model.eval()
     stop_token_id: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
     encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
-    starts = [len(ids) for ids in encoded["input_ids"]]
-    limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
     rows: list[list[int]] = encoded["input_ids"]
-    left, stage = list(range(len(rows))), FIRST_STAGE
-    most = sum(limits) - sum(starts)
-    with tqdm(total=most, desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
-        while left:
-            left.sort(key=lambda index: -len(rows[index]))
-            for first in range(0, len(left), batch_size):
-                batch = left[first : first + batch_size]
-                padded = tokenizer.pad(
-                    {"input_ids": [rows[index] for index in batch]}, padding_side="left", return_tensors="pt"
-                )
-                width = padded["input_ids"].shape[1]
-                room = min(stage, model.config.max_position_embeddings - width)
-                output: Any = model.generate(**padded.to(model.device), max_new_tokens=room)  # type: ignore[operator]
-                for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
-                    end = ids.index(stop_token_id) + 1 if stop_token_id in ids else len(ids)
+    starts = [len(ids) for ids in rows]
+    limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
+    unfinished, stage = list(range(len(rows))), FIRST_STAGE
+    total = sum(limits) - sum(starts)
+    with tqdm(total=total, desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
+        while unfinished:
+            unfinished.sort(key=lambda index: -len(rows[index]))
+            for first in range(0, len(unfinished), batch_size):
+                batch = unfinished[first : first + batch_size]
+                new_ids = _generate(model, tokenizer, [rows[index] for index in batch], stage)
+                for index, ids in zip(batch, new_ids, strict=True):
                     before = len(rows[index])
-                    rows[index] = (rows[index] + ids[:end])[: limits[index]]
+                    rows[index] = (rows[index] + ids)[: limits[index]]
                     has_ended = rows[index][-1] == stop_token_id
                     bar.update((limits[index] if has_ended else len(rows[index])) - before)
-            still = [index for index in left if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]]
-            left, stage = still, 2 * stage
-    responses = []
-    for start, ids in zip(starts, rows, strict=True):
-        ended = ids[-1] == stop_token_id
-        text = tokenizer.decode(ids[start : len(ids) - ended], skip_special_tokens=True)
-        responses.append(Response(str(text).strip(), ended))
-    return responses
+            unfinished = [
+                index for index in unfinished if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]
+            ]
+            stage *= 2
+    return [_response(tokenizer, ids[start:], stop_token_id) for start, ids in zip(starts, rows, strict=True)]
 
 
-def respond_together(
+def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The new ids of each row, up to and with its stop token."""
+    padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    width = padded["input_ids"].shape[1]
+    room = min(max_new_tokens, model.config.max_position_embeddings - width)
+    output = model.generate(**padded.to(model.device), max_new_tokens=room)[:, width:].tolist()
+    stop = model.generation_config.eos_token_id
+    return [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in output]
+
+
+def _response(tokenizer: Any, ids: list[int], stop_token_id: int) -> Response:
+    finished = bool(ids) and ids[-1] == stop_token_id
+    return Response(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip(), finished)
+
+
+def respond_distributed(
     accelerator: Accelerator,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[Message]],
     progress: str,
-    **how: Any,
+    **options: Any,
 ) -> list[Response]:
-    """As `respond`, each process a share of the prompts; all get all answers."""
-    with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as mine:
+    """`respond`, with the prompts divided over the processes; all of them return all answers."""
+    with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as indices:
         shown = progress if accelerator.is_main_process else ""
-        answers = respond(model, tokenizer, [prompts[index] for index in mine], progress=shown, **how)
-        found = dict(gather_object(list(zip(mine, answers, strict=True))))
+        answers = respond(model, tokenizer, [prompts[index] for index in indices], progress=shown, **options)
+        found = dict(gather_object(list(zip(indices, answers, strict=True))))
     return [found[index] for index in range(len(prompts))]
 
 
 def score_responses(responses: Sequence[Response], conversations: Sequence[Conversation]) -> ResponseScores:
-    """Against the answers that were expected."""
+    """Metrics against the answers of the conversations."""
     expected = [conversation.answer for conversation in conversations]
-    pairs = list(zip(responses, expected, strict=True))
+    matches = [response.text == answer for response, answer in zip(responses, expected, strict=True)]
     return ResponseScores(
-        ended=sum(response.ended for response in responses) / len(pairs),
-        exact_match=sum(response.text == answer for response, answer in pairs) / len(pairs),
+        finished=sum(response.finished for response in responses) / len(responses),
+        exact_match=sum(matches) / len(responses),
         chrf=CHRF().corpus_score([response.text for response in responses], [expected]).score,
     )
 
@@ -141,67 +159,85 @@ def score_responses(responses: Sequence[Response], conversations: Sequence[Conve
 def response_rows(
     conversations: Sequence[Conversation], base: Sequence[Response], tuned: Sequence[Response]
 ) -> list[dict[str, Any]]:
-    """What is told of each conversation, as it is written: the prompt, what was expected, what both models answer."""
+    """The rows of responses.jsonl: the prompt, the reference, and the answers of both models."""
     chrf = CHRF()
     return [
         {
-            "prompt": talk.prompt,
-            "expected": talk.answer,
+            "prompt": conversation.prompt,
+            "expected": conversation.answer,
             "base": before.text,
-            "base_ended": before.ended,
+            "base_finished": before.finished,
             "response": after.text,
-            "ended": after.ended,
-            "chrf": round(chrf.sentence_score(after.text, [talk.answer]).score, 2),
+            "finished": after.finished,
+            "chrf": round(chrf.sentence_score(after.text, [conversation.answer]).score, 2),
         }
-        for talk, before, after in zip(conversations, base, tuned, strict=True)
+        for conversation, before, after in zip(conversations, base, tuned, strict=True)
     ]
 
 
-def read_responses(folder: Path) -> list[dict[str, Any]]:
+def read_responses(directory: Path) -> list[dict[str, Any]]:
     """The rows that `write_responses` wrote.
 
     Raises:
-        OSError, ValueError: they are not there, or not whole.
+        OSError, ValueError: the file is missing or incomplete.
     """
-    lines = (folder / RESPONSES).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = (directory / RESPONSES).read_text(encoding="utf-8").split("\n")[:-1]
     rows = [json.loads(line) for line in lines]
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.keys() >= ROW:
-            raise ValueError(f"row {number} of {RESPONSES} lacks some of {', '.join(sorted(ROW))}")
+        if not isinstance(row, dict) or not row.keys() >= KEYS:
+            raise ValueError(f"row {number} of {RESPONSES} lacks some of {', '.join(sorted(KEYS))}")
     if not rows:
         raise ValueError(f"{RESPONSES} is empty")
     return rows
 
 
-def responses_page(rows: Sequence[dict[str, Any]]) -> str:
-    """The first of the answers side by side, as Markdown."""
-    first = f"the first {MOST_ON_PAGE:,} of " if len(rows) > MOST_ON_PAGE else ""
-    parts = [f"# What it answers\n\nTo {first}{len(rows):,} held-out prompts; everything stands in [{RESPONSES}]({RESPONSES})."]
-    for row in rows[:MOST_ON_PAGE]:
-        marks = [f"chrF {row['chrf']:.0f}", *([f"judge {row['judge']}"] if row.get("judge") is not None else [])]
-        answers = {
-            "expected": (row["expected"], True),
-            "base": (row["base"], row["base_ended"]),
-            f"tuned ({', '.join(marks)})": (row["response"], row["ended"]),
-        }
-        said = [_said(message["role"], message["content"]) for message in row["prompt"]]
-        said += [_said(who, text, "" if ended else NEVER_ENDED) for who, (text, ended) in answers.items()]
-        parts.append("\n".join(said))
-    return "\n\n---\n\n".join(parts) + "\n"
-
-
-def write_responses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All answers as JSON lines, and a page with the first of them."""
+def write_responses(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write all answers as JSON lines, and a page with the first of them."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for name, text in ((RESPONSES, lines), (PAGE, responses_page(rows))):
-        with atomic_file(folder / name) as temporary:
+    for name, text in ((RESPONSES, lines), (RESPONSES_PAGE, responses_page(rows))):
+        with atomic_file(directory / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _said(who: str, text: str, remark: str = "") -> str:
-    """An item of a list: who says what, as it is written."""
+def responses_page(rows: Sequence[dict[str, Any]]) -> str:
+    """The first answers side by side, as Markdown."""
+    first = f"the first {MAX_ON_PAGE:,} of " if len(rows) > MAX_ON_PAGE else ""
+    parts = [f"# Answers\n\nTo {first}{len(rows):,} held-out prompts; all of them are in [{RESPONSES}]({RESPONSES})."]
+    for row in rows[:MAX_ON_PAGE]:
+        scores = [f"chrF {row['chrf']:.0f}", *([f"judge {row['judge']}"] if row.get("judge") is not None else [])]
+        items = [_list_item(message["role"], message["content"]) for message in row["prompt"]]
+        items += [
+            _list_item("expected", row["expected"]),
+            _list_item("base", row["base"], "" if row["base_finished"] else TRUNCATED),
+            _list_item(f"tuned ({', '.join(scores)})", row["response"], "" if row["finished"] else TRUNCATED),
+        ]
+        parts.append("\n".join(items))
+    return "\n\n---\n\n".join(parts) + "\n"
+
+
+def _list_item(name: str, text: str, remark: str = "") -> str:
+    """An item of a Markdown list: a name, and a text shown verbatim."""
     if "\n" not in text:
-        return f"- **{who}**{remark}: {code(text) if text else '*(nothing)*'}"
-    shown = block(printable(text if len(text) <= TEXT else f"{text[:TEXT]}..."), "")
+        return f"- **{name}**{remark}: {code(text) if text else '*(empty)*'}"
+    shown = block(printable(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."), "")
     body = "\n".join(f"  {line}" for line in shown.split("\n"))
-    return f"- **{who}**{remark}:\n\n{body}\n"
+    return f"- **{name}**{remark}:\n\n{body}\n"
+
+
+def results_table(results: dict[str, dict[str, Any]]) -> str:
+    """The content of metrics.json as Markdown: losses, then the metrics of the answers and the judge's grades, if any."""
+    lines = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
+    for name, title in {"before": "validation, before", "validation": "validation", "test": "test"}.items():
+        if row := results.get(name):
+            lines.append(f"| {title} | {row['loss']:.3f} | {row['perplexity']:,.1f} | {row['bits_per_byte']:.3f} |")
+    lines += ["", "The loss is that of the answers only. The validation split was used to follow training."]
+    if "test" in results:
+        lines[-1] += " The test split was used once, at the end."
+        lines += ["", "| answers to the test split | finished | exact match | chrF |", "|---|---|---|---|"]
+        for name, title in {"base": "the base", "test": "this model"}.items():
+            row = results[name]
+            lines.append(f"| {title} | {row['finished']:.1%} | {row['exact_match']:.1%} | {row['chrf']:.1f} |")
+        if row := results.get("judge"):
+            verdicts = Verdicts(row["mean"], row["graded"], row["malformed"])
+            lines += ["", f"Judge {code(row['model'])}: {verdicts}."]
+    return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What may leave this machine, and what must be true of it."""
+"""Checks of a model before it is uploaded."""

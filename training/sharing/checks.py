@@ -1,10 +1,10 @@
-"""What of a folder may be shared: the files that belong to the model, and what must be true of them before they leave.
+"""Select the files of a model directory that are uploaded, and check that they work for others.
 
 Notable:
-- Only files of known names are sent: no checkpoint, no optimizer state, no log, nothing hidden, no folder inside.
-- The model's code is run only if it is this package's, byte for byte, or if it is trusted; in a process of its own, in which
-  this package cannot be imported: what loads there loads for others.
-- What leaks.py finds stops everything.
+- Only files with known names are uploaded: no checkpoints, optimizer states, logs, hidden files or subdirectories.
+- The model's code is run only if it equals this package's, byte for byte, or if it is trusted. It runs in a process that cannot
+  import this package: a model that loads there loads for others.
+- Secrets and local paths (leaks.py) stop the upload.
 """
 
 import json
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from filecmp import cmpfiles
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,15 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
-from training.engine.checkpoints import METRICS
-from training.engine.report import CURVE
+from training.engine.run_folder import CARD, CURVE, METRICS, MISTAKES, PREDICTIONS, RESPONSES, RESPONSES_PAGE, SCORES
 from training.errors import UserError, one_line
-from training.results.cards import BASE, CARD, HERE, SCORES
-from training.results.classification_report import MISTAKES, PICTURE
-from training.results.responses import PAGE, RESPONSES
+from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER
 from training.sharing.leaks import SECRET_NAMES, Files
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -39,220 +39,219 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
-RESULTS = (CURVE, METRICS, SCORES, PICTURE, MISTAKES, RESPONSES, PAGE)
+RESULTS = (CURVE, METRICS, SCORES, PREDICTIONS, MISTAKES, RESPONSES, RESPONSES_PAGE)
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
-LOADING_SECONDS = 1800
+LOAD_SECONDS = 1800
 
-# Run where neither of our packages can be imported. Says on its last line what is wrong, or nothing.
-LOADS = """
-import importlib.abc, json, sys
+# Run in a process of its own. The last line of its output is the problem found, or empty.
+LOAD_PROGRAM = """
+import sys
 
-class NotHere(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_scratchgpt", "training"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotHere())
+sys.modules["modeling_scratchgpt"] = sys.modules["training"] = None  # importing them raises ModuleNotFoundError
 import torch
 import transformers
 
-def problem(folder):
-    how = {"trust_remote_code": True, "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(folder, **how)
+def find_problem(directory):
+    options = {"trust_remote_code": True, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(directory, **options)
     (architecture,) = config.architectures
-    kinds = {it.rpartition(".")[2]: name for name, it in getattr(config, "auto_map", {}).items()}
-    auto = getattr(transformers, kinds[architecture] if kinds else architecture)
-    model, report = auto.from_pretrained(folder, output_loading_info=True, **({} if not kinds else how))
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            return f"{what.replace('_', ' ')} in its weights: {', '.join(map(str, sorted(report[what])[:3]))}"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    auto_classes = {path.rpartition(".")[2]: name for name, path in getattr(config, "auto_map", {}).items()}
+    auto_class = getattr(transformers, auto_classes[architecture] if auto_classes else architecture)
+    model, report = auto_class.from_pretrained(directory, output_loading_info=True, **(options if auto_classes else {}))
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            return f"{problem.replace('_', ' ')} in its weights: {', '.join(map(str, sorted(report[problem])[:3]))}"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-        return "its tokenizer has special tokens alone"
+        return "its tokenizer has only special tokens"
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
-        return f"its tokenizer has {len(tokenizer):,} tokens, the model rows for {config.vocab_size:,}"
+        return f"its tokenizer has {len(tokenizer):,} tokens, but its vocab_size is {config.vocab_size:,}"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ours, theirs = getattr(config, name, None), getattr(tokenizer, name)
-        if ours is not None and theirs is not None and ours != theirs:
-            return f"{name} is {ours} in config.json and {theirs} in the tokenizer"
+        of_config, of_tokenizer = getattr(config, name, None), getattr(tokenizer, name)
+        if of_config is not None and of_tokenizer is not None and of_config != of_tokenizer:
+            return f"{name} is {of_config} in config.json and {of_tokenizer} in the tokenizer"
     if tokenizer.chat_template:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     batch = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         logits = model.eval()(**batch).logits
-    return "" if torch.isfinite(logits).all() else "what it says of a text is not finite"
+    return "" if torch.isfinite(logits).all() else "its logits are not finite"
 
-print("\\n" + problem(sys.argv[1]))
+print("\\n" + find_problem(sys.argv[1]))
 """
 
 
-def model_files(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
-    """The files of a model that may be sent, by name.
+def check_repo_id(name: Any, source: str, remedy: str = "pass USER/NAME") -> None:
+    """Refuse a name that is not a Hub id with a user.
 
     Raises:
-        UserError: it is no finished model, or its code is not all there, or not to be trusted.
+        UserError: `source`, which gives the name, needs another one.
     """
-    if not (folder / CONFIG).is_file():
-        what = "holds a run that did not finish" if (folder / METRICS).is_file() else f"holds no {CONFIG}"
-        raise UserError(f"{folder} {what}: give the folder of a finished model.")
-    return _known_files(folder) | _code_of(folder, trust_remote_code)
-
-
-def adapter_files(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
-    """The same of an adapter, its tokenizer's code included."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}: give the folder of a run with --lora_r, or that of an adapter.")
-    return _known_files(folder) | _code_of(folder, trust_remote_code)
-
-
-def prepared_card(folder: Path, repository: str, base_model: str, license: str) -> bytes:
-    """The card as it is sent: with the places of the model and of its base filled in, and its licence if one is given.
-
-    Raises:
-        UserError: there is none, its head cannot be read, or it does not name the licence, or the base on the Hub.
-    """
-    path = folder / CARD
-    if not path.is_file():
-        raise UserError(f"{path} is missing: a model is shared with a card. Write one, of what it is and how it was made.")
     try:
-        card = ModelCard(_text(path).replace(BASE, base_model or BASE).replace(HERE, repository))
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("the user is missing")
+    except HFValidationError as error:
+        raise UserError(f"{source} {name!r:.80} is not a Hub id ({one_line(error)}): {remedy}.") from error
+
+
+def model_files(directory: Path, trust_remote_code: bool, config: str = CONFIG) -> dict[str, Path]:
+    """Select the files to upload, by name: those of a model, or with `config=ADAPTER_CONFIG` those of an adapter.
+
+    Raises:
+        UserError: the run has not finished, the config is missing, or the model's code is incomplete or not trusted.
+    """
+    if not (directory / config).is_file():
+        needed = "a finished model" if config == CONFIG else "an adapter, or of a run with --lora_r"
+        is_unfinished = config == CONFIG and (directory / METRICS).is_file()
+        problem = "holds an unfinished run" if is_unfinished else f"has no {config}"
+        raise UserError(f"{directory} {problem}: pass the directory of {needed}.")
+    return _known_files(directory) | _code_files(directory, trust_remote_code)
+
+
+def prepare_card(directory: Path, repository: str, base_model: str, license: str) -> bytes:
+    """Fill in the Hub ids of the model and of its base, and the licence if one is given.
+
+    Raises:
+        UserError: the card is missing, its metadata is invalid, or it names no licence or no base on the Hub.
+    """
+    path = directory / CARD
+    if not path.is_file():
+        raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
+    try:
+        card = ModelCard(
+            _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER).replace(MODEL_PLACEHOLDER, repository)
+        )
         if license:
             card.data["license"] = license
-        head = card.data.to_dict()
-        if not head.get("license"):
+        metadata = card.data.to_dict()
+        if not metadata.get("license"):
             raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
-        if named := base_model or head.get("base_model"):
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(named)):
-                raise UserError(
-                    f"{path} names {named!r:.80} as the base of this model, which is no place on the Hub: upload that, and "
-                    "pass --base_model USER/NAME."
-                )
-            card.data["base_model"] = named
+        if base := base_model or metadata.get("base_model"):
+            check_repo_id(base, f"{path}: base_model", "upload the base model and pass --base_model USER/NAME")
+            card.data["base_model"] = base
         return str(card).encode()
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: its head is not one that a card can have ({one_line(error)}).") from error
+        raise UserError(f"{path}: its metadata is not that of a model card ({one_line(error)}).") from error
 
 
-def prepared_adapter_config(folder: Path, base_model: str) -> bytes:
-    """The adapter's config as it is sent: with its base on the Hub instead of a folder here."""
-    return json.dumps({**_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": base_model}, indent=2).encode()
+def prepare_adapter_config(directory: Path, base_model: str) -> bytes:
+    """Name the base model on the Hub in the adapter's config, instead of a local directory."""
+    return json.dumps({**_read_json(directory / ADAPTER_CONFIG), "base_model_name_or_path": base_model}, indent=2).encode()
 
 
-def check_weights(folder: Path, files: Files) -> None:
-    """Refuse weights that are not there, cannot be read, or hold numbers that are not finite."""
-    weights = [folder / name for name in files if name.endswith(".safetensors")]
+def check_weights(directory: Path, files: Files) -> None:
+    """Check that there are weights and that all their values are finite.
+
+    Raises:
+        UserError: weights are missing, unreadable or not finite.
+    """
+    weights = [directory / name for name in files if name.endswith(".safetensors")]
     if not weights:
-        raise UserError(f"{folder} holds no weights as safetensors: save the model again, with `save_pretrained`.")
+        raise UserError(f"{directory} has no safetensors weights: save the model again, with `save_pretrained`.")
     for path in weights:
         try:
             with safe_open(path, framework="pt") as tensors:
-                names = tensors.keys()
-                for name in names:
+                for name in tensors.offset_keys():
                     tensor = tensors.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise UserError(f"{path}: {name} holds numbers that are not finite: this model is broken.")
+                        raise UserError(f"{path}: {name} has values that are not finite: this model is broken.")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
 
 
-def check_loads(folder: Path, files: Files) -> None:
-    """Refuse a model that somebody else could not load and use. Loaded is what is sent, and no other code of the folder.
+def check_loads(directory: Path, files: Files) -> None:
+    """Load and run the model as others would: from the files to upload only, without this package.
 
     Raises:
-        UserError: it does not load, its tokenizer is another model's, or what it says is not finite.
+        UserError: it does not load, its tokenizer does not fit, or its logits are not finite.
     """
-    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as sent:
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as copy:
         for name, file in files.items():
             if isinstance(file, Path):
                 try:
-                    Path(sent, name).symlink_to(file.resolve())
-                except OSError:  # Windows allows links to few
-                    shutil.copy(file, Path(sent, name))
+                    Path(copy, name).symlink_to(file.resolve())
+                except OSError:  # on Windows, most users may not create symlinks
+                    shutil.copy(file, Path(copy, name))
         environment = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": cache}
-        command = [sys.executable, "-c", LOADS, sent]
+        command = [sys.executable, "-c", LOAD_PROGRAM, copy]
         try:
             process = subprocess.run(
-                command, env=environment, cwd=cache, capture_output=True, text=True, errors="replace", timeout=LOADING_SECONDS
+                command, env=environment, cwd=cache, capture_output=True, text=True, errors="replace", timeout=LOAD_SECONDS
             )
         except subprocess.TimeoutExpired as error:
-            raise UserError(
-                f"{folder} would not work for others: it does not load in {LOADING_SECONDS // 60} minutes."
-            ) from error
-    said = process.stderr if process.returncode else process.stdout
-    wrong = said.rstrip("\n").rpartition("\n")[2].replace(sent, str(folder))
-    if wrong or process.returncode:
-        raise UserError(f"{folder} would not work for others: {wrong or f'loading it ends with code {process.returncode}'}.")
+            raise UserError(f"{directory} would not work for others: it loads for {LOAD_SECONDS // 60} minutes.") from error
+    output = process.stderr if process.returncode else process.stdout
+    problem = output.rstrip("\n").rpartition("\n")[2].replace(copy, str(directory))
+    if problem or process.returncode:
+        raise UserError(f"{directory} would not work for others: {problem or f'exit code {process.returncode} on loading'}.")
 
 
-def _known_files(folder: Path) -> dict[str, Path]:
-    """Those of known names, of which the JSON is JSON, and none lies elsewhere but where the Hub's cache has it."""
-    files = {path.name: path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
+def _known_files(directory: Path) -> dict[str, Path]:
+    """Select the files with known names; the JSON files must be valid."""
+    files = {path.name: path for path in sorted(directory.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
     for path in files.values():
-        _refuse_elsewhere(path)
+        _check_regular_file(path)
         if path.suffix == ".json":
-            _json(path)
+            _read_json(path)
     return files
 
 
-def _refuse_elsewhere(path: Path) -> None:
-    """Refuse a link out of its folder, but for those of the Hub's cache, and what is no file at all."""
-    folder = path.parent.resolve()
-    if path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
-        raise UserError(f"{path} is a link to outside of the folder: put the file itself there, or take the link out.")
+def _check_regular_file(path: Path) -> None:
+    """Refuse links out of the directory, except those into the blobs of the Hub's cache, and whatever is not a file."""
+    directory = path.parent.resolve()
+    if path.resolve().parent not in (directory, directory.parent.parent / "blobs"):
+        raise UserError(f"{path} is a link out of its directory: replace it by the file, or remove it.")
     if not path.is_file():
-        raise UserError(f"{path} is no file: put one there, or take it out.")
+        raise UserError(f"{path} is not a regular file: replace or remove it.")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """What a file holds as one JSON object."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}): save the model again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: save the model again.")
+        raise UserError(f"{path} is not a JSON object: save the model again.")
     return content
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
 
 
-def _code_of(folder: Path, trust_remote_code: bool) -> dict[str, Path]:
-    """The files of the model's own code: those that its configs name, and what these import of their neighbours."""
-    waiting = set[str]()
+def _code_files(directory: Path, trust_remote_code: bool) -> dict[str, Path]:
+    """Collect the modules that `auto_map` names in the configs, and the modules that these import."""
+    pending = set[str]()
     for name in (CONFIG, "tokenizer_config.json"):
-        auto_map = _json(folder / name).get("auto_map") if (folder / name).exists() else None
-        for places in (auto_map or {}).values() if isinstance(auto_map or {}, dict) else [auto_map]:
-            named = places if isinstance(places, list) else [places]  # of a tokenizer: the slow one and the fast one
-            waiting |= {str(place).partition(".")[0] for place in named if place}
+        auto_map = _read_json(directory / name).get("auto_map") if (directory / name).exists() else None
+        for entry in (auto_map or {}).values() if isinstance(auto_map or {}, dict) else [auto_map]:
+            classes = entry if isinstance(entry, list) else [entry]  # a tokenizer lists its slow and its fast class
+            pending |= {str(name).partition(".")[0] for name in classes if name}
     found = set[Path]()
-    while waiting:
-        module = waiting.pop()
-        path = folder / f"{module}.py"
+    while pending:
+        module = pending.pop()
+        path = directory / f"{module}.py"
         if path in found:
             continue
         if not re.fullmatch(r"\w{1,100}", module) or not path.exists():
-            raise UserError(f"{path} is missing, which the model's config asks for: save the model again.")
-        _refuse_elsewhere(path)
+            raise UserError(f"{path} is missing, although the config of the model names it: save the model again.")
+        _check_regular_file(path)
         try:
-            waiting |= set(get_relative_imports(path))
+            pending |= set(get_relative_imports(path))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
         found.add(path)
-    own = Path(modeling_scratchgpt.__file__).parent
-    changed = sorted(path.name for path in found if not _same(path, own / path.name))
+    package = Path(modeling_scratchgpt.__file__).parent
+    _, differing, unknown = cmpfiles(directory, package, [path.name for path in found], shallow=False)
+    changed = sorted(differing + unknown)
     if changed and not trust_remote_code:
         raise UserError(
-            f"{folder}: {', '.join(changed)} is not the code of this package: load the model and save it again, or, if you "
-            "have read it and trust it, pass --trust_remote_code."
+            f"{directory}: {', '.join(changed)} differs from the code of this package: load the model and save it again, or, "
+            "if you have read the code and trust it, pass --trust_remote_code."
         )
     return {path.name: path for path in found}
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -46,7 +46,7 @@ def texts(split: list[Example]) -> set[str]:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
-def test_every_kind_of_file_gives_the_same_examples(tmp_path, ending):
+def test_every_file_format_gives_the_same_examples(tmp_path, ending):
     read = read_examples(ExampleArguments(dataset=[write(tmp_path / f"rows{ending}", ROWS)]), seed=0)
     expected = read_examples(ExampleArguments(dataset=[write(tmp_path / "other.jsonl", ROWS)]), seed=0)
     assert read == expected
@@ -60,7 +60,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, ending):
 
 @pytest.mark.parametrize("name", ["rows.tsv", "Rows"])
 def test_a_table_without_a_header(tmp_path, name):
-    """As the SMS Spam Collection is: tabs, no names of columns, no ending."""
+    """Like the SMS Spam Collection: tabs, no column names, no extension."""
     arguments = ExampleArguments(dataset=[write(tmp_path / name, ROWS)], columns=["text", "label"])
     check_examples(arguments)
     read = read_examples(arguments, seed=0)
@@ -75,35 +75,38 @@ def test_the_seed_decides_the_splits_and_the_order_of_the_rows_does_not(tmp_path
     assert texts(read_examples(one, seed=1).splits["test"]) != test
 
 
-def test_copies_stay_on_one_side_and_the_shares_hold(tmp_path):
+def test_duplicates_stay_in_one_split_and_the_fractions_hold(tmp_path):
     rows = [row for row in ROWS for _ in range(5)]
     read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0)
-    assert read.copies == dict.fromkeys(SPLITS, 0)
+    assert read.duplicates == dict.fromkeys(SPLITS, 0)
     assert [len(read.splits[name]) for name in SPLITS] == [140, 20, 40]
 
 
-def test_splits_that_are_given_lose_what_stands_in_later_ones(tmp_path):
+def test_given_splits_lose_the_texts_of_later_ones(tmp_path):
     arguments = ExampleArguments(
         dataset=[write(tmp_path / "train.jsonl", ROWS)],
         validation_dataset=[write(tmp_path / "validation.jsonl", ROWS[:6])],
         test_dataset=[write(tmp_path / "test.jsonl", [{**ROWS[0], "text": f" {ROWS[0]['text']}\n"}, *ROWS[4:10]])],
     )
     read = read_examples(arguments, seed=0)
-    assert read.copies == {"train": 10, "validation": 3, "test": 0}
+    assert read.duplicates == {"train": 10, "validation": 3, "test": 0}
     assert [len(read.splits[name]) for name in SPLITS] == [30, 3, 7]
 
 
 def test_undersampling(tmp_path):
     rows = [{"text": f"text {number}", "label": "rare" if number % 10 == 0 else "common"} for number in range(100)]
     read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)], balance="undersample"), seed=0)
-    assert read.left_out == 80
+    assert read.undersampled == 80
     assert Counter(example.label for split in read.splits.values() for example in split) == {"rare": 10, "common": 10}
 
 
-def test_class_weights_make_all_labels_count_alike():
+def test_class_weights_balance_the_classes():
     labels = np.eye(3)[[0, 0, 0, 0, 1, 1, 2, 2]]
     weights = class_weights(labels)
     np.testing.assert_allclose(weights, [8 / 12, 8 / 6, 8 / 6])  # N / (C x count)
+    np.testing.assert_allclose(
+        class_weights(np.eye(4)[[0, 0, 2]]), [3 / 8, 3 / 4, 3 / 4, 3 / 4]
+    )  # absent classes as one example
     np.testing.assert_allclose((labels @ weights).mean(), 1)
     np.testing.assert_allclose((labels * weights).sum(0), 8 / 3)
 
@@ -115,7 +118,7 @@ def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
     np.testing.assert_array_equal(as_numbers(read.splits["test"][:1], read.names, "single_label_classification").sum(), 1)
 
 
-def test_several_labels_a_text(tmp_path):
+def test_several_labels_per_text(tmp_path):
     lists = [{"text": f"text {n}", "label": [name for name, k in (("two", 2), ("three", 3)) if n % k == 0]} for n in range(40)]
     columns = [{"text": f"text {n}", "three": int(n % 3 == 0), "two": n % 2 == 0} for n in range(40)]
     arguments = ExampleArguments(dataset=[write(tmp_path / "lists.jsonl", lists)], problem_type=MULTI)
@@ -141,13 +144,13 @@ def test_numbers_to_predict(tmp_path):
     assert len(numbers) == 28
 
 
-def test_a_dataset_of_the_hub_brings_its_splits_and_the_names_of_its_labels(monkeypatch):
+def test_a_hub_dataset_has_its_own_splits_and_label_names(monkeypatch):
     features = Features({"sentence": Value("string"), "feeling": ClassLabel(names=["sad", "glad"])})
     parts = {
         name: Dataset.from_dict({"sentence": [f"{name} {n}" for n in range(10)], "feeling": [0, 1] * 5}, features=features)
         for name in ("train", "validation", "unsupervised")
     }
-    # Labels that are kept secret are -1: such a split is none.
+    # Labels that are not published are -1: such a split is ignored.
     parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
     monkeypatch.setattr(training.data.sources, "load_dataset", lambda *_: DatasetDict(parts))
     arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
@@ -159,7 +162,7 @@ def test_a_dataset_of_the_hub_brings_its_splits_and_the_names_of_its_labels(monk
         read_examples(replace(arguments, text_column="text"), seed=0)
 
 
-def test_docstrings_keep_the_modules_together(monkeypatch):
+def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):
     rows = [
         {"library": library, "module": f"{library}.{n // 10}", "signature": "", "docstring": f"What {library} says on {n}."}
         for library in ("numpy", "torch")
@@ -184,42 +187,26 @@ def rows_with(**changes) -> list[dict]:
         ([{**row, "label": "same"} for row in ROWS], {}, "every example of the training split has the label 'same'"),
         (rows_with(text="  "), {}, "rows.jsonl: line 6 has an empty text under 'text': leave this row out"),
         (rows_with(text=None), {}, "line 6 has an empty text"),
-        (
-            [*rows_with(text=""), {**ROWS[6], "text": ""}],
-            {},
-            "line 6 has an empty text .*, and so have 1 more of its rows",
-        ),
+        ([*rows_with(text=""), {**ROWS[6], "text": ""}], {}, "line 6 has an empty text .*, and so have 1 more rows"),
         (rows_with(label=None), {}, "line 6 has no label under 'label' but None"),
         (rows_with(label=" "), {}, "line 6 has no label under 'label' but ' '"),
-        (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': give names, or --problem_type regression"),
-        (rows_with(label="\ud800"), {}, "line 6 holds half of a character"),
+        (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': use names, or --problem_type regression"),
+        (rows_with(label="\ud800"), {}, "line 6 has half of a character"),
         (rows_with(label=["a"]), {}, "line 6 has a list under 'label'.*--problem_type multi_label_classification"),
         (ROWS, {"text_column": "body"}, "line 1 has no 'body'; it has text, label. Set --text_column"),
         (ROWS, {"label_column": ["kind"]}, "line 1 has no 'kind'; it has text, label. Set --label_column"),
         (ROWS, {"problem_type": REGRESSION}, "line 1 has no number under 'label' but 'even'"),
-        (
-            [{**row, "label": 1e30} for row in ROWS],
-            {"problem_type": REGRESSION},
-            r"line 1 has 1e\+30 under 'label', too large to be told: scale the numbers to about 1",
-        ),
-        (
-            [{**row, "label": 10**400} for row in ROWS],
-            {"problem_type": REGRESSION},
-            "line 1 has no number under 'label' but 1000",
-        ),
+        (rows_with(label=1e30)[5:], {"problem_type": REGRESSION}, r"1e\+30 under 'label', too large a number: scale them"),
+        (rows_with(label=10**400)[5:], {"problem_type": REGRESSION}, "line 1 has no number under 'label' but 1000"),
         ([{**row, "label": []} for row in ROWS], {"problem_type": MULTI}, "no example of the training split has a label"),
-        (ROWS, {"columns": ["text", "label"]}, "rows.jsonl names its own columns: leave out --columns"),
+        (ROWS, {"columns": ["text", "label"]}, "rows.jsonl has its own column names: leave out --columns"),
         (ROWS, {"problem_type": MULTI}, "line 1 has no list under 'label' but 'even'"),
-        (
-            rows_with(label="new"),
-            {"dataset_rows": ROWS[:4]},
-            "the test split has labels that the training split has not: 'new'",
-        ),
-        (ROWS[:3], {}, "nothing is left for the validation split"),
-        ([], {}, "there is no example in it"),
+        (rows_with(label="new"), {"dataset_rows": ROWS[:4]}, "the test split has labels that the .* does not have: 'new'"),
+        (ROWS[:3], {}, "the validation split is empty"),
+        ([], {}, "has no examples"),
     ],
 )
-def test_refusals(tmp_path, rows, changes, message):
+def test_invalid_rows_and_columns(tmp_path, rows, changes, message):
     changes = dict(changes)
     if train := changes.pop("dataset_rows", None):
         changes |= {"test_dataset": [write(tmp_path / "rows.jsonl", rows)], "validation_fraction": 0.5}
@@ -232,20 +219,20 @@ def test_refusals(tmp_path, rows, changes, message):
 def test_columns_are_named_once(tmp_path):
     table = tmp_path / "rows.csv"
     table.write_text("text,label,label\na,b,c\n")
-    with pytest.raises(UserError, match="rows.csv has two columns 'label': give each a name of its own"):
+    with pytest.raises(UserError, match="rows.csv has two columns 'label': give each its own name"):
         check_examples(ExampleArguments(dataset=[str(table)]))
     table.write_text("text,label\n\na,b\n")
-    check_examples(ExampleArguments(dataset=[str(table)]))  # an empty line is none
-    with pytest.raises(UserError, match="line 1 holds the names of the columns: leave out --columns"):
+    check_examples(ExampleArguments(dataset=[str(table)]))  # an empty line is skipped
+    with pytest.raises(UserError, match="line 1 has the names of the columns: leave out --columns"):
         check_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
 
 
 def test_a_table_that_begins_with_data_and_the_wrong_column(tmp_path):
     table = tmp_path / "rows.tsv"
     table.write_text("".join(f"{('even', 'odd')[n % 2]}\tThe number {n}\n" for n in range(40)))
-    with pytest.raises(UserError, match="Set --text_column, or, if these are no names but the first row, .* by --columns"):
+    with pytest.raises(UserError, match="Set --text_column, or, if these are not names but the first row, .* with --columns"):
         check_examples(ExampleArguments(dataset=[str(table)]))
-    with pytest.raises(UserError, match="--label_column holds 40 different labels for 40 texts, such as 'The number 0'"):
+    with pytest.raises(UserError, match="--label_column has 40 different labels for 40 texts, such as 'The number 0'"):
         read_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]), seed=0)
 
 
@@ -254,31 +241,27 @@ def test_odd_numbers_as_labels(tmp_path):
     assert read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0).names == ["--5", "3", "²"]
 
 
-def test_a_csv_of_numbers_is_not_taken_for_names(tmp_path):
+def test_numbers_in_a_csv_are_not_label_names(tmp_path):
     rows = [{"text": f"text {n}", "label": n / 4} for n in range(40)]
-    with pytest.raises(UserError, match=r"--label_column holds numbers such as 0\.25: give names, or --problem_type"):
+    with pytest.raises(UserError, match=r"--label_column has numbers such as 0\.25: use names, or --problem_type"):
         read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.csv", rows)]), seed=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_fraction": 0.0}, "--validation_fraction 0 leaves nothing to choose by"),
-        (
-            {"test_fraction": 0.95},
-            "--validation_fraction 0.1 and --test_fraction 0.95 must be zero or more, and leave",
-        ),
-        ({"test_fraction": -0.1}, "--test_fraction -0.1 must be zero or more"),
+        ({"validation_fraction": 0.0}, "--validation_fraction 0 leaves nothing to validate with"),
+        ({"test_fraction": 0.95}, "--validation_fraction 0.1 and --test_fraction 0.95 leave nothing to train on"),
         ({"label_column": []}, "--label_column is empty"),
         ({"label_column": ["text"]}, "--label_column text and --text_column must be different columns"),
         ({"label_column": ["a", "b"]}, "several columns are for --problem_type multi_label_classification or regression"),
-        ({"balance": "weights", "problem_type": MULTI}, "--balance weights is for one label a text"),
+        ({"balance": "weights", "problem_type": MULTI}, "--balance weights is for one label per text"),
         ({"dataset": []}, "--dataset is empty"),
-        ({"dataset": ["docs", "x.csv"]}, "--dataset docs is split by modules: give it alone"),
-        ({"problem_type": REGRESSION}, "--dataset docs brings one label a text"),
-        ({"dataset": ["missing.csv"]}, "missing.csv: no such file or folder"),
+        ({"dataset": ["docs", "x.csv"]}, "--dataset docs is split by modules and cannot be combined"),
+        ({"problem_type": REGRESSION}, "--dataset docs has one label per text"),
+        ({"dataset": ["missing.csv"]}, "missing.csv: no such file or directory"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_read(changes, message):
+def test_invalid_arguments_are_rejected_before_anything_is_read(changes, message):
     with pytest.raises(UserError, match=message):
         check_examples(replace(ExampleArguments(), **changes))

@@ -8,21 +8,23 @@ from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from training.data import tokens as tokens_module
-from training.data.tokens import cut_into_pieces, tokenize, train_tokenizer
+from training.data.datasets import PaddedExamples
+from training.data.tokens import cut_into_pieces, tokenize_documents, tokenize_texts, train_tokenizer
 from training.errors import UserError
 
 TEXTS = Dataset.from_dict({"text": ["to be or not to be", "that is the question", "größer 🙂"]})
 
 
-def test_token_file_holds_the_documents_between_their_marks(tmp_path, monkeypatch):
+def test_documents_are_between_bos_and_eos(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tokenizer = train_tokenizer(TEXTS, 270, "bpe", context_length=16)
-    tokens = tokenize(TEXTS, tokenizer, "test")
+    tokens = tokenize_documents(TEXTS, tokenizer, "test")
     expected = []
     for text in TEXTS["text"]:
         expected += [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert tokens.ids.tolist() == expected
-    assert tokens.starts.tolist() == [place for place, token in enumerate(expected) if token == tokenizer.bos_token_id]
+    starts = [index for index, token in enumerate(expected) if token == tokenizer.bos_token_id]
+    assert tokens.offsets.tolist() == [*starts, len(expected)]
     assert tokens.ids.dtype == np.uint16
     assert tokens.num_bytes == sum(len(text.encode()) for text in TEXTS["text"])
     assert tokenizer.model_max_length == 16
@@ -32,20 +34,20 @@ def test_token_file_holds_the_documents_between_their_marks(tmp_path, monkeypatc
 def test_special_tokens_in_a_text_are_text(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tokenizer = ScratchGPTTokenizer.train(["a"], 259)
-    ids = tokenize(Dataset.from_dict({"text": ["a<|eos|>b"]}), tokenizer, "test").ids.tolist()
+    ids = tokenize_documents(Dataset.from_dict({"text": ["a<|eos|>b"]}), tokenizer, "test").ids.tolist()
     assert ids[1:-1].count(tokenizer.eos_token_id) == 0
     assert tokenizer.decode(ids[1:-1]) == "a<|eos|>b"
-    assert tokenizer.eos_token_id in tokenizer("a<|eos|>b")["input_ids"]  # elsewhere it means what it says
+    assert tokenizer.eos_token_id in tokenizer("a<|eos|>b")["input_ids"]  # elsewhere it is a special token
 
 
-def test_what_is_cached_is_reused_until_something_changes(tmp_path, monkeypatch):
+def test_cached_files_are_reused_until_something_changes(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
 
     def files():
         return {path.name for path in (tmp_path / "scratchgpt").iterdir()}
 
     def make(texts, vocab_size):
-        return tokenize(texts, train_tokenizer(texts, vocab_size, "bpe", 16), "test")
+        return tokenize_documents(texts, train_tokenizer(texts, vocab_size, "bpe", 16), "test")
 
     make(TEXTS, 270)
     first = files()
@@ -60,22 +62,22 @@ def test_what_is_cached_is_reused_until_something_changes(tmp_path, monkeypatch)
 def test_a_truncated_token_file_is_made_again(tmp_path, monkeypatch, size):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tokenizer = train_tokenizer(TEXTS, 270, "bpe", 16)
-    whole = tokenize(TEXTS, tokenizer, "test").ids.tolist()
+    whole = tokenize_documents(TEXTS, tokenizer, "test").ids.tolist()
     (file,) = (tmp_path / "scratchgpt").glob("*.uint16")
     os.truncate(file, size)
-    assert tokenize(TEXTS, tokenizer, "test").ids.tolist() == whole
+    assert tokenize_documents(TEXTS, tokenizer, "test").ids.tolist() == whole
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path, monkeypatch):
+def test_a_corrupt_tokenizer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     train_tokenizer(TEXTS, 270, "bpe", 16)
     (file,) = (tmp_path / "scratchgpt").glob("*.json")
     os.truncate(file, 100)
-    with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is corrupt .*: delete it"):
         train_tokenizer(TEXTS, 270, "bpe", 16)
 
 
-def test_nothing_half_made_stays(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     tokenizer = ScratchGPTTokenizer.train(["a"], 259)
 
@@ -84,7 +86,7 @@ def test_nothing_half_made_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "array", fail)
     with pytest.raises(KeyboardInterrupt):
-        tokenize(TEXTS, tokenizer, "test")
+        tokenize_documents(TEXTS, tokenizer, "test")
     assert not list((tmp_path / "scratchgpt").iterdir())
 
 
@@ -96,17 +98,17 @@ def test_a_long_document_is_tokenized_as_a_whole_piece_by_piece(tmp_path, monkey
     texts = Dataset.from_dict({"text": ["short", text, "", text[5:]]})
     for kind in ("bpe", "bpe-gpt4"):
         tokenizer = ScratchGPTTokenizer.train([text], 400, kind=kind)
-        tokens = tokenize(texts, tokenizer, "test")
+        tokens = tokenize_documents(texts, tokenizer, "test")
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         expected = [[bos, *tokenizer(row)["input_ids"], eos] for row in texts["text"]]
         assert tokens.ids.tolist() == [token for row in expected for token in row]
-        assert np.diff(np.append(tokens.starts, len(tokens.ids))).tolist() == [len(row) for row in expected]
+        assert tokens.lengths.tolist() == [len(row) for row in expected]
 
 
 @settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab1 \n.,'ü"), max_size=300), size=st.integers(1, 30))
 @example(text="x" * 100, size=3)
-def test_pieces_are_the_text(text, size):
+def test_pieces_add_up_to_the_text(text, size):
     original = tokens_module.PIECE, tokens_module.LONGEST_PIECE
     tokens_module.PIECE, tokens_module.LONGEST_PIECE = size, 4 * size
     try:
@@ -125,3 +127,21 @@ def test_the_cached_tokenizer_is_the_trained_one(tmp_path, monkeypatch):
         for loaded in (first, again):
             assert loaded.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
             assert loaded.special_tokens_map == trained.special_tokens_map
+
+
+def test_texts_are_tokenized_as_by_users():
+    """`pipeline` gives the model what it was trained on."""
+    words = TEXTS["text"][:]
+    tokenizer = ScratchGPTTokenizer.train(words * 9, 290)
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    examples, num_truncated = tokenize_texts(words, tokenizer, max_length=5, labels=np.eye(3, dtype=np.float32))
+    for index, text in enumerate(words):
+        row = PaddedExamples(examples)[index]
+        assert row["input_ids"].tolist() == tokenizer(text, truncation=True, max_length=5)["input_ids"]
+        assert row["input_ids"][0] == tokenizer.bos_token_id
+        assert row["input_ids"][-1] == tokenizer.eos_token_id, "a truncated text still has its end"
+        assert row["labels"].tolist() == np.eye(3)[index].tolist()
+    lengths = [len(tokenizer(text)["input_ids"]) for text in words]
+    assert num_truncated == sum(length > 5 for length in lengths) > 0
+    assert examples.lengths.tolist() == [min(length, 5) for length in lengths]
+    assert tokenize_texts(words, tokenizer, max_length=max(lengths))[1] == 0

@@ -1,5 +1,4 @@
 import copy
-import json
 import math
 
 import psutil
@@ -9,9 +8,10 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.engine.arguments import EngineArguments
 from training.engine.loop import start_accelerator, training_steps
-from training.engine.metrics import LMMetrics, MetricsFile, evaluate
-from training.engine.optimizers import make_optimizers, make_schedules
+from training.engine.metrics import evaluate
+from training.engine.optimizers import build_optimizers
 from training.errors import UserError
 
 
@@ -27,10 +27,10 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
     return result
 
 
-def train(model: ScratchGPTForCausalLM, loader, accumulation: int = 1, clip: float = 1.0, learning_rate: float = 1e-2):
-    optimizers = make_optimizers(model, "adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.1)
-    schedules = make_schedules(optimizers, "cosine", 2, 10, min_lr_ratio=0.1, decay_ratio=0.2)
-    return list(training_steps(Accelerator(), model, optimizers, schedules, loader, accumulation, clip))
+def train(model: ScratchGPTForCausalLM, dataloader, first_step: int = 1, **options):
+    arguments = EngineArguments(**{"learning_rate": 1e-2, "max_steps": 10, "warmup_ratio": 0.2, **options})
+    optimizers, schedulers = build_optimizers(arguments, model)
+    return list(training_steps(Accelerator(), model, optimizers, schedulers, dataloader, arguments, first_step))
 
 
 def joined(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_accumulation_is_one_large_batch(tiny_model):
     other = copy.deepcopy(tiny_model)
     small = batches(12)
     large = [joined(small[index : index + 3]) for index in range(0, 12, 3)]
-    accumulated, at_once = train(tiny_model, small, accumulation=3), train(other, large)
+    accumulated, at_once = train(tiny_model, small, gradient_accumulation_steps=3), train(other, large)
     assert len(accumulated) == len(at_once) == 4
     for one, two in zip(accumulated, at_once, strict=True):
         assert one.loss == pytest.approx(two.loss, rel=1e-5)
@@ -53,7 +53,7 @@ def test_accumulation_is_one_large_batch(tiny_model):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
-def test_what_a_step_says_is_true(tiny_model):
+def test_the_fields_of_a_step(tiny_model):
     (batch,) = batches(1)
     with torch.no_grad():
         expected = tiny_model(**batch).loss.item()
@@ -61,7 +61,7 @@ def test_what_a_step_says_is_true(tiny_model):
     assert step.number == 1
     assert step.loss == pytest.approx(expected, rel=1e-5)
     assert step.tokens == (batch["shift_labels"] != IGNORE_INDEX).sum()
-    assert step.learning_rate == 0.005  # the first of two steps of warm-up
+    assert step.learning_rate == 0.005  # the first of two warmup steps
     assert step.grad_norm > 0
     assert step.seconds > 0
 
@@ -73,15 +73,15 @@ def test_loss_falls(tiny_model):
 
 def test_the_gradient_is_clipped(tiny_model):
     other = copy.deepcopy(tiny_model)
-    (free,), (clipped,) = train(tiny_model, batches(1), clip=1e9), train(other, batches(1), clip=1e-3)
-    assert free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)  # told as it was before clipping
+    (free,), (clipped,) = train(tiny_model, batches(1), max_grad_norm=1e9), train(other, batches(1), max_grad_norm=1e-3)
+    assert free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)  # before clipping
     assert clipped.grad_norm > 1e-3
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss of step 1 is nan: .* Lower --learning_rate"):
+    with pytest.raises(UserError, match="the loss of step 1 is nan: the run has diverged. Lower --learning_rate"):
         train(tiny_model, batches(2))
 
 
@@ -93,9 +93,7 @@ def test_the_dropout_of_a_step_does_not_depend_on_the_steps_before(tiny_config):
     for before, first_step in ((0, 3), (5, 3), (5, 4)):
         torch.rand(before)
         model = copy.deepcopy(start)
-        optimizers = make_optimizers(model, "adamw", 1e-2, 0.02, 0.1)
-        schedules = make_schedules(optimizers, "cosine", 2, 10, 0.1, 0.2)
-        (step,) = training_steps(Accelerator(), model, optimizers, schedules, batches(1), 1, 1.0, 7, first_step)
+        (step,) = train(model, batches(1), first_step, seed=7)
         assert step.number == first_step
         losses.append(step.loss)
     assert losses[0] == losses[1] != losses[2]
@@ -116,40 +114,11 @@ def test_evaluation_by_hand(tiny_model):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
 
 
-def test_an_evaluation_that_is_no_number_stops_the_run(tiny_model):
+def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss on the text is nan"):
+    with pytest.raises(UserError, match="the held-out loss is nan"):
         evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    first = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
-    first.write(1, LMMetrics(1.0, 2.0, 3.0))
-    with pytest.raises(UserError, match="another run has taken it meanwhile"):
-        MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
-    with pytest.raises(UserError, match="another run is writing there. Wait for its end"):
-        MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=0)
-    rows = first.rows
-    del first
-    assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=1).rows == rows
-
-
-def test_a_run_that_goes_on_forgets_what_came_after(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", Accelerator())
-    for step in (0, 5, 10):
-        metrics.write(step, LMMetrics(float(step), 2.0, 3.0))
-    with open(metrics.path, "ab") as file:
-        file.write(b'{"step": 11, "lo\xff')  # killed here
-    rows = metrics.rows
-    del metrics
-    resumed = MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=5)
-    assert resumed.rows == rows[:2]
-    resumed.write(6, LMMetrics(6.0, 2.0, 3.0))
-    rows = [json.loads(line) for line in resumed.path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 5, 6]
-    del resumed
-    assert MetricsFile(tmp_path / "metrics.jsonl", Accelerator(), resumed_at=-1).rows == []
 
 
 def test_a_uniform_model_has_the_loss_of_chance(tiny_model):
@@ -159,7 +128,7 @@ def test_a_uniform_model_has_the_loss_of_chance(tiny_model):
     assert result.loss == pytest.approx(math.log(300), rel=1e-5)
 
 
-def test_all_cores_are_used_when_the_launcher_asked_for_one(monkeypatch):
+def test_all_cores_are_used_although_the_launcher_sets_one_thread(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -10,27 +10,31 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import on_two_processes
 from training.engine import optimizers
-from training.engine.optimizers import (
-    SCHEDULES,
-    Muon,
-    make_optimizers,
-    make_schedules,
-    muon_initialization,
-    orthogonalize,
-    schedule_factor,
-)
+from training.engine.optimizers import SCHEDULES, Muon, build_optimizers, lr_factor, muon_initialization, orthogonalize
+from training.engine.train import EngineArguments
 
 SHAPES = [(32, 32), (16, 48), (48, 16), (1, 8), (8, 1)]
 
 
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch):
-    """Every processor gives the same numbers; what bfloat16 makes of them has a test of its own."""
+    """Makes results independent of the processor; bfloat16 has a test of its own."""
     monkeypatch.setattr(optimizers, "matmul_dtype", lambda device: torch.float32)
 
 
 def random_matrices(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def build(model: torch.nn.Module, optimizer: str, learning_rate: float = 1e-2) -> list[torch.optim.Optimizer]:
+    arguments = EngineArguments(
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        muon_learning_rate=2 * learning_rate,
+        weight_decay=0.1,
+        warmup_ratio=0.0,
+    )
+    return build_optimizers(arguments, model)[0]
 
 
 def backward(model: ScratchGPTForCausalLM, seed: int = 0) -> None:
@@ -47,25 +51,27 @@ def one_step(model: ScratchGPTForCausalLM, optimizers: list[torch.optim.Optimize
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalised_matrices_keep_their_vectors_and_lose_their_scale(shape):
+def test_orthogonalize_keeps_singular_vectors_and_sets_singular_values_to_about_1(shape):
     matrix = random_matrices(*shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalize(matrix[None])[0]
-    moved = left.T @ result @ right.T  # diagonal, as the singular vectors are the same
-    torch.testing.assert_close(moved, moved.diagonal().diag(), atol=1e-4, rtol=0)
-    lifted = values / values.norm() > 0.01  # smaller ones need more steps
-    assert moved.diagonal()[lifted].min() > 0.65
-    assert moved.diagonal().max() < 1.25
+    matrices = torch.stack([random_matrices(*shape).flip(0), matrix])
+    result = orthogonalize(matrices)[1]
+    torch.testing.assert_close(result, orthogonalize(matrix[None])[0], atol=1e-5, rtol=1e-4)  # a batch equals its matrices
+    new_values = left.T @ result @ right.T  # diagonal if the singular vectors are the same
+    torch.testing.assert_close(new_values, new_values.diagonal().diag(), atol=1e-4, rtol=0)
+    is_large = values / values.norm() > 0.01  # smaller ones need more steps
+    assert new_values.diagonal()[is_large].min() > 0.65
+    assert new_values.diagonal().max() < 1.25
 
 
-def test_the_scale_of_a_gradient_does_not_matter_and_zero_stays_zero():
+def test_orthogonalize_ignores_the_scale_and_keeps_zero():
     matrices = random_matrices(2, 8, 12)
     torch.testing.assert_close(orthogonalize(1e-3 * matrices), orthogonalize(1e3 * matrices), atol=1e-2, rtol=1e-2)
     assert orthogonalize(torch.zeros(1, 8, 12)).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_is_near_enough(shape, monkeypatch):
+def test_orthogonalize_in_bfloat16_is_close_to_float32(shape, monkeypatch):
     matrices = random_matrices(3, *shape)
     exact = orthogonalize(matrices)
     monkeypatch.setattr(optimizers, "matmul_dtype", lambda device: torch.bfloat16)
@@ -74,7 +80,7 @@ def test_bfloat16_is_near_enough(shape, monkeypatch):
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-def test_products_are_in_bfloat16_only_where_the_processor_has_it(monkeypatch):
+def test_matmul_dtype_is_bfloat16_only_if_the_processor_supports_it(monkeypatch):
     monkeypatch.undo()
     for capabilities, dtype in (
         ({"avx512_bf16": True}, torch.bfloat16),
@@ -87,15 +93,8 @@ def test_products_are_in_bfloat16_only_where_the_processor_has_it(monkeypatch):
     assert optimizers.matmul_dtype(torch.device("meta")) == torch.float32
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_is_orthogonalised_as_its_matrices_one_by_one(shape):
-    matrices = random_matrices(3, *shape)
-    one_by_one = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
-    torch.testing.assert_close(orthogonalize(matrices), one_by_one, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_muon_is_torchs_but_in_float32(shape):
+def test_muon_equals_torch_optim_muon(shape):
     start = random_matrices(*shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     optimizers = [Muon([ours], lr=0.1, weight_decay=0.5), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5)]
@@ -108,7 +107,7 @@ def test_muon_is_torchs_but_in_float32(shape):
     torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.01)
 
 
-def test_a_muon_step_by_hand():
+def test_muon_step_equals_arithmetic_by_hand():
     parameter = torch.nn.Parameter(torch.eye(4, 2))
     optimizer = Muon([parameter], lr=0.5, weight_decay=0.2)
     gradients = [random_matrices(4, 2), random_matrices(2, 4).T]
@@ -121,7 +120,7 @@ def test_a_muon_step_by_hand():
     torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_a_muon_step_runs_the_closure_with_gradients_and_skips_what_has_none():
+def test_muon_step_runs_the_closure_and_skips_parameters_without_gradient():
     used, unused = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.eye(3))
 
     def closure():
@@ -135,10 +134,10 @@ def test_a_muon_step_runs_the_closure_with_gradients_and_skips_what_has_none():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muon_gets_the_blocks_matrices_and_adamw_the_rest(tiny_config, tied):
+def test_muon_is_for_matrices_of_blocks_and_adamw_for_all_others(tiny_config, tied):
     tiny_config.tie_word_embeddings = tied
     model = ScratchGPTForCausalLM(tiny_config)
-    muon, adamw = make_optimizers(model, "muon", 1e-2, 2e-2, weight_decay=0.1)
+    muon, adamw = build(model, "muon")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     hidden, rest = ([names[id(p)] for group in o.param_groups for p in group["params"]] for o in (muon, adamw))
     matrices = 7 if tiny_config.mlp_type == "gated" else 6
@@ -151,26 +150,26 @@ def test_muon_gets_the_blocks_matrices_and_adamw_the_rest(tiny_config, tied):
     assert [(g["lr"], g["weight_decay"]) for o in (muon, adamw) for g in o.param_groups] == [(2e-2, 0.1), (1e-2, 0.0)]
 
 
-def test_adamw_decays_matrices_only(tiny_model):
-    (optimizer,) = make_optimizers(tiny_model, "adamw", 1e-3, 2e-2, weight_decay=0.1)
+def test_adamw_decays_only_matrices(tiny_model):
+    (optimizer,) = build(tiny_model, "adamw", 1e-3)
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"], free["lr"]) == (0.1, 0.0, 1e-3)
-    assert all(parameter.ndim == 2 for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in free["params"])
-    assert sum(map(len, (decayed["params"], free["params"]))) == len(list(tiny_model.parameters()))
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(tiny_model.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_frozen_parameters_are_left_out(tiny_model, name):
+def test_frozen_parameters_are_excluded(tiny_model, name):
     tiny_model.model.layers[0].requires_grad_(False)
     frozen = {id(parameter) for parameter in tiny_model.model.layers[0].parameters()}
-    for optimizer in make_optimizers(tiny_model, name, 1e-3, 2e-2, weight_decay=0.1):
+    for optimizer in build(tiny_model, name):
         assert not frozen & {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_loss_falls(tiny_model, name):
-    optimizers = make_optimizers(tiny_model, name, 1e-2, 2e-2, weight_decay=0.1)
+def test_loss_decreases(tiny_model, name):
+    optimizers = build(tiny_model, name)
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(10):
@@ -180,7 +179,7 @@ def test_loss_falls(tiny_model, name):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muons_start_is_a_model_that_knows_nothing_yet(tiny_config, tied):
+def test_muon_initialization(tiny_config, tied):
     tiny_config.tie_word_embeddings = tied
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
@@ -199,22 +198,25 @@ def test_muons_start_is_a_model_that_knows_nothing_yet(tiny_config, tied):
     assert reading.std().item() == pytest.approx(tiny_config.initializer_range if tied else 32**-0.5, rel=0.1)
 
 
-def test_unknown_names_are_refused(tiny_model):
+def test_unknown_names(tiny_model):
     with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of adamw, muon"):
-        make_optimizers(tiny_model, "sgd", 1e-3, 1e-3, 0.0)
+        build_optimizers(EngineArguments(optimizer="sgd"), tiny_model)
     with pytest.raises(ValueError, match="unknown schedule 'step': choose one of cosine, linear, wsd"):
-        make_schedules([], "step", 0, 10, 0.1, 0.2)
+        build_optimizers(EngineArguments(lr_scheduler_type="step"), tiny_model)
 
 
-def test_schedules_by_hand():
+def test_schedules_equal_arithmetic_by_hand(tiny_model):
     def rates(kind: str) -> list[float]:
-        optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate) for rate in (1.0, 10.0)]
-        schedules = make_schedules(optimizers, kind, warmup_steps=4, max_steps=12, min_lr_ratio=0.2, decay_ratio=0.5)
+        arguments = EngineArguments(
+            optimizer="muon", learning_rate=1.0, muon_learning_rate=10.0, lr_scheduler_type=kind, max_steps=12,
+            warmup_ratio=4 / 12, min_lr_ratio=0.2, decay_ratio=0.5,
+        )  # fmt: skip
+        optimizers, schedules = build_optimizers(arguments, tiny_model)
         result = []
         for _ in range(14):
-            one, ten = (schedule.get_last_lr()[0] for schedule in schedules)
-            assert ten == pytest.approx(10 * one)
-            result.append(one)
+            muon, adamw = (schedule.get_last_lr()[0] for schedule in schedules)
+            assert muon == pytest.approx(10 * adamw)
+            result.append(adamw)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
@@ -225,20 +227,17 @@ def test_schedules_by_hand():
     assert rates("wsd") == pytest.approx([*up, 1, 1, 1, 1 - 0.4 / 3, 1 - 0.8 / 3, 0.6, 1 - 1.6 / 3, 1 - 2 / 3, 0.2, 0.2])
     cosine = rates("cosine")
     assert cosine[:5] == pytest.approx([*up, 1])
-    assert cosine[8] == pytest.approx(0.6)  # half of the way down
+    assert cosine[8] == pytest.approx(0.6)  # halfway down
     assert cosine[12:] == pytest.approx([0.2, 0.2])
 
 
-@given(
-    kind=st.sampled_from(SCHEDULES),
-    warmup_steps=st.integers(0, 50),
-    max_steps=st.integers(1, 200),
-    min_lr_ratio=st.floats(0, 1),
-    decay_ratio=st.floats(0, 1),
-)
-def test_every_schedule_rises_then_falls(kind, warmup_steps, max_steps, min_lr_ratio, decay_ratio):
-    shape = (kind, warmup_steps, max_steps, min_lr_ratio, decay_ratio)
-    factors = [schedule_factor(step, *shape) for step in range(max(warmup_steps, max_steps) + 3)]
+@given(kind=st.sampled_from(sorted(SCHEDULES)), max_steps=st.integers(1, 200), ratios=st.tuples(*[st.floats(0, 1)] * 3))
+def test_lr_factor_rises_then_falls(kind, max_steps, ratios):
+    warmup_ratio, min_lr_ratio, decay_ratio = ratios
+    arguments = EngineArguments(lr_scheduler_type=kind, max_steps=max_steps, warmup_ratio=warmup_ratio)
+    arguments.min_lr_ratio, arguments.decay_ratio = min_lr_ratio, decay_ratio
+    warmup_steps = math.ceil(warmup_ratio * max_steps)
+    factors = [lr_factor(step, arguments) for step in range(max_steps + 3)]
     up, down = factors[:warmup_steps], factors[warmup_steps:]
     assert all(0 < factor <= 1 for factor in factors[:max_steps])
     assert up == sorted(up)
@@ -250,19 +249,19 @@ def test_every_schedule_rises_then_falls(kind, warmup_steps, max_steps, min_lr_r
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("flat", [True, False])
-def test_the_state_of_all_optimizers_comes_back(tiny_config, name, tied, flat):
-    """As checkpoints do it: the same run goes on, to the bit."""
+def test_state_dict_round_trip(tiny_config, name, tied, flat):
+    """Saved and loaded as in checkpoints, training continues bit for bit."""
     tiny_config.tie_word_embeddings = tied
     torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
-    # Flat and whole together is what torch 2.13 writes but cannot read: a whole state is read as flat or as whole.
+    # torch 2.13 writes a state that is both flat and full, but cannot read it.
     options = StateDictOptions(full_state_dict=not flat, flatten_optimizer_state_dict=flat)
-    optimizers = make_optimizers(model, name, 1e-2, 2e-2, weight_decay=0.1)
+    optimizers = build(model, name)
     one_step(model, optimizers, seed=0)
     other = copy.deepcopy(model)
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizers, options=options))
 
-    others = make_optimizers(other, name, 1e-3, 2e-3, weight_decay=0.3)
+    others = build(other, name, 1e-3)
     set_optimizer_state_dict(other, others, state, options=options)
     for optimizer, loaded in zip(optimizers, others, strict=True):
         assert [group["lr"] for group in loaded.param_groups] == [group["lr"] for group in optimizer.param_groups]
@@ -278,7 +277,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.engine import optimizers
-from training.engine.optimizers import make_optimizers
+from training.engine.optimizers import build_optimizers
+from training.engine.train import EngineArguments
 
 optimizers.matmul_dtype = lambda device: torch.float32
 kind, folder = sys.argv[1:]
@@ -290,7 +290,8 @@ if kind == "fsdp2":
     parallel = two
 else:
     parallel = DistributedDataParallel(two)
-both = [make_optimizers(model, "muon", 1e-2, 2e-2, weight_decay=0.1) for model in (one, two)]
+arguments = EngineArguments(optimizer="muon", learning_rate=1e-2, warmup_ratio=0.0)
+both = [build_optimizers(arguments, model)[0] for model in (one, two)]
 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 for step in range(3):
@@ -302,14 +303,14 @@ for step in range(3):
         for optimizer in run:
             optimizer.step()
             optimizer.zero_grad()
-    # A checkpoint on the way, read into new optimizers.
+    # Save the state and load it into new optimizers.
     state = get_optimizer_state_dict(two, both[1], options=options)
-    both[1] = make_optimizers(two, "muon", 1e-2, 2e-2, weight_decay=0.1)
+    both[1] = build_optimizers(arguments, two)[0]
     set_optimizer_state_dict(two, both[1], state, options=options)
 
 for (name, parameter), sharded in zip(one.named_parameters(), two.parameters(), strict=True):
     if name.endswith("k_proj.bias"):
-        continue  # softmax does not see it: its gradient is rounding noise, which Adam blows up to full steps
+        continue  # softmax ignores it: its gradient is rounding noise, which Adam scales up to full steps
     whole = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
     torch.testing.assert_close(whole, parameter, atol=2e-4, rtol=1e-3, msg=lambda text: name + text)
 momentum = both[1][0].state[two.get_parameter("model.layers.0.self_attn.q_proj.weight")]["momentum"]
@@ -318,6 +319,6 @@ if kind == "fsdp2":
 """
 
 
-def test_two_processes_step_as_one(tiny_model, tmp_path):
+def test_two_processes_equal_one(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     on_two_processes(PROGRAM, tmp_path, ("ddp", tmp_path / "model"), ("fsdp2", tmp_path / "model"))

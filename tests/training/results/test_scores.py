@@ -18,7 +18,7 @@ LOGITS = np.log([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.5, 0
 LABELS = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
 
 
-def test_scores_of_one_label_a_text_by_hand():
+def test_metrics_of_one_label_per_text_by_hand():
     predictions = Predictions(LOGITS, NAMES, SINGLE)
     found = predictions.full_report(LABELS)
     assert found["loss"] == pytest.approx(-np.log([0.8, 0.7, 0.3, 0.4]).mean(), rel=1e-6)
@@ -36,7 +36,7 @@ def test_scores_of_one_label_a_text_by_hand():
     json.dumps(found)
 
 
-def test_a_score_that_is_not_defined_is_left_out():
+def test_an_undefined_metric_is_left_out():
     assert "roc_auc" not in Predictions(LOGITS[:3], NAMES, SINGLE).full_report(LABELS[:3])
     assert "pearson_correlation" not in Predictions(np.ones((3, 1)), ["x"], REGRESSION).full_report(np.array([[1.0], [2], [3]]))
 
@@ -48,7 +48,7 @@ def test_calibration_error_by_hand():
     assert calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
 
 
-def test_scores_of_several_labels_a_text_by_hand():
+def test_metrics_of_several_labels_per_text_by_hand():
     logits = np.array([[2.0, -1], [0.5, 3], [-1, -2]], dtype=np.float32)
     labels = np.array([[1.0, 0], [0, 1], [0, 1]], dtype=np.float32)
     found = Predictions(logits, ["x", "y"], MULTI).full_report(labels)
@@ -61,7 +61,7 @@ def test_scores_of_several_labels_a_text_by_hand():
     assert found["roc_auc"] == pytest.approx((1 + 1 / 2) / 2)
 
 
-def test_scores_of_numbers_by_hand():
+def test_metrics_of_a_regression_by_hand():
     logits, labels = np.array([[1.0], [2], [4]]), np.array([[1.0], [3], [5]])
     found = Predictions(logits, ["stars"], REGRESSION).full_report(labels)
     assert found["loss"] == pytest.approx(2 / 3)
@@ -70,7 +70,7 @@ def test_scores_of_numbers_by_hand():
     assert found["pearson_correlation"] == pytest.approx(6 / math.sqrt(14 / 3 * 8))
 
 
-def test_probabilities_are_those_of_torch():
+def test_probabilities_equal_those_of_torch():
     torch.testing.assert_close(
         torch.from_numpy(Predictions(LOGITS, NAMES, SINGLE).probabilities), torch.from_numpy(LOGITS).double().softmax(-1)
     )
@@ -79,14 +79,15 @@ def test_probabilities_are_those_of_torch():
     )
 
 
-def test_two_processes_predict_what_one_does(tmp_path):
-    """Also where the texts are no multiple of the batch, and batches differ in length from process to process."""
+def test_two_processes_predict_the_same(tmp_path):
+    """The number of texts is not a multiple of the batch size, and the lengths of batches differ by process."""
     program = """
 import json
 from accelerate import Accelerator
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from training.engine.loop import start_accelerator
-from training.data.padding import encode, in_order_of_length, padded_loader
+from training.data.datasets import PaddedExamples, padded_dataloader, sort_by_length
+from training.data.tokens import tokenize_texts
 from training.results.scores import predict
 
 accelerator = start_accelerator()
@@ -95,18 +96,20 @@ torch.manual_seed(0)
 shape = dict(vocab_size=290, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**shape, num_labels=3, pad_token_id=2, initializer_range=0.5))
 tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
-texts = encode(["be " * n + "or not" for n in range(1, 12)], tokenizer, 64)
-order = in_order_of_length(texts.lengths)
-loader = accelerator.prepare(padded_loader(texts, tokenizer, batch_size=4, sampler=order))
-together = predict(accelerator, accelerator.prepare(model), loader, order)
+texts = ["be " * n + "or not" for n in range(1, 12)]
+examples, _ = tokenize_texts(texts, tokenizer, 64)
+order = sort_by_length(examples.lengths)
+rows = PaddedExamples(examples)
+dataloader = accelerator.prepare(padded_dataloader(rows, tokenizer.pad_token_id, batch_size=4, sampler=order))
+together = predict(accelerator, accelerator.prepare(model), dataloader, order)
 with torch.no_grad():
-    alone = torch.cat([model(torch.tensor([texts[n]["input_ids"]])).logits for n in range(11)])
+    alone = torch.cat([model(rows[n]["input_ids"][None]).logits for n in range(11)])
 torch.testing.assert_close(torch.from_numpy(together), alone, atol=1e-4, rtol=1e-4)
 """
     on_two_processes(program, tmp_path, (), ACCELERATE_USE_CPU="true")
 
 
-def test_mistakes_are_told_worst_first():
+def test_the_worst_mistakes_come_first():
     examples = [Example(text, label, text) for text, label in (("one", "a"), ("two", "b"), ("a|b <i>", "b"), ("four\n4", "c"))]
     lines = mistakes_table(examples, LABELS, Predictions(LOGITS, NAMES, SINGLE)).splitlines()
     assert lines[0] == "Mistakes: 2 of 4 texts, the worst first."
@@ -114,8 +117,8 @@ def test_mistakes_are_told_worst_first():
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
-def test_a_picture_of_labels_that_are_no_words(tmp_path, kind):
-    """Names that matplotlib would take for formulas, leave out of a legend, or make the picture of."""
+def test_a_picture_with_unusual_names(tmp_path, kind):
+    """Names that matplotlib would take for formulas or leave out of a legend, or that would fill the picture."""
     names = ["$10_$20", r"$\bad$", "_" + "x" * 5000 + "\r🙂"]
     draw_predictions(LABELS, Predictions(LOGITS, names, kind), tmp_path / "picture.png")
     width, height = struct.unpack(">II", (tmp_path / "picture.png").read_bytes()[16:24])

@@ -1,0 +1,300 @@
+"""Uploads over HTTP, to a Hub on this machine."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
+
+import hub_upload
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from tests.conftest import WITHOUT_THE_PACKAGE
+from tests.training.conftest import ROOT, snippet_of
+from tests.training.sharing.conftest import UPLOADED, edit_card, hub_environment, run_python
+from training import pretrain
+from training.errors import UserError
+
+LOAD_FROM_HUB = (
+    WITHOUT_THE_PACKAGE
+    + """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+options = {"revision": sys.argv[2], "trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **options)
+logits = model(**tokenizer("It was a dark", return_tensors="pt", return_token_type_ids=False)).logits
+print("RESULT", json.dumps([type(model).__module__, logits[0, -1].tolist()]))
+"""
+)
+
+
+def test_upload_and_load_without_the_package(hub, model, upload, tmp_path):
+    """An earlier version, pinned by its commit, gives the logits of the local model."""
+    environment = hub_environment(hub, tmp_path)
+    process = run_python(ROOT / "hub_upload.py", model, "ann/book", "--private", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "Not uploaded: .env, checkpoints, notes.txt, optimizer.pt" in process.stdout
+    repository = hub.repositories["model", "ann/book"]
+    assert repository.private
+    assert repository.commits[repository.branches["main"]].keys() - {".gitattributes"} == UPLOADED
+    (oid,) = re.findall(r"from_pretrained\('ann/book', revision='(\w{40})', trust_remote_code=True\)", process.stdout)
+    for name in UPLOADED - {"README.md"}:
+        assert hub.content("ann/book", name) == (model / name).read_bytes()
+    card = hub.content("ann/book", "README.md").decode()
+    assert "PATH_OR_HUB_ID" not in card
+    assert 'model="ann/book"' in card
+
+    edit_card(model, "\n# ", "\nLater.\n\n# ")
+    upload(model, "ann/book")
+    assert repository.branches["main"] != oid
+    process = run_python("-c", LOAD_FROM_HUB + snippet_of(card), "ann/book", oid, env=environment, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    module, logits = json.loads(re.findall("^RESULT (.*)", process.stdout, re.M)[0])
+    assert module == f"transformers_modules.ann.book.{oid}.modeling_scratchgpt"
+    local = ScratchGPTForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    with torch.no_grad():
+        expected = local(**tokenizer("It was a dark", return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected)
+
+
+def test_dry_run_sends_nothing_and_needs_no_token(hub, model, upload):
+    output = upload(model, "ann/book", "--dry_run", token="")
+    assert not hub.requests
+    for name in UPLOADED:
+        assert re.search(rf"^ *[\d,]+  {re.escape(name)}$", output, re.M)
+    total = sum((model / name).stat().st_size for name in UPLOADED - {"README.md"})
+    assert int(re.search(r"([\d,]+)  bytes in total", output)[1].replace(",", "")) == pytest.approx(total, abs=10_000)
+    assert "texts of the test data" not in output
+    (model / "mistakes.md").write_text("Mistakes: none.\n")
+    output = upload(model, "ann/book", "--dry_run", token="")
+    assert "Note: mistakes.md and README.md contain texts of the test data." in output
+
+
+def test_after_a_broken_connection_the_rest_is_sent(hub, model, upload, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five retries
+    size = (model / "model.safetensors").stat().st_size
+    hub.break_upload_after = size - 1000  # the picture is uploaded, the weights are not
+    with pytest.raises(UserError, match="the connection to the Hub broke .*: an upload changes all files or none; run"):
+        upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
+    hub.break_upload_after, hub.received = None, 0
+    upload(model, "ann/book")
+    assert hub.received == size
+    assert hub.content("ann/book", "model.safetensors") == (model / "model.safetensors").read_bytes()
+    hub.received = 0
+    upload(model, "ann/book")
+    assert hub.received == 0
+
+
+def test_broken_download_is_resumed(hub, model, upload, tmp_path):
+    upload(model, "ann/book")
+    hub.break_download_after = 10_000
+    code = "import huggingface_hub; print(huggingface_hub.hf_hub_download('ann/book', 'model.safetensors'))"
+    process = run_python("-c", code, env=hub_environment(hub, tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert hub.break_download_after is None
+    assert Path(process.stdout.strip()).read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "message"),
+    [
+        ("hf_wrong", "ann/book", "the Hub rejected ann/book .*: log in again with `hf auth login`"),
+        ("hf_reads", "ann/book", "the Hub rejected ann/book .*: use a token with write access"),
+        ("hf_ann", "bob/book", "the Hub rejected bob/book .*: use a token with write access"),
+        ("", "ann/book", "no token: log in with `hf auth login`, or set HF_TOKEN"),
+    ],
+)
+def test_no_write_access(hub, model, upload, token, repository, message):
+    with pytest.raises(UserError, match=message):
+        upload(model, repository, token=token)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("kind", ["model", "space"])
+def test_changes_by_others_are_not_overwritten(hub, model, upload, kind):
+    """A changed Space stops the upload of the model, too."""
+    upload(model, "ann/book", "--space")
+    repository, model_repository = hub.repositories[kind, "ann/book"], hub.repositories["model", "ann/book"]
+    repository.commit("main", repository.files("main")[1], "Update README.md")
+    commits = len(model_repository.commits)
+    with pytest.raises(UserError, match="ann/book .main. was changed by others, last in 'Update README.md': review"):
+        upload(model, "ann/book", "--space")
+    assert len(model_repository.commits) == commits
+    upload(model, "ann/book", "--space", "--overwrite")
+    upload(model, "ann/book", "--revision", "v2")
+    assert set(model_repository.branches) == {"main", "v2"}
+
+
+def test_private_model_is_not_sent_to_a_public_repository(hub, model, upload):
+    upload(model, "ann/book")
+    requests = len(hub.requests)
+    with pytest.raises(UserError, match="ann/book exists and is public: make it private in its settings"):
+        upload(model, "ann/book", "--private")
+    assert not any("commit/" in request for request in hub.requests[requests:])
+
+
+def test_licence_unknown_to_the_hub(hub, model, upload):
+    edit_card(model, "license: apache-2.0\n", "")
+    with pytest.raises(UserError, match=r"the Hub rejected ann/book \(.*\"license\" must be one of mit, apache-2.0"):
+        upload(model, "ann/book", "--license", "apache")
+    assert len(hub.repositories["model", "ann/book"].commits) == 1
+
+
+@pytest.mark.parametrize("answer", [b"garbage", b"{}", b"[]", b"null", b'{"url": "x"}', None])
+def test_server_that_is_not_the_hub(hub, model, upload, monkeypatch, answer):
+    """It answers something else, or nothing (None)."""
+    monkeypatch.setattr(hub_upload, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(hub, "instead", answer if answer is not None else lambda: time.sleep(5))
+    message = "the connection to the Hub broke" if answer is None else "does not answer like the Hub"
+    with pytest.raises(UserError, match=message):
+        upload(model, "ann/book")
+
+
+def test_commit_by_others_during_the_upload(hub, model, upload, monkeypatch):
+    upload(model, "ann/book")
+    repository = hub.repositories["model", "ann/book"]
+    create_commit = hub_upload.HfApi.create_commit
+
+    def create_commit_late(*arguments, **keywords):
+        repository.commit("main", repository.files("main")[1], "Update README.md")
+        return create_commit(*arguments, **keywords)
+
+    monkeypatch.setattr(hub_upload.HfApi, "create_commit", create_commit_late)
+    edit_card(model, "\n# ", "\nNew.\n\n# ")
+    with pytest.raises(UserError, match="the Hub rejected ann/book .*: it changed during the upload; run the same"):
+        upload(model, "ann/book")
+
+
+def test_stale_weights_are_deleted(hub, model, upload):
+    local = ScratchGPTForCausalLM.from_pretrained(model)
+    upload(model, "ann/book")
+    (model / "model.safetensors").unlink()
+    local.save_pretrained(model, max_shard_size="40KB")
+    upload(model, "ann/book")
+    names = set(hub.repositories["model", "ann/book"].files("main")[1])
+    assert "model.safetensors" not in names
+    assert "model.safetensors.index.json" in names
+
+
+def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mount, tmp_path):
+    upload(model, "ann/book")
+    disk, out = mount("size=128k"), tmp_path / "out"
+    argv = ["--base_model", "ann/book", "--dataset", book, "--context_length", "32", "--output_dir", out]
+    environment = hub_environment(hub, tmp_path) | {"HF_HUB_CACHE": str(disk)}
+    process = run_python("training/pretrain.py", *argv, "--validation_fraction", "0.1", cwd=ROOT, env=environment)
+    assert process.returncode == 2
+    last = process.stderr.splitlines()[-1]
+    assert re.fullmatch(r"pretrain.py: error: --base_model ann/book cannot be used .*No space left on device.*", last), last
+    assert "Traceback" not in process.stderr
+    assert not out.exists()
+
+
+def test_space(hub, model, upload, tmp_path):
+    """The files of the Space start the page on their own, with the version of the model that was uploaded with it."""
+    output = upload(model, "ann/book", "--space")
+    space = hub.repositories["space", "ann/book"]
+    names = space.files("main")[1].keys() - {".gitattributes"}
+    assert names == {"README.md", "app.py", "model_demo.py", "requirements.txt", "style.css"}
+    assert space.variables == {"MODEL": "ann/book", "REVISION": hub.repositories["model", "ann/book"].branches["main"]}
+    data = ModelCard(hub.content("ann/book", "README.md", kind="space").decode()).data.to_dict()
+    assert f"{data['sdk']}=={data['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"{hub.address}/spaces/ann/book" in output
+    assert "secret" not in output
+    assert "add a token with read access as the secret HF_TOKEN" in upload(model, "ann/own", "--space", "--private")
+
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    (tmp_path / "space").mkdir()
+    for name in names:
+        (tmp_path / "space" / name).write_bytes(hub.content("ann/book", name, kind="space"))
+    edit_card(model, "\n# ", "\nLater.\n\n# ")
+    upload(model, "ann/book")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"{WITHOUT_THE_PACKAGE}\nimport runpy\nsys.argv = ['app.py']\nrunpy.run_path('app.py', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "space",
+        env=hub_environment(hub, tmp_path, "") | space.variables | {"GRADIO_SERVER_PORT": str(port)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        line = next(process.stdout)
+        assert f"ann/book is running at http://127.0.0.1:{port}" in line, line + process.stdout.read()
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=20).read().decode()
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert "2 layers with 2 heads each" in page
+    snapshot = tmp_path / "home" / "hub" / "models--ann--book" / "snapshots" / space.variables["REVISION"]
+    assert (snapshot / "config.json").exists()
+
+
+BRANCHES = ("", "..", "a..b", "../x", "refs/pr/1", "a" * 40, "v1\n", "x?y", "-x", "é")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["/nowhere", "ann/book"], "/nowhere is not a directory"),
+        (["~nosuchuser/x", "ann/book"], "~nosuchuser/x is not a directory"),
+        (["MODEL", "book"], "USER/NAME 'book' is not a Hub id .the user is missing.: pass USER/NAME"),
+        *((["MODEL", name], f"USER/NAME '{name}' is not a Hub id") for name in ("", "ann/bo ok", "a/b/c")),
+        *((["MODEL", "ann/book", f"--revision={name}"], "is not a branch name") for name in BRANCHES),
+        (["MODEL", "ann/book", "--base_model", "base"], "--base_model 'base' is not a Hub id"),
+        (["MODEL", "ann/book", "--adapter"], "--adapter needs the base model on the Hub"),
+        (["MODEL", "ann/book", "--adapter", "--base_model", "ann/base"], "has no adapter_config.json"),
+        (["MODEL", "ann/book", "--adapter", "--space", "--base_model", "ann/base"], "--space needs a whole model"),
+    ],
+)
+def test_invalid_arguments(hub, model, upload, argv, message):
+    with pytest.raises(UserError, match=message):
+        upload(*(model if word == "MODEL" else word for word in argv))
+    assert not hub.requests
+
+
+def test_adapter_and_base_model(hub, model, upload, book, tmp_path, monkeypatch):
+    """Both are loaded from the Hub by the snippet on the adapter's card."""
+    argv = ["--base_model", str(model), "--dataset", book, "--output_dir", str(tmp_path / "lora"), "--report_to", "none"]
+    argv += ["--lora_r", "2", "--max_steps", "2", "--context_length", "32", "--license", "mit", "--validation_fraction", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
+    pretrain.main()
+    upload(model, "ann/base")
+    with pytest.raises(UserError, match="base_model 'book' is not a Hub id .*: upload the base model and pass --base_model"):
+        upload(tmp_path / "lora", "ann/whole")
+    upload(tmp_path / "lora", "ann/whole", "--base_model", "ann/base")
+    assert ModelCard(hub.content("ann/whole", "README.md").decode()).data.base_model == "ann/base"
+    with pytest.raises(UserError, match="--base_model ann/missing is not on the Hub"):
+        upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/missing")
+    output = upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/base", "--license", "apache-2.0")
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = hub.repositories["model", "ann/lora"].files("main")[1].keys() - {".gitattributes"}
+    assert names == expected | {"tokenization_scratchgpt.py"}
+    assert json.loads(hub.content("ann/lora", "adapter_config.json"))["base_model_name_or_path"] == "ann/base"
+    card = ModelCard(hub.content("ann/lora", "README.md").decode())
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "ann/base", "apache-2.0")
+    (pinned,) = re.findall(r"^    (peft\..*)  # model: ann/base$", output, re.M)
+    code = f"""{WITHOUT_THE_PACKAGE}
+{snippet_of(card.text)}
+print(model.active_adapters)
+import peft
+from transformers import AutoTokenizer
+model = model.unload()
+print({pinned}.active_adapters, AutoTokenizer.from_pretrained("ann/lora", trust_remote_code=True)("It was")["input_ids"])
+"""
+    process = run_python("-c", code, env=hub_environment(hub, tmp_path), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("default") == 2

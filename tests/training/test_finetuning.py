@@ -1,0 +1,267 @@
+"""The recipes that start from a pretrained model: training all of it or a part, publishing, resuming, mistakes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+
+from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from modeling_scratchgpt.lora import load_adapter
+from tests.conftest import WITHOUT_THE_PACKAGE
+from tests.training.conftest import (
+    ANSWERS,
+    ROOT,
+    TORCHRUN,
+    TUNING,
+    evaluations,
+    interrupted_after,
+    launch,
+    rows,
+    scores,
+    snippet_of,
+)
+from training import classify, instruct, pretrain
+from training.data.prompts import CHAT_TEMPLATES
+from training.errors import UserError
+
+BOTH = pytest.mark.parametrize("recipe", [classify, instruct], ids=["classify", "instruct"])
+TASKS = {classify: "text-classification", instruct: "text-generation", pretrain: "text-generation"}
+QUESTIONS = {
+    classify: "It was a dark and stormy night, like 77 before.",
+    instruct: [{"role": "user", "content": "night 77\ndark"}],
+}
+
+
+def answer(recipe, model) -> str:
+    """The label or the answer that a pipeline gives to the question."""
+    (output,) = model([QUESTIONS[recipe]]) if recipe is classify else model(QUESTIONS[recipe])
+    return output["label"] if recipe is classify else output["generated_text"][-1]["content"]
+
+
+@BOTH
+def test_the_model_directory_describes_the_run(recipe, finished):
+    folder, printed = finished(recipe)
+    found, evaluated = scores(folder), evaluations(folder)
+    first, last = ({name.removeprefix("eval_"): value for name, value in evaluated[index].items()} for index in (0, -1))
+    assert found["before"] == {name: value for name, value in first.items() if name != "step"}
+    assert found["validation"]["loss"] == last["loss"] < first["loss"] / 4
+    assert f"Before training: loss {first['loss']:.3f}, " in printed
+    assert f"Step {last['step']}: loss {last['loss']:.3f}, " in printed
+    card = (folder / "README.md").read_text()
+    steps = [row for row in rows(folder) if "loss" in row]
+    tokens, seconds = (sum(row[name] for row in steps) for name in ("tokens", "seconds"))
+    for part in (
+        f"pipeline_tag: {TASKS[recipe]}",
+        f"| Training | {len(steps)} steps, {tokens:,} tokens, {seconds:.1f} seconds (excluding evaluation) |",
+        "![Loss over steps](loss.png)",
+        "library_name: transformers",
+    ):
+        assert part in card
+    assert str(ROOT) not in card
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run):
+    """One after another, in a process that cannot import this project."""
+    (labels, _), (answers, _) = finished(classify), finished(instruct)
+    adapted = tune(classify, "--lora_r", "4", "--max_steps", "2")
+    snippets = [
+        snippet_of((folder / "README.md").read_text())
+        .replace("PATH_OR_HUB_ID_OF_THE_BASE", str(run[0]))
+        .replace("PATH_OR_HUB_ID", str(folder))
+        for folder in (labels, answers, adapted / "adapter")
+    ]
+    ids = torch.tensor([[0, 40, 41, 42, 1]])
+    use = (
+        f"import torch\nprint('RESULT' + json.dumps([classify({QUESTIONS[classify]!r}), chat({QUESTIONS[instruct]!r}), "
+        f"model.eval()(torch.tensor({ids.tolist()})).logits.tolist()]))"
+    )
+    program = "\n".join([WITHOUT_THE_PACKAGE, *snippets, use])
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    (found, *_), (chat,), logits = json.loads(process.stdout.partition("RESULT")[2])
+    assert found[0]["label"] == "dark"
+    assert chat["generated_text"][-1] == {"role": "assistant", "content": "stormy"}
+    merged = ScratchGPTForSequenceClassification.from_pretrained(adapted)
+    torch.testing.assert_close(torch.tensor(logits), merged(ids).logits.detach(), atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+def test_gpt2_is_a_base_model(recipe, tune, tmp_path):
+    """It has one token for the beginning and the end, none to pad with, and learned positions."""
+    base = tmp_path / "gpt2"
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(base)
+    tokenizer = ScratchGPTTokenizer.train(["It was a dark and stormy night"] * 9, 290)
+    end = "<|bos|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token=end, eos_token=end, unk_token=end
+    ).save_pretrained(base)
+    options = {classify: ("--classifier_pooling", "mean", "--num_train_epochs", "6"), instruct: ("--num_train_epochs", "20")}
+    folder = tune(recipe, *options[recipe], base=base)
+    assert scores(folder)["test"]["accuracy" if recipe is classify else "finished"] == 1
+    model = pipeline(TASKS[recipe], str(folder), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    assert answer(recipe, model) in (*ANSWERS, *ANSWERS.values())
+    if recipe is classify:
+        texts = ["It was a dark night", "It was a bright and calm night, like 7 before."]
+        alone = [model(text)[0]["score"] for text in texts]
+        assert [row["score"] for row in model(texts, batch_size=2)] == pytest.approx(alone, abs=1e-5)
+    else:
+        assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_layers", "trained"),
+    [
+        (classify, "0", {"score"}),
+        (classify, "1", {"score", "norm", "layers.1"}),
+        (classify, "2", {"score", "norm", "layers.0", "layers.1"}),
+        (instruct, "1", {"embed_tokens", "lm_head", "norm", "layers.1"}),  # the new tokens are in the first two
+    ],
+)
+def test_only_the_last_blocks_are_trained(recipe, num_layers, trained, tune, run):
+    """Freeze first, then add the head: the other order trains no head."""
+    folder = tune(recipe, "--train_last_n_layers", num_layers, "--dropout", "0", "--num_train_epochs", "1")
+    after, before = load_file(folder / "model.safetensors"), load_file(run[0] / "model.safetensors")
+    changed = {name for name in after if name not in before or not torch.equal(after[name], before[name])}
+    parts = [re.fullmatch(r"(?:model\.)?(layers\.\d|\w+)\..*", name)[1] for name in changed]
+    assert set(parts) == trained
+    assert evaluations(folder)[-1]["eval_loss"] < evaluations(folder)[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("recipe", [pretrain, classify, instruct], ids=["pretrain", "classify", "instruct"])
+def test_the_adapter_on_its_base_equals_the_merged_model(recipe, tune, run, capsys):
+    folder = tune(
+        recipe, "--lora_r", "4", *([] if recipe is pretrain else ["--num_train_epochs", "16", "--optimizer", "adamw"])
+    )
+    trained = re.search(r"Model: ([\d,]+) of [\d,]+ parameters are trained", capsys.readouterr().out)[1]
+    assert recipe is not pretrain or trained == "4,352"
+    after, before = load_file(folder / "model.safetensors"), load_file(run[0] / "model.safetensors")
+    changed = {
+        name
+        for name in before.keys() & after.keys()
+        if after[name].shape != before[name].shape or not torch.equal(after[name], before[name])
+    }
+    saved_whole = {"model.embed_tokens.weight", "lm_head.weight"} if recipe is instruct else set()
+    assert {name for name in changed if "_proj" not in name} == saved_whole
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        names = load_file(checkpoint / "model.safetensors").keys()
+        assert any(".lora_" in name for name in names)
+        assert not any("base_layer" in name or "norm" in name for name in names)
+    model_class = ScratchGPTForSequenceClassification if recipe is classify else ScratchGPTForCausalLM
+    merged, ids = model_class.from_pretrained(folder), torch.tensor([[0, 40, 41, 42, 1]])
+    expected = merged(ids).logits.detach()
+    for load in (load_adapter, PeftModel.from_pretrained):
+        base = model_class.from_pretrained(run[0], num_labels=2) if recipe is classify else model_class.from_pretrained(run[0])
+        base.resize_token_embeddings(merged.config.vocab_size)
+        model = load(base, str(folder / "adapter")) or base
+        torch.testing.assert_close(model.eval()(ids).logits.detach(), expected, atol=1e-5, rtol=1e-4)
+    if recipe is not pretrain:
+        assert scores(folder)["test"]["accuracy" if recipe is classify else "exact_match"] == 1
+    if recipe is instruct:
+        new = merged.get_input_embeddings().weight[300:]
+        assert len(new) == 3
+        assert not torch.allclose(new[1], new[2], atol=1e-2)  # equal before training
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "options"),
+    [
+        (pretrain, 10, ["--lora_r", "4", "--lora_dropout", "0.1"]),
+        (classify, 12, ["--early_stopping_patience", "5", "--subword_dropout", "0.2", "--token_dropout", "0.1"]),
+        (instruct, 20, ["--num_train_epochs", "4"]),
+    ],
+    ids=["pretrain", "classify", "instruct"],
+)
+def test_an_interrupted_run_resumes_with_its_own_data_and_base_only(recipe, step, options, tune, run, nights, tmp_path):
+    """To the same bits as a run that was not interrupted."""
+    base, data, template = tmp_path / "base", tmp_path / Path(nights[recipe]).name, tmp_path / "own.jinja"
+    shutil.copytree(run[0], base, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copy(nights[recipe], data)
+    template.write_text(CHAT_TEMPLATES["chat"].template)
+    options += ["--dataset", str(data), *(["--chat_template", str(template)] if recipe is instruct else [])]
+    straight = tune(recipe, *options, output="straight", base=base)
+    with interrupted_after(step):
+        tune(recipe, *options, output="resumed", base=base)
+    folder = tmp_path / "resumed"
+    assert not (folder / "config.json").exists()
+    model = ScratchGPTForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.01
+    model.save_pretrained(tmp_path / "other")
+    changes = [(data, data.read_text().replace("stormy", "windy").encode(), "the data of the run in .* has changed since")]
+    if recipe is instruct:
+        changed = template.read_text().replace("<|user|>", "<|user|>Now: ").encode()
+        changes.append((template, changed, "the data of the run in .* has changed since"))
+    if recipe is pretrain:  # with LoRA the base is not in the checkpoint
+        weights = (tmp_path / "other" / "model.safetensors").read_bytes()
+        changes.append((base / "model.safetensors", weights, "the base model of the run in .* has changed since"))
+    for path, content, message in changes:
+        original = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            tune(recipe, *options, "--resume", output="resumed", base=base)
+        path.write_bytes(original)
+    tune(recipe, *options, "--resume", output="resumed", base=base)
+    names = ["model.safetensors", *(["adapter/adapter_model.safetensors"] if recipe is pretrain else [])]
+    for one, two in ((load_file(straight / name), load_file(folder / name)) for name in names):
+        assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
+    for name in {pretrain: [], classify: ["metrics.json"], instruct: ["metrics.json", "responses.jsonl"]}[recipe]:
+        assert (straight / name).read_bytes() == (folder / name).read_bytes()
+
+
+@BOTH
+def test_two_processes_train_the_same_model(recipe, finished, run, nights, caches, tmp_path):
+    folder = tmp_path / "two"
+    words = ["--base_model", str(run[0]), "--dataset", nights[recipe], "--output_dir", str(folder), *TUNING[recipe]]
+    script = Path(recipe.__file__).name
+    process = launch(TORCHRUN, *words, script=script, ACCELERATE_USE_CPU="true", **caches)
+    assert process.returncode == 0, process.stderr
+    one, two = ([row["eval_loss"] for row in evaluations(path)] for path in (finished(recipe)[0], folder))
+    assert two[0] == pytest.approx(one[0], rel=1e-4)
+    test = scores(folder)["test"]
+    if recipe is classify:  # dropout differs by process
+        assert test["accuracy"] == 1
+    else:
+        assert two == pytest.approx(one, rel=2e-2)
+        assert test["exact_match"] == 1
+        assert len((folder / "responses.jsonl").read_text().splitlines()) == 8
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0 and at most 1,000,000, got 0.0"),
+        (["--num_train_epochs", "nan"], "--num_train_epochs must be above 0 and at most 1,000,000, got nan"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
+        (["--early_stopping_patience", "-1"], "--early_stopping_patience must be at least 0, got -1"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
+        (["--base_model", "/nowhere"], "/nowhere is not a directory: pass the directory or the Hub id of a model"),
+        (["--base_model", "nowhere/at-all"], "--base_model nowhere/at-all cannot be loaded"),
+        (["--context_length", "3"], "--context_length must be at least [48], got 3"),
+        (["--context_length", "33"], "--context_length 33 is longer than the 32 positions"),
+        (["--batch_size", "85"], r"--batch_size 85 is more than the (84 training examples|64 training rows): lower it"),
+        (["--train_last_n_layers", "-2"], "--train_last_n_layers must be at least -1, got -2"),
+        (["--train_last_n_layers", "3"], "--train_last_n_layers 3 is more than the 2 blocks of the model"),
+        (["--train_last_n_layers", "1", "--lora_r", "2"], "--train_last_n_layers and --lora_r each choose what is trained"),
+        (["--lora_r", "-1"], "--lora_r must be at least 0, got -1"),
+        (["--lora_r", "99"], "r is 99, but model.layers.0.self_attn.q_proj is 32 x 32"),
+        (["--lora_r", "4", "--lora_target_modules", "c_attn"], "selects no layer; the linear layers"),
+        (["--lora_r", "4", "--lora_target_modules", "all-linear", "q_proj"], "pass all-linear alone"),
+        (["--use_dora"], "--use_dora True is an option of LoRA: pass its rank, --lora_r, too"),
+        (["--dataset", "nothing.json"], "nothing.json: no such file or directory"),
+        (["--dataset", "docs", "x.json"], "--dataset docs is split by modules and cannot be combined"),
+    ],
+)
+def test_a_mistake_is_refused_before_the_first_step(recipe, words, message, tune, tmp_path):
+    with pytest.raises(UserError, match=message):
+        tune(recipe, *words)
+    assert not (tmp_path / "model" / "metrics.jsonl").exists()

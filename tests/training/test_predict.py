@@ -1,0 +1,92 @@
+"""Labelling texts with a finished classifier."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast, pipeline
+
+from tests.training.conftest import ROOT
+from training import classify, predict
+from training.errors import UserError
+
+
+@pytest.fixture
+def classifier(finished) -> str:
+    return str(finished(classify)[0])
+
+
+@pytest.fixture
+def label(capsys):
+    """Labels texts, and returns the rows that are printed."""
+
+    def run(*argv: str) -> list[dict]:
+        capsys.readouterr()
+        predict.main(argv)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_a_file_a_table_and_standard_input(classifier, nights, label, tmp_path, monkeypatch):
+    texts = [json.loads(line)["text"] for line in Path(nights[classify]).read_text().splitlines()]
+    by_table = label(classifier, "--input", nights[classify], "--batch_size", "7")
+    assert [row["text"] for row in by_table] == texts
+    tokenizer = AutoTokenizer.from_pretrained(classifier, trust_remote_code=False)
+    one_by_one = pipeline("text-classification", classifier, tokenizer=tokenizer, top_k=None)
+    for row, scores in zip(by_table[:10], one_by_one(texts[:10]), strict=True):
+        assert row["label"] == scores[0]["label"]
+        assert row["scores"] == pytest.approx({item["label"]: item["score"] for item in scores}, abs=1e-4)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n" * 2000 + "\n".join([*texts, "", "  "]))
+    by_line = label(classifier, "--input", str(lines), "--batch_size", "7")
+    nothing = {"label": None, "scores": {}}
+    assert by_line == [{"text": "", **nothing}] * 2000 + by_table + [{"text": text, **nothing} for text in ("", "  ")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode())))
+    assert label("--model", classifier, "--batch_size", "7") == by_table
+
+
+def test_a_mistake_is_an_error(run, tmp_path):
+    for words, message in (  # before the model is looked up
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--columns", "a", "b"], "--columns is for files: standard input is read line by line"),
+        (["--input", ""], "--input is empty: pass a file, or - for standard input"),
+        (["--input", "nothing.csv"], "nothing.csv: no such file or directory"),
+        (["--input", str(run[0] / "metrics.jsonl"), "--text_column", "words"], "has no 'words'; it has"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict.main(["nobody/nothing", *words])
+    for folder, message in (
+        (run[0], "is not a text classifier, or incomplete .it lacks score.weight.: pass another model"),
+        (tmp_path, "config.json"),
+        (tmp_path / "mistyped", "mistyped is not a directory: pass the directory or the Hub id of a model"),
+        ("", "no model was given: pass the directory or the Hub id of a model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict.main(["--model", str(folder)])
+
+
+def test_a_classifier_without_a_padding_token(classifier, label, tmp_path):
+    """As transformers' GPT-2 is saved."""
+    folder = tmp_path / "gpt2"
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+    GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=2)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(classifier, trust_remote_code=False)
+    tokenizer.pad_token = None
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|eos|>").save_pretrained(folder)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("short\nand a longer one\n")
+    assert [row["text"] for row in label(str(folder), "--input", str(lines))] == ["short", "and a longer one"]
+
+
+def test_a_reader_that_closes_the_pipe_causes_no_traceback(classifier, tmp_path):
+    """As `head` does."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("It was a dark night\n" * 3000)
+    command = f"{sys.executable} training/predict.py {classifier} --input {lines} --batch_size 64 | head -n 1"
+    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert process.stdout.count("\n") == 1
+    assert "Traceback" not in process.stderr

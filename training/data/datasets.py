@@ -1,0 +1,246 @@
+"""Tokenized examples, the datasets of rows that are made of them, and their dataloaders.
+
+Notable:
+- Labels of language models are shifted here, once: `shift_labels[i]` is the id after `input_ids[i]`.
+- Windows ignore the boundaries of documents. Neighbours share one id, so with a stride of the context length every id but the
+  first is predicted exactly once. With a smaller stride they overlap, as in "Build a Large Language Model".
+- Packed rows hold several examples. `position_ids` restart with each, which tells the model to keep attention inside it.
+- Padding is on the right, where a causal model needs no mask.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.errors import UserError
+
+Row = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """Token ids of E documents, texts or conversations, one after another.
+
+    Attributes:
+        ids: (N,), of all examples.
+        offsets: (E + 1,), example e is `ids[offsets[e] : offsets[e + 1]]`.
+        num_bytes: length of the text in UTF-8.
+        digest: of the text and the tokenizer.
+        loss_mask: bool (N,), True for the ids to compute the loss on; all of them if None.
+        labels: float32 (E, C), of a classifier.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    num_bytes: int = 0
+    digest: str = ""
+    loss_mask: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each example (E,)."""
+        return np.diff(self.offsets)
+
+    def inputs_and_labels(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids from `start` up to `end`, and for each the following one, or `IGNORE_INDEX` where the loss mask is False."""
+        ids = torch.from_numpy(self.ids[start : end + 1].astype(np.int64))
+        labels = ids[1:]
+        if self.loss_mask is not None:
+            labels = labels.masked_fill(torch.from_numpy(~self.loss_mask[start + 1 : end + 1]), IGNORE_INDEX)
+        return ids[:-1], labels
+
+
+class Windows(Dataset[Row]):
+    """Windows of `context_length` ids and, for each id, the following one. The end of the last window, and any window after it,
+    is padding, which the loss ignores.
+
+    Args:
+        examples: of a split.
+        context_length: ids in a window.
+        pad_token_id: fills the last window.
+        split: its name, for errors.
+        stride: ids from the start of a window to the start of the next, 1 to `context_length` (the default).
+        once: label in overlapping windows only the ids that no earlier window has predicted.
+
+    Raises:
+        UserError: there are too few ids for one window.
+    """
+
+    def __init__(
+        self,
+        examples: TokenizedExamples,
+        context_length: int,
+        pad_token_id: int,
+        split: str,
+        stride: int | None = None,
+        once: bool = False,
+    ):
+        if len(examples.ids) <= context_length:
+            raise UserError(
+                f"the {split} text has {len(examples.ids)} tokens, fewer than one window of --context_length {context_length} "
+                "and the token after it: pass more text, a shorter --context_length, or a larger fraction of the text "
+                "(--validation_fraction, --test_fraction)."
+            )
+        self.examples, self.context_length, self.pad_token_id = examples, context_length, pad_token_id
+        self.stride, self.once = stride or context_length, once
+
+    def __len__(self) -> int:
+        return 1 + -(-(len(self.examples.ids) - 1 - self.context_length) // self.stride)
+
+    def __getitem__(self, index: int) -> Row:
+        start = index * self.stride
+        inputs = torch.full((self.context_length,), self.pad_token_id)
+        labels = torch.full((self.context_length,), IGNORE_INDEX)
+        ids, following = self.examples.inputs_and_labels(start, start + self.context_length)
+        inputs[: len(ids)], labels[: len(ids)] = ids, following
+        if self.once and index > 0:
+            labels[: self.context_length - self.stride] = IGNORE_INDEX
+        return {"input_ids": inputs, "shift_labels": labels}
+
+
+class PackedExamples(Dataset[Row]):
+    """Rows of `context_length` tokens that hold several examples each.
+
+    An example that is longer than a row is cut into pieces that share one id, so every id but its first is predicted.
+
+    Args:
+        examples: of a split.
+        context_length: tokens in a row.
+        pad_token_id: fills the end of a row.
+
+    Attributes:
+        efficiency: fraction of all positions that are not padding.
+    """
+
+    def __init__(self, examples: TokenizedExamples, context_length: int, pad_token_id: int):
+        self.examples, self.context_length, self.pad_token_id = examples, context_length, pad_token_id
+        pieces = [
+            (start, min(context_length, end - 1 - start))  # a piece of n tokens reads n ids and predicts the following ones
+            for first, end in pairwise(examples.offsets.tolist())
+            for start in range(first, end - 1, context_length)
+        ]
+        self.rows = pack_best_fit_decreasing([length for _, length in pieces], context_length)
+        self.pieces = np.array(pieces, dtype=np.int64).reshape(-1, 2)
+        self.efficiency = float(self.pieces[:, 1].sum() / max(1, len(self.rows) * context_length))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        inputs = torch.full((self.context_length,), self.pad_token_id)
+        labels = torch.full((self.context_length,), IGNORE_INDEX)
+        position_ids = torch.zeros(self.context_length, dtype=torch.long)
+        position = 0
+        for piece in self.rows[index]:
+            start, length = self.pieces[piece].tolist()
+            part = slice(position, position + length)
+            inputs[part], labels[part] = self.examples.inputs_and_labels(start, start + length)
+            position_ids[part] = torch.arange(length)
+            position += length
+        position_ids[position:] = torch.arange(self.context_length - position)
+        return {"input_ids": inputs, "shift_labels": labels, "position_ids": position_ids}
+
+
+def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices whose lengths add up to at most `capacity`. Each length, the longest first, is put where the least room
+    is left.
+
+    Best-fit decreasing needs at most 22 % more rows than the optimum (Johnson, 1974), for documents hardly any.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: defaultdict[int, list[int]] = defaultdict(list)
+    rooms = 0  # bit n is set if a row has room for n more, so the smallest sufficient room is found without a search
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        sufficient = rooms >> length
+        if sufficient:
+            room = length + (sufficient & -sufficient).bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        rows_with_room[room - length].append(row)
+        if room > length:
+            rooms |= 1 << (room - length)
+    return rows
+
+
+class PaddedExamples(Dataset[Row]):
+    """One example a row, to be padded by `collate_padded`.
+
+    The index continues from epoch to epoch. Examples with a loss mask have `shift_labels`, those of a classifier `labels`. With
+    a loss mask, a negative index is an empty row, which the loss ignores.
+    """
+
+    def __init__(self, examples: TokenizedExamples):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, draw: int) -> Row:
+        examples, index = self.examples, draw % len(self)
+        if examples.loss_mask is not None and draw < 0:
+            return {"input_ids": torch.zeros(1, dtype=torch.long), "shift_labels": torch.full((1,), IGNORE_INDEX)}
+        start, end = examples.offsets[index], examples.offsets[index + 1]
+        if examples.loss_mask is not None:
+            ids, labels = examples.inputs_and_labels(start, end - 1)
+            return {"input_ids": ids, "shift_labels": labels}
+        row = {"input_ids": torch.from_numpy(examples.ids[start:end].astype(np.int64))}
+        return row if examples.labels is None else {**row, "labels": torch.from_numpy(examples.labels[index])}
+
+
+def collate_padded(rows: Sequence[Row], pad_token_id: int) -> Row:
+    """Pad rows on the right to the longest of them. Without `shift_labels`, an `attention_mask` is added."""
+    batch = {"input_ids": pad_sequence([row["input_ids"] for row in rows], True, pad_token_id)}
+    if "shift_labels" in rows[0]:
+        return {**batch, "shift_labels": pad_sequence([row["shift_labels"] for row in rows], True, IGNORE_INDEX)}
+    batch["attention_mask"] = pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], True)
+    return batch if "labels" not in rows[0] else {**batch, "labels": torch.stack([row["labels"] for row in rows])}
+
+
+def train_dataloader(
+    datasets: Sequence[Dataset[Row]], batch_sampler: Sampler[list[int]], pad_token_id: int | None = None
+) -> DataLoader:
+    """The batches of a run, in order.
+
+    Args:
+        datasets: the sampler's indices refer to their concatenation. Only a single one may have indices of later epochs.
+        pad_token_id: needed for rows of different lengths.
+    """
+    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    collate = None if pad_token_id is None else partial(collate_padded, pad_token_id=pad_token_id)
+    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate)
+
+
+def evaluation_dataloader(windows: Windows, batch_size: int, num_processes: int = 1) -> DataLoader:
+    """Every window once, in order. All batches are full: the last one is filled with empty windows."""
+    batch_size = min(batch_size, num_processes * -(-len(windows) // num_processes))
+    num_batches = -(-len(windows) // batch_size)
+    return DataLoader(windows, batch_size=batch_size, sampler=range(num_batches * batch_size))
+
+
+def padded_dataloader(dataset: Dataset[Row], pad_token_id: int, **dataloader_options: Any) -> DataLoader:
+    """A dataloader of padded batches; the other arguments are those of `DataLoader`."""
+    return DataLoader(dataset, collate_fn=partial(collate_padded, pad_token_id=pad_token_id), **dataloader_options)
+
+
+def sort_by_length(lengths: np.ndarray) -> list[int]:
+    """Indices of all examples, the longest first, so that a batch that does not fit into memory fails at once."""
+    return np.argsort(-lengths, kind="stable").tolist()

@@ -1,0 +1,104 @@
+"""Batch samplers for a whole run, over all its epochs.
+
+Notable:
+- Which rows make up batch n depends on the seed and on n alone, not on the number of processes. `accelerate.skip_first_batches`
+  therefore continues a run exactly where it was interrupted.
+- `LengthGroupedBatchSampler` sorts a pool of random batches by length: a quarter of the padding, and nearly as random.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+POOL = 16  # batches
+
+
+class MixtureBatchSampler(Sampler[list[int]]):
+    """Batches of indices into concatenated datasets.
+
+    Args:
+        sizes: number of rows in each dataset.
+        batch_size: rows in a batch, over all processes.
+        num_batches: batches in the run.
+        seed: determines all batches.
+        probabilities: of drawing from each dataset. By default they form a single one, of which each row comes once an epoch.
+        with_replacement: draw rows independently, as nanoGPT does, instead of each once an epoch.
+    """
+
+    drop_last = True  # Accelerate reads it
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        probabilities: Sequence[float] | None = None,
+        with_replacement: bool = False,
+    ):
+        self.sizes = list(sizes) if probabilities is not None else [sum(sizes)]
+        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.probabilities, self.with_replacement = probabilities, with_replacement
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        streams = [self._stream(source, size) for source, size in enumerate(self.sizes)]
+        offsets = np.cumsum([0, *self.sizes]).tolist()
+        generator = np.random.default_rng((self.seed, 2**32))
+        for _ in range(self.num_batches):
+            sources = [0] * self.batch_size
+            if self.probabilities is not None:
+                sources = generator.choice(len(self.sizes), size=self.batch_size, p=self.probabilities).tolist()
+            yield [offsets[source] + next(streams[source]) for source in sources]
+
+    def _stream(self, source: int, size: int) -> Iterator[int]:
+        """Rows of one dataset in the order in which they are drawn, without end."""
+        for epoch in itertools.count():
+            generator = np.random.default_rng((self.seed, epoch, source) if source else (self.seed, epoch))
+            indices = generator.integers(size, size=4096) if self.with_replacement else generator.permutation(size)
+            for part in np.array_split(indices, max(1, len(indices) // 4096)):
+                yield from part.tolist()
+
+
+class LengthGroupedBatchSampler(Sampler[list[int]]):
+    """Full batches of examples of similar length; those left over from an epoch are in the first batch of the next.
+
+    An index continues from epoch to epoch: `index % len(lengths)` is the example, `index // len(lengths)` the epoch.
+
+    Args:
+        lengths: of the examples, in tokens.
+        batch_size: examples in a batch, over all processes.
+        num_batches: batches in the run.
+        seed: determines all batches.
+    """
+
+    drop_last = True  # Accelerate reads it
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, num_batches: int, seed: int):
+        self.lengths, self.batch_size, self.num_batches, self.seed = lengths, batch_size, num_batches, seed
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._batches(), self.num_batches)
+
+    def _batches(self) -> Iterator[list[int]]:
+        generator, count, size = np.random.default_rng(self.seed), len(self.lengths), self.batch_size
+        draws: list[int] = []
+        for first in itertools.count(step=count):
+            num_left = len(draws)
+            draws += (generator.permutation(count) + first).tolist()
+            if num_left and len(draws) >= size:
+                yield draws[:size]
+                draws = draws[size:]
+            while len(draws) >= size:
+                num_batches = min(POOL, len(draws) // size)
+                pool, draws = draws[: num_batches * size], draws[num_batches * size :]
+                pool.sort(key=lambda draw: self.lengths[draw % count])
+                for position in generator.permutation(num_batches).tolist():
+                    yield pool[position * size : (position + 1) * size]

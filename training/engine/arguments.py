@@ -1,0 +1,77 @@
+"""Arguments that all recipes share."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
+
+from training.cli import option
+from training.engine.optimizers import OPTIMIZERS, SCHEDULES
+from training.errors import UserError
+
+MAX_EPOCHS = 1_000_000
+
+
+@dataclass
+class EngineArguments:
+    """Arguments shared by all recipes; those in `RESUME_MAY_CHANGE` may differ on `--resume`."""
+
+    RESUME_MAY_CHANGE: ClassVar[set[str]] = {
+        *("config", "resume", "report_to", "save_steps", "save_total_limit", "license", "language", "output_dir"),
+    }
+    batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)
+    max_steps: int = option(1000, "optimizer steps", minimum=1)
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+    )
+    learning_rate: float = option(1e-3, "peak learning rate (AdamW)", above=0)
+    muon_learning_rate: float = option(0.02, "peak learning rate (Muon)", above=0)
+    weight_decay: float = option(0.1, "weight decay (matrices only)", minimum=0)
+    lr_scheduler_type: str = option("cosine", "LR schedule: cosine, linear, or wsd (warmup, stable, decay)", choices=SCHEDULES)
+    warmup_ratio: float = option(0.05, "fraction of the steps with linear warmup", minimum=0, maximum=1)
+    decay_ratio: float = option(0.2, "fraction of the steps in which wsd decays", minimum=0, maximum=1)
+    min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak", minimum=0, maximum=1)
+    max_grad_norm: float = option(1.0, "maximum gradient norm", above=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    eval_steps: int = option(300, "evaluate every N optimizer steps", minimum=1)
+    save_steps: int = option(300, "save a checkpoint every N optimizer steps", minimum=1)
+    save_total_limit: int = option(2, "checkpoints to keep, besides the best one", minimum=1)
+    early_stopping_patience: int = option(
+        0, "stop after N evaluations without a lower loss, and restore the model with the lowest; 0: never", minimum=0
+    )
+    resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
+    report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")
+    seed: int = option(0, "seed of the weights, the held-out data, the order of the data, and dropout", minimum=0, below=2**32)
+    license: str = option("", "license of the model, for its card: an id of the Hub, such as apache-2.0 or mit")
+    language: str = option("", "language of the texts, for the card: a two-letter code, such as en")
+    output_dir: str = option("outputs/run", "new directory for the model")
+
+
+@dataclass
+class EpochArguments(EngineArguments):
+    """The same for a run whose length is counted in epochs."""
+
+    num_train_epochs: float = option(6.0, "epochs, if --max_steps is 0", above=0, maximum=MAX_EPOCHS)
+    max_steps: int = option(0, "optimizer steps; 0: --num_train_epochs", minimum=0)
+    eval_steps: int = option(0, "evaluate every N optimizer steps; 0: every epoch", minimum=0)
+    save_steps: int = option(0, "save a checkpoint every N optimizer steps; 0: every epoch", minimum=0)
+
+
+Epochs = TypeVar("Epochs", bound=EpochArguments)
+
+
+def check_engine(arguments: EngineArguments, num_processes: int) -> None:
+    """Validate the batch size against the number of processes."""
+    if arguments.batch_size % num_processes:
+        raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
+
+
+def resolve_epochs(arguments: Epochs, num_examples: int) -> Epochs:
+    """Replace zeros in `max_steps`, `eval_steps` and `save_steps` by the steps of an epoch of `num_examples` examples."""
+    steps_per_epoch = num_examples / (arguments.batch_size * arguments.gradient_accumulation_steps)
+    return replace(
+        arguments,
+        max_steps=arguments.max_steps or math.ceil(arguments.num_train_epochs * steps_per_epoch),
+        eval_steps=arguments.eval_steps or math.ceil(steps_per_epoch),
+        save_steps=arguments.save_steps or math.ceil(steps_per_epoch),
+    )

@@ -1,0 +1,109 @@
+"""Label texts with a classifier: the lines of a file, the rows of a table, or standard input; JSON lines out.
+
+    echo "You have won a prize!" | python training/predict.py outputs/spam
+    python training/predict.py outputs/spam --input texts.txt > labels.jsonl
+    python training/predict.py USER/NAME --input texts.csv --text_column body
+
+MODEL is the directory or the Hub id of any text classifier that transformers loads.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
+
+from training.cli import option, parse_arguments, run_main
+from training.data.files import TABLE_ENDINGS, find_files, get_text, read_lines, read_rows
+from training.engine.loop import start_accelerator
+from training.engine.pretrained import check_model, ensure_padding, load_model, load_tokenizer
+from training.errors import UserError
+
+CHUNK = 1024  # texts that are labelled before the first of them is written
+
+
+@dataclass
+class PredictArguments:
+    model: str = option("", "directory or Hub id of a text classifier; also the first word of the command line")
+    input: str = option("-", "a file of lines, a table with --text_column, or - for standard input")
+    text_column: str = option("text", "column of the text in a table")
+    columns: list[str] = option([], "names of the columns, left to right, of .csv and .tsv files without a header")
+    encoding_errors: str = option("strict", "bytes that are not UTF-8: strict or replace", choices=["strict", "replace"])
+    batch_size: int = option(16, "texts per batch", minimum=1)
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+
+
+def label_texts(arguments: PredictArguments) -> None:
+    """Print a JSON line for each text: the text, its label, and the probability of every label; an empty text has no label."""
+    sources = find_sources(arguments)
+    device = start_accelerator().device
+    trusted = check_model(arguments.model, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, trusted)
+    model = load_model(arguments.model, trusted, device, AutoModelForSequenceClassification)
+    ensure_padding(tokenizer, arguments.model)
+    model.config.pad_token_id = tokenizer.pad_token_id  # required by other classifiers of transformers
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    classify = TextClassificationPipeline(
+        model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
+    )
+    texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
+    with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
+        while chunk := list(islice(texts, CHUNK)):
+            order = [index for index, text in enumerate(chunk) if text.strip()]
+            order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths
+            found: Any = classify([chunk[index] for index in order], truncation=True, max_length=limit) if order else []
+            scores = dict(zip(order, found, strict=True))
+            for index, text in enumerate(chunk):
+                row = {"text": text, **as_row(scores.get(index, []), model.config.problem_type)}
+                print(json.dumps(row, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+            sys.stdout.flush()
+            bar.update(len(chunk))
+
+
+def find_sources(arguments: PredictArguments) -> list[Path | None]:
+    """The files of the input, checked as far as their first texts show; None is standard input."""
+    if arguments.input == "-":
+        if arguments.columns:
+            raise UserError("--columns is for files: standard input is read line by line.")
+        return [None]
+    if not arguments.input:
+        raise UserError("--input is empty: pass a file, or - for standard input.")
+    paths = find_files(arguments.input)
+    for path in paths:
+        next(read_texts(path, arguments), None)
+    return [*paths]
+
+
+def read_texts(path: Path | None, arguments: PredictArguments) -> Iterator[str]:
+    """The texts of a file, or of standard input."""
+    if path and (path.suffix.lower() in TABLE_ENDINGS or arguments.columns):
+        columns = {arguments.text_column: "text_column"}
+        for location, row in read_rows(path, columns, arguments.encoding_errors, arguments.columns):
+            yield get_text(row, arguments.text_column, location, arguments.encoding_errors)
+    else:
+        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.encoding_errors))
+
+
+def as_row(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
+    """The output of the pipeline for one text, the highest score first, as columns; without scores, no label."""
+    values = {item["label"]: round(item["score"], 6) for item in scores}
+    match problem_type:
+        case "regression":
+            return {"numbers": values}
+        case "multi_label_classification":
+            return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
+        case _:
+            return {"label": next(iter(values), None), "scores": values}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    label_texts(parse_arguments(PredictArguments, __doc__, argv, positional="model"))
+
+
+if __name__ == "__main__":
+    run_main(main)

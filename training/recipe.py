@@ -1,0 +1,153 @@
+"""The interface of a recipe, and the one program that runs all three.
+
+Read `run_recipe` first: every run is these steps. pretrain.py, classify.py and instruct.py fill in the methods of `Recipe`.
+"""
+
+import inspect
+import os
+import platform
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_scratchgpt.lora import trainable_parameters
+from training.cli import parse_arguments
+from training.engine.arguments import check_engine
+from training.engine.checkpoints import full_state_dict
+from training.engine.loop import start_accelerator
+from training.engine.pretrained import save_trained
+from training.engine.report import draw_loss
+from training.engine.run_folder import CURVE, RunFolder
+from training.engine.train import TrainResult, train
+from training.results.cards import CardContent, format_command, write_card
+
+Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
+
+
+class Recipe(ABC, Generic[Metrics]):
+    """One kind of training run.
+
+    The constructor reads, splits and tokenizes the data, and prints what it found. It must not depend on random state, so that
+    all processes, and a resumed run, see the same data.
+
+    Attributes:
+        arguments: the parsed arguments; with the number of steps filled in once the data is known.
+        tokenizer: saved with the model.
+        data_digest: a digest of the training and validation data; a run is resumed only with the same data.
+        flops_per_token: forward and backward.
+    """
+
+    arguments_class: ClassVar[type]
+    loss_unit: str = "nats per token"
+    usage: ClassVar[str]  # how to load the result; `{path}` is its directory
+    arguments: Any
+    tokenizer: PreTrainedTokenizerBase
+    data_digest: str
+    flops_per_token: float
+
+    def __init__(self, arguments: Any, accelerator: Accelerator):
+        self.arguments, self.accelerator = arguments, accelerator
+
+    @staticmethod
+    def check(arguments: Any) -> None:
+        """Validate combinations of arguments, and that all files are readable, before any data is read."""
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model before the first step; the same at every call."""
+
+    @abstractmethod
+    def train_dataloader(self) -> DataLoader:
+        """All batches of the run, in order; a resumed run skips the first ones."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: str = "validation") -> Metrics:
+        """Metrics of the model, as prepared by Accelerate, on a held-out split."""
+
+    @abstractmethod
+    def preview(self, model: Any) -> list[str]:
+        """Examples of what the model does, as text for the terminal; the first one is shown at every evaluation."""
+
+    @abstractmethod
+    def evaluate_test(self, model: Any) -> None:
+        """Evaluate the final model on the test split, if there is one, and print and keep the metrics."""
+
+    @abstractmethod
+    def write_results(self, directory: Path, result: TrainResult[Metrics]) -> None:
+        """Write metrics, pictures and examples beside the model. Only the main process calls it."""
+
+    @abstractmethod
+    def card(self, result: TrainResult[Metrics]) -> CardContent:
+        """The recipe's part of the model card."""
+
+
+def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str] | None = None) -> None:
+    """Train a model as the command line says, and publish it in the output directory."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments: Any = parse_arguments(recipe_class.arguments_class, description, argv)
+    accelerator, run_folder = setup(arguments, recipe_class.check)
+    recipe = recipe_class(arguments, accelerator)
+    model = recipe.build_model()
+    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator.num_processes)}")
+    result = train(accelerator, recipe, model, run_folder)
+    recipe.evaluate_test(model)
+    publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
+    accelerator.end_training()
+
+
+def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, RunFolder]:
+    """Start Accelerate and check arguments and output directory, before any data is read."""
+    output_dir = Path(os.path.expanduser(arguments.output_dir))
+    accelerator = start_accelerator(arguments.report_to, output_dir)
+    run_folder = RunFolder(output_dir, accelerator)
+    check_engine(arguments, accelerator.num_processes)
+    check(arguments)
+    if accelerator.is_main_process:
+        run_folder.check(arguments.resume)
+    accelerator.wait_for_everyone()
+    return accelerator, run_folder
+
+
+def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_folder: RunFolder, command: str) -> None:
+    """Write the model, its tokenizer, results, curve and card, all at once."""
+    accelerator = recipe.accelerator
+    weights = full_state_dict(model)
+    if accelerator.is_main_process:
+        facts = {
+            "Parameters": parameters(model),
+            "Training": str(result),
+            "Hardware": hardware(accelerator.num_processes),
+            "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
+            "Command": command,
+        }
+        with run_folder.publish() as directory:
+            save_trained(directory, model, weights, recipe.tokenizer, recipe.build_model)
+            draw_loss(run_folder.history, directory / CURVE, recipe.loss_unit)
+            recipe.write_results(directory, result)
+            write_card(directory, recipe.arguments, recipe.card(result), facts)
+    path = str(run_folder.path)
+    accelerator.print(
+        f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
+    )
+
+
+def parameters(model: PreTrainedModel) -> str:
+    """The number of parameters, and of those that are trained, for people."""
+    is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    return trainable_parameters(model) if is_frozen else f"{model.num_parameters():,} parameters"
+
+
+def hardware(num_processes: int) -> str:
+    """The device and the number of processes and threads, for people."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{device}, processes: {num_processes}, threads per process: {torch.get_num_threads()}"
