@@ -1,14 +1,6 @@
 """ScratchGPT for transformers. Importing this package registers the model type "scratchgpt" with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+import transformers
 
 from .configuration_scratchgpt import ScratchGPTConfig
 from .modeling_scratchgpt import (
@@ -21,13 +13,13 @@ from .modeling_scratchgpt import (
 )
 from .tokenization_scratchgpt import ScratchGPTTokenizer
 
-AutoConfig.register("scratchgpt", ScratchGPTConfig)
-AutoTokenizer.register(ScratchGPTConfig, ScratchGPTTokenizer)
-AutoModel.register(ScratchGPTConfig, ScratchGPTModel)
-AutoModelForCausalLM.register(ScratchGPTConfig, ScratchGPTForCausalLM)
-AutoModelForSequenceClassification.register(ScratchGPTConfig, ScratchGPTForSequenceClassification)
-AutoModelForTokenClassification.register(ScratchGPTConfig, ScratchGPTForTokenClassification)
-AutoModelForQuestionAnswering.register(ScratchGPTConfig, ScratchGPTForQuestionAnswering)
+transformers.AutoConfig.register("scratchgpt", ScratchGPTConfig)
+transformers.AutoTokenizer.register(ScratchGPTConfig, ScratchGPTTokenizer)
+transformers.AutoModel.register(ScratchGPTConfig, ScratchGPTModel)
+transformers.AutoModelForCausalLM.register(ScratchGPTConfig, ScratchGPTForCausalLM)
+transformers.AutoModelForSequenceClassification.register(ScratchGPTConfig, ScratchGPTForSequenceClassification)
+transformers.AutoModelForTokenClassification.register(ScratchGPTConfig, ScratchGPTForTokenClassification)
+transformers.AutoModelForQuestionAnswering.register(ScratchGPTConfig, ScratchGPTForQuestionAnswering)
 
 __all__ = [
     "ScratchGPTConfig",

@@ -30,6 +30,8 @@ PRESETS = {
     "1.5B": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
+SIZES = ["vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"]
+SIZES += ["num_attention_heads", "num_key_value_heads", "head_dim"]
 LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 MAX_LAYERS = 10_000  # sanity limit: building the model of a corrupt config would take days
 CHOICES = {
@@ -42,48 +44,10 @@ CHOICES = {
 
 @strict
 class ScratchGPTConfig(PreTrainedConfig):
-    r"""
-    Configuration of a ScratchGPT. The defaults make GPT-2 124M.
-
-    Args:
-        vocab_size (`int`): number of token ids.
-        max_position_embeddings (`int`): longest sequence, in tokens.
-        hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`, *optional*): width inside the MLP. Default: 4 x `hidden_size` if it is plain; if it is gated,
-            8/3 x, rounded up to a multiple of 64.
-        num_hidden_layers (`int`): number of blocks.
-        num_attention_heads (`int`): number of query heads.
-        num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
-            (grouped-query attention, Ainslie et al., 2023). Default: the number of query heads.
-        head_dim (`int`, *optional*): width of one head. Default: `hidden_size / num_attention_heads`.
-        position_embedding_type (`str`): `"learned"`, or `"rotary"` (Su et al., 2021).
-        norm_type (`str`): `"layernorm"` or `"rmsnorm"` (Zhang and Sennrich, 2019), before attention, MLP and head.
-        qk_norm (`bool`): RMS-normalise each query and key head, as Qwen3 does.
-        mlp_type (`str`): `"plain"` (up, activation, down) or `"gated"` (Shazeer, 2020).
-        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`. Default: tanh-approximated GELU for a plain MLP, SiLU
-            for a gated one.
-        attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have biases.
-        attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). The default is 0, since
-            training for about one epoch does not overfit; GPT-2 was published with 0.1.
-        norm_eps (`float`): added to the variance in each norm.
-        initializer_range (`float`): standard deviation of the initial weights.
-        tie_word_embeddings (`bool`): whether the head shares its weight with the token embedding.
-        rope_parameters (`dict`, *optional*): transformers' settings of rotary embeddings, including scaling. Only used with
-            `position_embedding_type="rotary"`.
-        classifier_pooling (`str`): hidden state that a text classifier reads: of the `"last"` real token, or the `"mean"` of
-            all real tokens.
-        use_cache (`bool`): whether a forward pass returns keys and values for the next one.
-        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
+    """Configuration of a ScratchGPT. The defaults make GPT-2 124M.
 
     Raises:
         ValueError: an invalid value or combination of values; the message says what is allowed.
-
-    Example:
-
-    ```python
-    >>> ScratchGPTConfig.from_preset("355M", max_position_embeddings=2048).num_hidden_layers
-    24
-    ```
     """
 
     model_type = "scratchgpt"
@@ -105,29 +69,31 @@ class ScratchGPTConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 50257
-    max_position_embeddings: int = 1024
-    hidden_size: int = 768
-    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024  # longest sequence, in tokens
+    hidden_size: int = 768  # width of the residual stream
+    intermediate_size: int | None = None  # inside the MLP; default: 4 x hidden_size; gated: 8/3 x, up to a multiple of 64
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    position_embedding_type: str = "learned"
-    norm_type: str = "layernorm"
-    qk_norm: bool = False
-    mlp_type: str = "plain"
-    hidden_act: str | None = None
+    num_key_value_heads: int | None = None  # a divisor: grouped-query attention (Ainslie et al., 2023); default: all
+    head_dim: int | None = None  # default: hidden_size / num_attention_heads
+    position_embedding_type: str = "learned"  # or "rotary" (Su et al., 2021)
+    norm_type: str = "layernorm"  # or "rmsnorm" (Zhang and Sennrich, 2019); before attention, MLP and head
+    qk_norm: bool = False  # RMS-normalise each query and key head, as Qwen3 does
+    mlp_type: str = "plain"  # up, activation, down; or "gated" (Shazeer, 2020)
+    hidden_act: str | None = None  # a name in transformers' ACT2FN; default: tanh-approximated GELU, if gated SiLU
     attention_bias: bool = True
     mlp_bias: bool = True
+    # Dropout is off, since training for about one epoch does not overfit; GPT-2 was published with 0.1.
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-5  # added to the variance in each norm
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = True  # the head shares its weight with the token embedding
+    # Settings of rotary positions, including scaling, as in transformers. A factory, so that the class has no such attribute.
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
-    classifier_pooling: str = "last"
-    use_cache: bool = True
+    classifier_pooling: str = "last"  # a text classifier reads the hidden state of the last real token, or the "mean" of all
+    use_cache: bool = True  # return keys and values for the next forward pass
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -181,19 +147,10 @@ class ScratchGPTConfig(PreTrainedConfig):
         """Build the config of a GPT-2 size (`"124M"`, `"355M"`, `"774M"`, `"1.5B"`); `overrides` replace fields."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**(PRESETS[name] | overrides))
 
     def _validate_sizes(self) -> None:
-        for name in (
-            "vocab_size",
-            "max_position_embeddings",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ):
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}.")
@@ -241,8 +198,6 @@ class ScratchGPTConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
-            for token_id in ids if isinstance(ids, list) else [ids]:
-                if token_id is not None and not 0 <= token_id < self.vocab_size:
-                    raise ValueError(
-                        f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {token_id}."
-                    )
+            for value in ids if isinstance(ids, list) else [ids]:
+                if value is not None and not 0 <= value < self.vocab_size:
+                    raise ValueError(f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {value}.")

@@ -12,7 +12,7 @@ Notable:
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
@@ -20,16 +20,16 @@ IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
 
 
-def reduce_losses(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def reduce_losses(losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Reduce losses to their mean, or to their sum divided by `num_items_in_batch` if given."""
     if num_items_in_batch is None:
         return losses.mean()
-    if isinstance(num_items_in_batch, torch.Tensor):
+    if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(losses.device)
     return losses.sum() / num_items_in_batch
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy in float32 of logits (..., classes) on labels (...), ignoring labels of -100."""
     logits, labels = logits.float().flatten(0, -2), labels.to(logits.device).flatten()
     reduction = "mean" if num_items_in_batch is None else "sum"
@@ -37,15 +37,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
     return reduce_losses(loss, num_items_in_batch)
 
 
-def span_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of logits (B, T) on positions (B,); those beyond the text are ignored."""
     positions = positions.flatten()
     return cross_entropy(logits, positions.masked_fill(positions >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
 
 
 def classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch: Tensor | int | None
+) -> Tensor:
     """Loss of logits (B, num_labels) on classes (B,), or on class probabilities or targets (B, num_labels).
 
     As in transformers, `config.problem_type` is inferred from the labels and set if it is None.
@@ -55,40 +55,34 @@ def classification_loss(
     elif config.problem_type is None:
         is_class = labels.dtype in (torch.long, torch.int)
         config.problem_type = "single_label_classification" if is_class else "multi_label_classification"
-    problem_type = config.problem_type
-    labels = labels.to(logits.device)
-    if problem_type == "single_label_classification" and not labels.is_floating_point():
+    if config.problem_type == "single_label_classification" and not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
-    logits, labels = logits.float(), labels.float().view_as(logits)
-    if problem_type == "single_label_classification":
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return reduce_losses(losses[:, None].expand_as(labels), num_items_in_batch)  # Trainer counts label elements
-    is_regression = problem_type == "regression"
-    per_element = functional.mse_loss if is_regression else functional.binary_cross_entropy_with_logits
-    return reduce_losses(per_element(logits, labels, reduction="none"), num_items_in_batch)
+    logits, labels = logits.float(), labels.to(logits.device).float().view_as(logits)
+    if config.problem_type == "single_label_classification":
+        losses = functional.cross_entropy(logits, labels, reduction="none")[:, None]
+        losses = losses.expand_as(labels)  # Trainer counts label elements
+    elif config.problem_type == "regression":
+        losses = functional.mse_loss(logits, labels, reduction="none")
+    else:
+        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return reduce_losses(losses, num_items_in_batch)
 
 
 def is_plain_head(head: nn.Module) -> bool:
     """Check for a head whose weight can be used directly: with LoRA, quantization or tensor parallelism, it must be called."""
-    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor)
+    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, Tensor)
 
 
 def linear_cross_entropy(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`.
+    hidden_states: Tensor,  # (..., C), the input of the head
+    weight: Tensor,  # (V, C), the head's weight
+    targets: Tensor,  # (...), ids, already shifted; -100 is ignored
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`, in nats, a float32 scalar.
 
-    Args:
-        hidden_states: (..., C), the input of the head.
-        weight: (V, C), the head's weight.
-        targets: (...), ids, already shifted; -100 is ignored.
-        num_items_in_batch: divisor of the summed loss. Default: the number of targets that are not ignored.
-
-    Returns:
-        The loss in nats, a float32 scalar; nan for a mean over no tokens, as in torch.
+    The summed loss is divided by `num_items_in_batch`, by default the number of targets that are not ignored; a mean over no
+    tokens is nan, as in torch.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for a linear layer
@@ -98,31 +92,17 @@ def linear_cross_entropy(
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum()
     divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden_states.device)
+    needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, weight)]
     with torch.autocast(device, enabled=False):
-        loss, *_ = _linear_cross_entropy(
-            hidden_states,
-            weight,
-            targets,
-            divisor,
-            torch.is_grad_enabled() and hidden_states.requires_grad,
-            torch.is_grad_enabled() and weight.requires_grad,
-        )
-    return loss
+        return _linear_cross_entropy(hidden_states, weight, targets, divisor, *needs_grad)[0]
 
 
 @torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    divisor: torch.Tensor,
-    needs_hidden_grad: bool,
-    needs_weight_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed."""
-    hidden_grad, weight_grad = _empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
-    hidden_grad.zero_()
-    weight_grad.zero_()
+    hidden_grad, weight_grad = _zero_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     all_scored = len(scored) == len(targets)
@@ -155,19 +135,18 @@ def _linear_cross_entropy(
     return loss_sum / divisor, hidden_grad, weight_grad
 
 
-def _empty_gradients(
-    hidden_states: torch.Tensor, weight: torch.Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden_grad = torch.empty_like(hidden_states if needs_hidden_grad else hidden_states[:0])
+def _zero_gradients(
+    hidden_states: Tensor, weight: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    hidden_grad = torch.zeros_like(hidden_states if needs_hidden_grad else hidden_states[:0])
     weight_dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight_grad = torch.empty_like(weight if needs_weight_grad else weight[:0], dtype=weight_dtype)
-    return hidden_grad, weight_grad
+    return hidden_grad, torch.zeros_like(weight if needs_weight_grad else weight[:0], dtype=weight_dtype)
 
 
 @_linear_cross_entropy.register_fake
 def _(hidden_states, weight, targets, divisor, needs_hidden_grad, needs_weight_grad):
     loss = torch.empty((), dtype=torch.float32, device=hidden_states.device)
-    return loss, *_empty_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
+    return loss, *_zero_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
 
 
 def _save_gradients(ctx, inputs, output) -> None:
@@ -179,17 +158,12 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _scale_gradients(ctx, loss_grad, *_):
     hidden_grad, weight_grad = ctx.saved_tensors
     # Usually loss_grad is 1 and scaling is skipped. Reading it would synchronize a GPU, and a traced tensor has no value.
-    is_readable = type(loss_grad) is torch.Tensor and loss_grad.device.type == "cpu"
+    is_readable = type(loss_grad) is Tensor and loss_grad.device.type == "cpu"
     if not (is_readable and loss_grad == 1):
         hidden_grad, weight_grad = hidden_grad * loss_grad, weight_grad * loss_grad
-    return (
-        hidden_grad.to(ctx.hidden_dtype) if ctx.needs_hidden_grad else None,
-        weight_grad.to(ctx.weight_dtype) if ctx.needs_weight_grad else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    hidden_grad = hidden_grad.to(ctx.hidden_dtype) if ctx.needs_hidden_grad else None
+    weight_grad = weight_grad.to(ctx.weight_dtype) if ctx.needs_weight_grad else None
+    return hidden_grad, weight_grad, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)

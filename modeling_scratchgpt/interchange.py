@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming, WeightTransform
 
 # The suffixes of the models with a head, and PEFT's name of each one's task. `AutoModel{suffix}` loads `ScratchGPT{suffix}`.
 HEADS = {
@@ -58,23 +58,18 @@ NAMES: dict[str, dict[str, str]] = {  # ours to theirs
         "norm_eps": "layer_norm_epsilon",
     },
     "qwen3": {
-        **{
-            name: name
-            for name in (
-                "max_position_embeddings",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "hidden_act",
-                "attention_bias",
-                "attention_dropout",
-                "rope_parameters",
-            )
-        },
+        "max_position_embeddings": "max_position_embeddings",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_hidden_layers": "num_hidden_layers",
+        "num_attention_heads": "num_attention_heads",
+        "num_key_value_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "hidden_act": "hidden_act",
+        "attention_bias": "attention_bias",
+        "attention_dropout": "attention_dropout",
         "norm_eps": "rms_norm_eps",
+        "rope_parameters": "rope_parameters",
     },
 }
 UNSUPPORTED: dict[str, dict[str, Any]] = {
@@ -118,14 +113,11 @@ def as_scratchgpt(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_type {model_type!r} is not supported: ScratchGPT loads {known}.")
     source: Any = CONFIG_MAPPING[model_type].from_dict(fields)  # fills in and renames the fields of older files
     for name, needed in UNSUPPORTED[model_type].items():
-        if getattr(source, name) != needed:
-            raise ValueError(
-                f"{name} is {getattr(source, name)} in this {model_type} config: ScratchGPT supports only {needed}."
-            )
-    if set(getattr(source, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise ValueError(
-            f"layer_types is {source.layer_types} in this {model_type} config: ScratchGPT supports only full_attention."
-        )
+        if (value := getattr(source, name)) != needed:
+            raise ValueError(f"{name} is {value} in this {model_type} config: ScratchGPT supports only {needed}.")
+    layer_types = getattr(source, "layer_types", None) or ["full_attention"]
+    if set(layer_types) != {"full_attention"}:
+        raise ValueError(f"layer_types is {layer_types} in this {model_type} config: ScratchGPT supports only full_attention.")
     result = {name: getattr(source, their_name) for name, their_name in NAMES[model_type].items()}
     result |= {name: getattr(source, name) for name in SHARED} | ARCHITECTURE[model_type]
     if result["hidden_act"] == "gelu_new":
@@ -145,10 +137,8 @@ def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConf
     required = {**ARCHITECTURE[model_type]}
     if model_type == "gpt2":
         del required["attention_bias"], required["mlp_bias"]  # a missing bias equals a bias of zero
-        required |= {
-            "num_key_value_heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
-        }
+        required["num_key_value_heads"] = config.num_attention_heads
+        required["head_dim"] = config.hidden_size // config.num_attention_heads
     for name, needed in required.items():
         if getattr(config, name) != needed:
             raise ValueError(f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r}.")
@@ -162,17 +152,14 @@ def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConf
 def gpt2_weights() -> list[WeightTransform]:
     """Conversion rules for transformers to load GPT-2's weights. They do not match the names of our own weights."""
     renamed = [WeightRenaming(r"^transformer\.", "model.")]
-    renamed += [WeightRenaming(rf"(?<![\w]){theirs}\.", f"{ours}.") for theirs, ours in GPT2_PARTS.items()]
+    renamed += [WeightRenaming(rf"(?<!\w){theirs}\.", f"{ours}.") for theirs, ours in GPT2_PARTS.items()]
     renamed += [WeightRenaming(r"^classifier\.", "score.")]  # of GPT2ForTokenClassification
-    converted = []
-    for theirs, ours in GPT2_MATRICES.items():
-        pattern, split = rf"(?<!\w){re.escape(theirs)}", [Chunk(dim=0)] if len(ours) > 1 else []
-        weights, biases = ([f"{name}.{kind}" for name in ours] for kind in ("weight", "bias"))
-        converted.append(WeightConverter(rf"{pattern}\.weight", weights, [Transpose(), *split]))
-        if split:
-            converted.append(WeightConverter(rf"{pattern}\.bias", biases, [Chunk(dim=0)]))
-        else:
-            renamed.append(WeightRenaming(rf"{pattern}\.bias", biases))
+    operations: dict[str, list[ConversionOps]] = {"weight": [Transpose(), Chunk(dim=0)], "bias": [Chunk(dim=0)]}
+    converted = [
+        WeightConverter(rf"(?<!\w){re.escape(theirs)}\.{kind}", [f"{name}.{kind}" for name in ours], operations[kind])
+        for theirs, ours in GPT2_MATRICES.items()
+        for kind in operations
+    ]
     return [*renamed, *converted]
 
 

@@ -35,15 +35,14 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     layers: list[nn.Linear] = []
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         for module in model.modules():
-            children: dict[str, Any] = dict(module.named_children())
-            together = [children.pop(name) for name in getattr(module, "fused_inputs", ())]
-            groups = [together] if all(map(_can_be_packed, together)) else [[layer] for layer in together]
+            children: dict[str, Any] = {name: child for name, child in module.named_children() if _can_be_packed(child)}
+            fused = getattr(module, "fused_inputs", ())
+            groups = [[children.pop(name) for name in fused]] if fused and children.keys() >= {*fused} else []
             for group in (*groups, *([layer] for layer in children.values())):
-                if group and all(map(_can_be_packed, group)):
-                    packed = _PackedLinears(group)
-                    for index, layer in enumerate(group):
-                        layer.forward = partial(packed.forward, index)
-                    layers += group
+                packed = _PackedLinears(group)
+                for index, layer in enumerate(group):
+                    layer.forward = partial(packed.forward, index)
+                layers += group
     try:
         yield
     finally:

@@ -118,6 +118,3 @@ class ReferenceBPE:
 def _byte_ids(vocab: list[bytes]) -> dict[int, int]:
     """The id of each byte."""
     return {token[0]: token_id for token_id, token in enumerate(vocab) if len(token) == 1}
-
-
-__all__ = ["ReferenceBPE", "merge_pair", "split_into_words"]

@@ -8,7 +8,6 @@ Notable:
 - A saved tokenizer is a plain `tokenizer.json`: `AutoTokenizer` loads it with or without this file.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,8 +36,8 @@ GPT4_LIKE_SPLIT = (
 def special_tokens(kind: str) -> dict[str, str]:
     """Special tokens of a kind, as keyword arguments of `ScratchGPTTokenizer`, in the order of their ids from 0."""
     names = ("bos", "eos", "pad") if kind in BYTE_LEVEL else ("bos", "eos", "pad", "unk")
-    form = "[{}]" if kind in ("word", "wordpiece") else "<|{}|>"
-    return {f"{name}_token": form.format(name.upper() if form == "[{}]" else name) for name in names}
+    is_bracketed = kind in ("word", "wordpiece")  # as BERT's
+    return {f"{name}_token": f"[{name.upper()}]" if is_bracketed else f"<|{name}|>" for name in names}
 
 
 def min_vocab_size(kind: str) -> int:
@@ -58,8 +57,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 class ScratchGPTTokenizer(TokenizersBackend):
-    """
-    A fast tokenizer of transformers, with the constructors `train` and `from_gpt2_files`.
+    """A fast tokenizer of transformers, with the constructors `train` and `from_gpt2_files`.
 
     Example:
 
@@ -90,7 +88,6 @@ class ScratchGPTTokenizer(TokenizersBackend):
         """Train a tokenizer on `texts`, which are streamed once.
 
         Args:
-            texts: the training texts.
             vocab_size: number of tokens, including special tokens and the 256 bytes. A small corpus may yield fewer: see
                 `len(tokenizer)`.
             kind: the algorithm, and what is lost by `decode(encode(text))`:
@@ -100,7 +97,6 @@ class ScratchGPTTokenizer(TokenizersBackend):
                 "wordpiece": BERT's WordPiece, with `##` for continuations; white space, and rare characters.
                 "unigram": subwords by a unigram language model (Kudo, 2018); unseen characters, and `▁` becomes a space.
                 "character": single characters; unseen characters.
-            show_progress: show the progress bars of `tokenizers`.
 
         Raises:
             TypeError: `texts` is a single string.
@@ -117,9 +113,10 @@ class ScratchGPTTokenizer(TokenizersBackend):
                 f"vocab_size must be at least {min_vocab_size(kind)} ({least} and {len(special_tokens(kind))} special tokens) "
                 f"and at most {MAX_VOCAB_SIZE}, got {vocab_size}."
             )
-        tokenizer = (
-            _train_characters(texts, vocab_size) if kind == "character" else _train(texts, vocab_size, kind, show_progress)
-        )
+        if kind == "character":
+            tokenizer = _train_characters(texts, vocab_size)
+        else:
+            tokenizer = _train(texts, vocab_size, kind, show_progress)
         return cls(tokenizer_object=tokenizer, **special_tokens(kind))
 
     @classmethod
@@ -132,56 +129,50 @@ class ScratchGPTTokenizer(TokenizersBackend):
             OSError: a file is missing.
             ValueError: a file is invalid.
         """
+        tokenizer, _ = _build("bpe")
+        for file in (vocab_file, merges_file):
+            Path(file).stat()  # raises OSError; `tokenizers` raises bare exceptions
         try:
-            vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
-            lines = Path(merges_file).read_text(encoding="utf-8").splitlines()
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            tokenizer = _build("bpe")
             with panics_as_errors():
-                tokenizer.model = models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # pairs, or refused
-        except OSError:
-            raise
-        except Exception as error:  # `tokenizers` raises bare exceptions
+                tokenizer.model = models.BPE.from_file(str(vocab_file), str(merges_file))
+        except Exception as error:
             raise ValueError(f"{vocab_file} and {merges_file} are not GPT-2's vocabulary and merges: {error}") from error
         return cls(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
-def _build(kind: str) -> Tokenizer:
-    """Build an empty model with its pre-tokenizer and decoder."""
-    tokenizer, unknown = Tokenizer(models.BPE()), special_tokens(kind).get("unk_token", "")
+def _build(kind: str, **training: Any) -> tuple[Tokenizer, Any]:
+    """Build an empty model, with its pre-tokenizer and decoder, and its trainer."""
+    special = special_tokens(kind)
+    unknown, training["special_tokens"] = special.get("unk_token", ""), list(special.values())
     if kind in BYTE_LEVEL:
+        tokenizer = Tokenizer(models.BPE())
         words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bpe")
         split = pre_tokenizers.Split(Regex(GPT4_LIKE_SPLIT), "isolated")
         tokenizer.pre_tokenizer = words if kind == "bpe" else pre_tokenizers.Sequence([split, words])
         tokenizer.decoder = decoders.ByteLevel()
-    elif kind == "word":  # without a decoder, tokens are joined with spaces
-        tokenizer.model = models.WordLevel(unk_token=unknown)
+        return tokenizer, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **training)
+    if kind == "word":  # without a decoder, tokens are joined with spaces
+        tokenizer = Tokenizer(models.WordLevel(unk_token=unknown))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    elif kind == "wordpiece":
-        tokenizer.model = models.WordPiece(unk_token=unknown)
+        return tokenizer, trainers.WordLevelTrainer(**training)
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-    elif kind == "unigram":
-        tokenizer.model = models.Unigram()
-        # Isolate line ends, which Metaspace treats as letters, and `<|`: otherwise the likeliest split of a spelled-out special
-        # token would be that token.
-        isolate = pre_tokenizers.Split(Regex(r"<\||[^\S ]+"), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([isolate, pre_tokenizers.Metaspace(prepend_scheme="never")])
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    return tokenizer
+        limit = max(1, (training["vocab_size"] - len(special)) // 4)  # a character may take two tokens, with and without ##
+        return tokenizer, trainers.WordPieceTrainer(limit_alphabet=limit, **training)
+    tokenizer = Tokenizer(models.Unigram())
+    # Isolate line ends, which Metaspace treats as letters, and `<|`: otherwise the likeliest split of a spelled-out special
+    # token would be that token.
+    isolate = pre_tokenizers.Split(Regex(r"<\||[^\S ]+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([isolate, pre_tokenizers.Metaspace(prepend_scheme="never")])
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    return tokenizer, trainers.UnigramTrainer(unk_token=unknown, **training)
 
 
 def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool) -> Tokenizer:
-    tokenizer, special, seen = _build(kind), list(special_tokens(kind).values()), set[str]()
-    shared: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": show_progress}
-    if kind in BYTE_LEVEL:
-        trainer: Any = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **shared)
-    elif kind == "word":
-        trainer = trainers.WordLevelTrainer(**shared)
-    elif kind == "wordpiece":  # each character may take two tokens, with and without ##
-        trainer = trainers.WordPieceTrainer(limit_alphabet=max(1, (vocab_size - len(special)) // 4), **shared)
-    else:
-        trainer = trainers.UnigramTrainer(unk_token=special_tokens(kind)["unk_token"], **shared)
+    tokenizer, trainer = _build(kind, vocab_size=vocab_size, show_progress=show_progress)
+    seen = set[str]()
 
     def pieces() -> Iterator[str]:
         """Split long runs without spaces: training time is quadratic in the length of a word."""
@@ -192,10 +183,8 @@ def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool
 
     try:
         tokenizer.train_from_iterator(pieces(), trainer)
-    except Exception:  # bare ones, also for too small a vocabulary, which other trainers exceed silently
+    finally:  # also after an error: for too small a vocabulary, some trainers raise a bare exception, and others exceed it
         _check_room(kind, len(seen), vocab_size)
-        raise
-    _check_room(kind, len(seen), vocab_size)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ Notable:
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +31,7 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module, *names: str) -> Adapters:
-    """Return the state of a model's adapters.
-
-    Raises:
-        ValueError: one of `names` is not an adapter of the model.
-    """
+    """Return the state of a model's adapters, after checking that it has those named."""
     adapters: Adapters = vars(model).get("_lora") or Adapters()
     for name in names:
         if name not in adapters.configs:
@@ -49,24 +45,37 @@ def lora_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
     return {name: layer for name, layer in layers.items() if adapter_name is None or adapter_name in layer.lora_A}
 
 
-def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> None:
+def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """All parameters of an adapter, under PEFT's names."""
+    layers = lora_layers(model, adapter_name)
+    result: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        result[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name]
+        result[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name]
+        if adapter_name in layer.lora_magnitude_vector:
+            result[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name]
+    full = adapters_of(model).full[adapter_name]
+    return result | {peft_name(name, layers): parameter for name, parameter in full.items()}
+
+
+def peft_name(name: str, adapted: Container[str]) -> str:
+    """PEFT's name of a parameter of the base: there, only the layers that this adapter adapts are wrapped."""
+    name = name.replace(".base_layer.", ".")
+    layer, _, child = name.rpartition(".")
+    return f"{layer}.base_layer.{child}" if layer in adapted else name
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default", limit_rank: bool = True) -> None:
     """Add a new adapter, activate it, and freeze all other parameters.
 
     Save adapters with `save_adapter`: `save_pretrained` refuses a model with adapters.
 
+    Args:
+        limit_rank: refuse a rank above that of a matrix. Published adapters may have one, where a matrix is narrow.
+
     Raises:
         ValueError: the name is taken, or the config does not fit the model; the message names the module.
     """
-    for name, layer in targets_of(model, config).items():
-        rank, limit = config.rank(name), min(layer.in_features, layer.out_features)
-        if rank > limit:
-            size = f"{layer.out_features} x {layer.in_features}"
-            raise ValueError(f"r is {rank}, but {name} is {size}: its rank is at most {limit}.")
-    add_adapter_of_any_rank(model, config, adapter_name)
-
-
-def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Like `add_adapter`, but without a limit on the rank: published adapters may exceed the rank of a narrow matrix."""
     adapters = adapters_of(model)
     is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
     if not is_word or adapter_name in adapters.configs or hasattr(nn.ParameterDict, adapter_name):
@@ -76,29 +85,32 @@ def add_adapter_of_any_rank(model: nn.Module, config: LoraConfig, adapter_name: 
     targets = targets_of(model, config)
     for name, layer in targets.items():
         base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+        rank, limit = config.rank(name), min(layer.in_features, layer.out_features)
+        if limit_rank and rank > limit:
+            size = f"{layer.out_features} x {layer.in_features}"
+            raise ValueError(f"r is {rank}, but {name} is {size}: its rank is at most {limit}.")
         if config.use_dora and not is_plain(base):
             raise ValueError(f"use_dora needs the plain weight of {name}, but {_form(base)}: leave it out.")
         if base.weight.is_meta and hasattr(base, "_hf_hook"):
             raise ValueError(f"{name} is offloaded: load the model onto one device, then add the adapter.")
-    parameters_in_full(model, config, targets)  # raises its errors before anything is changed
+    in_full = parameters_in_full(model, config, targets)  # raises its errors before anything is changed
     if not adapters.configs:
         adapters.frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    for name, layer in targets.items():
-        if not isinstance(layer, LoraLinear):
-            targets[name] = LoraLinear(layer)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, targets[name])
-            for known in (adapters.base, *adapters.full.values()):  # parameters of the wrapped layer get a longer name
-                for old in [old for old in known if old.rpartition(".")[0] == name]:
-                    known[f"{name}.base_layer.{old.rpartition('.')[2]}"] = known.pop(old)
-        targets[name].update_layer(adapter_name, config.rank(name), config.scaling(name), config)
-    copies: dict[Any, nn.Parameter] = {}
     adapters.full[adapter_name] = {}
-    for name, parameter in parameters_in_full(model, config, targets).items():
+    copies: dict[Any, nn.Parameter] = {}
+    for name, parameter in in_full.items():
         parameter = adapters.base.setdefault(name, parameter)
         same = id(parameter) if config.ensure_weight_tying else name  # one copy for tied parameters
         copies.setdefault(same, nn.Parameter(parameter.detach().clone()))
         adapters.full[adapter_name][name] = copies[same]
+    for name, layer in targets.items():
+        if not isinstance(layer, LoraLinear):
+            targets[name] = LoraLinear(layer)
+            model.set_submodule(name, targets[name])
+            for known in (adapters.base, *adapters.full.values()):  # parameters of the wrapped layer get a longer name
+                for old in [old for old in known if old.rpartition(".")[0] == name]:
+                    known[f"{name}.base_layer.{old.rpartition('.')[2]}"] = known.pop(old)
+        targets[name].update_layer(adapter_name, config.rank(name), config.scaling(name), config)
     adapters.configs[adapter_name] = config
     model._lora = adapters  # type: ignore[assignment]  # neither a module nor a parameter
     set_adapter(model, adapter_name)
@@ -126,12 +138,8 @@ def set_adapter(model: nn.Module, *adapter_names: str, trainable: bool = True) -
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.active_adapters = [name for name in adapter_names if name in layer.lora_A]
-        for name in layer.active_adapters:
-            for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-                if name in parameters:
-                    parameters[name].requires_grad_(trainable)
     for adapter in adapter_names:
-        for parameter in adapters.full[adapter].values():
+        for parameter in tensors_of(model, adapter).values():
             parameter.requires_grad_(trainable)
     adapters.active_adapters = adapter_names
 
@@ -159,6 +167,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     _refuse_merged(model)
     trained = trained_parameters(model)
     set_adapter(model, *(name for name in adapters.active_adapters if name != adapter_name), trainable=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     for layer in lora_layers(model, adapter_name).values():
         for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.dropout):
             if adapter_name in values:
@@ -166,9 +176,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     del adapters.configs[adapter_name], adapters.full[adapter_name]
     if not adapters.configs:
         _unload(model)
-        return
-    for parameter in trained:
-        parameter.requires_grad_(True)
 
 
 def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
@@ -182,17 +189,16 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], adapter_na
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not abs(weight) < 1e30:
             raise ValueError(f"the weight of adapter {name!r} must be a number, got {weight!r}.")
-    parts = {name: [adapter for adapter in weights if adapter in layer.lora_A] for name, layer in lora_layers(model).items()}
-    parts = {name: own for name, own in parts.items() if own}
     layers = lora_layers(model)
-    ranks = {name: sum(len(layers[name].lora_A[adapter]) for adapter in own) for name, own in parts.items()}
+    parts = {name: [adapter for adapter in weights if adapter in layer.lora_A] for name, layer in layers.items()}
+    ranks = {name: sum(len(layers[name].lora_A[adapter]) for adapter in own) for name, own in parts.items() if own}
     max_rank = max(ranks.values(), default=1)
     others: dict[str, Any] = {re.escape(name): rank for name, rank in ranks.items() if rank != max_rank}
     config = LoraConfig(r=max_rank, lora_alpha=max_rank, target_modules=[*ranks], rank_pattern=others, alpha_pattern=others)
-    add_adapter_of_any_rank(model, config, adapter_name)
+    add_adapter(model, config, adapter_name, limit_rank=False)
     with torch.no_grad():
-        for name, own in parts.items():
-            layer = layers[name]
+        for name in ranks:
+            layer, own = layers[name], parts[name]
             layer.lora_A[adapter_name].copy_(torch.cat([layer.lora_A[adapter] for adapter in own]))
             scaled = [weights[adapter] * layer.scaling[adapter] * layer.lora_B[adapter] for adapter in own]
             layer.lora_B[adapter_name].copy_(torch.cat(scaled, dim=1))
@@ -233,8 +239,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def trainable_parameters(model: nn.Module) -> str:
     """Describe how many parameters are trained, in one line."""
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    total, trained = (sum(map(torch.numel, some)) for some in (model.parameters(), trained_parameters(model)))
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
@@ -244,8 +249,7 @@ def _form(layer: Any) -> str:
 
 def _unload(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
     adapters: Adapters = vars(model).pop("_lora", Adapters())
     frozen = {id(parameter) for parameter in adapters.frozen}
     for parameter in model.parameters():

@@ -14,50 +14,42 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 class LoraConfig:
     """Settings of a LoRA adapter, under PEFT's names.
 
-    Args:
-        r: rank of the update; `rank_pattern` maps regular expressions for the ends of module names to other ranks.
-        lora_alpha: the update is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
-        lora_dropout: dropout probability of the input of A.
-        target_modules: `"all-linear"` (all linear layers except the heads), a list of suffixes of module names, or a regular
-            expression for whole names.
-        exclude_modules: modules to leave out, in the same form.
-        layers_to_transform: indices of the blocks to adapt (default: all); `layers_pattern` is the name of their list.
-        use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
-        use_dora: also train the magnitude of each row of W, separately from its direction.
-        init_lora_weights: True: A uniform as in `nn.Linear`, B zero; `"gaussian"`: A normal, B zero; False: both uniform, so
-            that the adapter changes the model from the start.
-        bias: biases to train: `"none"`, `"all"`, or `"lora_only"` (those of the adapted layers).
-        modules_to_save: suffixes of the names of modules that are trained in full, such as a new head.
-        ensure_weight_tying: keep tied weights tied where they are trained in full.
-
     Raises:
         ValueError: an invalid value; the message names the field.
     """
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
+    r: int = 16  # rank of the update
+    lora_alpha: float = 32  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.0  # of the input of A
+    # "all-linear" (all linear layers except the heads), suffixes of module names, or a regular expression for whole names.
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None  # modules to leave out, in the same form
+    layers_to_transform: int | list[int] | None = None  # indices of the blocks to adapt; default: all
+    layers_pattern: str | list[str] | None = None  # name of the list of blocks
+    # Other ranks and alphas, by regular expressions for the ends of module names; the first that matches is used.
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r), which keeps high ranks learning
+    use_dora: bool = False  # also train the magnitude of each row of W, separately from its direction
+    # True: A uniform as in `nn.Linear`, B zero; "gaussian": A normal, B zero; False: both uniform, so that the adapter changes
+    # the model from the start.
     init_lora_weights: bool | str = True
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
-    ensure_weight_tying: bool = True
+    bias: str = "none"  # biases to train: "none", "all", or "lora_only" (those of the adapted layers)
+    modules_to_save: list[str] | None = None  # suffixes of the names of modules that are trained in full, such as a new head
+    ensure_weight_tying: bool = True  # keep tied weights tied where they are trained in full
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for rank in (self.r, *_checked(self, "rank_pattern")):
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(patterns := getattr(self, name), dict):
+                raise ValueError(f"{name} must map name patterns to numbers, got {patterns!r}.")
+            _check_expressions(name, patterns)
+        for rank in (self.r, *self.rank_pattern.values()):
             if type(rank) is not int or rank < 1:
                 raise ValueError(f"r must be a positive integer, got {rank!r}.")
-        for alpha in (self.lora_alpha, *_checked(self, "alpha_pattern")):
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float) or not 0 < alpha < 1e30:
                 raise ValueError(f"lora_alpha must be a positive number, got {alpha!r}.")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
@@ -69,10 +61,9 @@ class LoraConfig:
             if not is_list and not is_text and (value is not None or name == "target_modules"):
                 expected = "a list of strings" if name == "modules_to_save" else "a string or a list of strings"
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
-            for pattern in [value] if is_text else value or [] if name == "layers_pattern" else []:
-                _check_pattern(name, pattern)
-        numbers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform or 0]
-        if not all(type(number) is int for number in numbers):
+            if is_text or name == "layers_pattern":
+                _check_expressions(name, _as_list(value))
+        if not all(type(number) is int for number in _as_list(self.layers_to_transform)):
             raise ValueError(f"layers_to_transform must be a number or a list of numbers, got {self.layers_to_transform!r}.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
@@ -94,32 +85,25 @@ def _by_pattern(patterns: dict[str, Any], module_name: str, otherwise: Any) -> A
     return next(matching, otherwise)
 
 
-def _checked(config: LoraConfig, name: str) -> list[Any]:
-    """Check a dictionary of patterns and return its values."""
-    patterns = getattr(config, name)
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{name} must map name patterns to numbers, got {patterns!r}.")
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _check_expressions(name: str, patterns: Iterable[str]) -> None:
     for pattern in patterns:
-        _check_pattern(name, pattern)
-    return list(patterns.values())
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}.") from error
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}.") from error
 
 
 # The selected layers and parameters --------------------------------------------------------------------------------------
 
 
 def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """Select the layers to adapt, by name. Layers that already have an adapter are included.
-
-    Raises:
-        ValueError: no layer is selected, or one that LoRA cannot adapt; the message names it.
-    """
+    """Select the layers to adapt, by name, including those that already have an adapter."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "lora_A"))
     modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
     linear = {name for name, module in modules.items() if _can_be_adapted(module)}
@@ -129,11 +113,8 @@ def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     else:
         found = {name for name in modules if matches(name, config.target_modules)}
     in_full = tuple(f"{name}." for name in modules_in_full(model, config))
-    found = {
-        name
-        for name in found
-        if _in_layers(name, config) and not matches(name, config.exclude_modules or []) and not f"{name}.".startswith(in_full)
-    }
+    found = {name for name in found if _in_layers(name, config) and not f"{name}.".startswith(in_full)}
+    found -= {name for name in found if matches(name, config.exclude_modules or [])}
     for name in sorted(found - linear):
         raise ValueError(f"target_modules selects {name}, a {type(modules[name]).__name__}: only nn.Linear is supported.")
     if not found:
@@ -147,16 +128,12 @@ def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
 
 
 def modules_in_full(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules that are trained in full (`modules_to_save`).
-
-    Raises:
-        ValueError: no module has such a name, or one has buffers.
-    """
+    """Names of the modules that are trained in full (`modules_to_save`)."""
     names = [name for name, _ in model.named_modules() if name and ".lora_" not in name]
     result: set[str] = set()
     for end in config.modules_to_save or []:
         found = {name for name in names if name.removesuffix(".base_layer").endswith(end)}  # as in PEFT
-        if not any(True for name in found for _ in model.get_submodule(name).parameters()):
+        if not any(list(model.get_submodule(name).parameters()) for name in found):
             raise ValueError(f"modules_to_save contains {end!r}, but the model has no such module with parameters.")
         result |= found
     for name in result:
@@ -192,10 +169,7 @@ def _can_be_adapted(module: nn.Module) -> bool:
 
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
-    if config.layers_to_transform is None or config.layers_to_transform == []:
-        return True
-    wanted = config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
-    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
-    found = [re.match(rf"(?:.*?\.)?{pattern or '[^.]*'}\.(\d+)\.", name) for pattern in lists or [""]]
-    numbers = [match[1] for match in found if match]
-    return bool(numbers) and int(numbers[0]) in wanted
+    wanted, lists = _as_list(config.layers_to_transform), _as_list(config.layers_pattern) or [""]
+    found = [re.match(rf"(?:.*?\.)?{pattern or '[^.]*'}\.(\d+)\.", name) for pattern in lists]
+    numbers = [int(match[1]) for match in found if match]
+    return not wanted or (bool(numbers) and numbers[0] in wanted)

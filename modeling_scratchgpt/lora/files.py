@@ -27,8 +27,8 @@ from transformers.utils import cached_file
 from ..atomic import atomic_file
 from ..hub import is_hub_id
 from ..interchange import HEADS
-from .adapters import adapters_of, add_adapter_of_any_rank, delete_adapter, lora_layers, set_adapter, trained_parameters
-from .config import LoraConfig, matches, modules_in_full, targets_of
+from .adapters import adapters_of, add_adapter, disable_adapter, lora_layers, peft_name, set_adapter, tensors_of
+from .config import LoraConfig, matches, modules_in_full, parameters_in_full, targets_of
 from .layer import LoraLinear, is_plain
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{name}": _full_tensor(tensor).clone() for name, tensor in _tensors(model, adapter_name).items()}
+    tensors = {f"{PREFIX}{name}": _full_tensor(tensor).clone() for name, tensor in tensors_of(model, adapter_name).items()}
     try:
         with atomic_file(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
@@ -94,41 +94,31 @@ def load_adapter(
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            trained_on = {
-                name: float(number) for name, (number, _) in json.loads((opened.metadata() or {}).get("base", "{}")).items()
-            }
+            base = json.loads((opened.metadata() or {}).get("base", "{}"))
+            trained_on = {name: float(number) for name, (number, _) in base.items()}
     except (AttributeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error}).") from error
     # PEFT lists the usual names of heads: those that this model lacks are ignored.
     names = [name for name, _ in model.named_modules()]
     known = [end for end in config.modules_to_save or [] if any(name.endswith(end) for name in names)]
     config = replace(config, modules_to_save=known)
-    _check_ranks(model, config, tensors, file)
-    active, trained = adapters_of(model).active_adapters, trained_parameters(model)
-    add_adapter_of_any_rank(model, config, adapter_name)
-    try:
-        _check(model, tensors, _tensors(model, adapter_name), file)
-        _check_base(lora_layers(model, adapter_name), trained_on, file)
-        with torch.no_grad():
-            for name, parameter in _tensors(model, adapter_name).items():
-                parameter.copy_(tensors[name])
-    except Exception:
-        delete_adapter(model, adapter_name)
-        set_adapter(model, *active, trainable=False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise
+    with disable_adapter(model):  # others may train parameters of the base in full
+        _check_tensors(model, config, tensors, file)
+        _check_base(targets_of(model, config), trained_on, file)
+    add_adapter(model, config, adapter_name, limit_rank=False)
+    with torch.no_grad():
+        for name, parameter in tensors_of(model, adapter_name).items():
+            parameter.copy_(tensors[name])
     set_adapter(model, adapter_name, trainable=trainable)
 
 
 def _file(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> str:
     source = os.fspath(source)
     if os.path.isdir(source):
-        if not os.path.isfile(os.path.join(source, name)):
-            raise FileNotFoundError(
-                f"{source} has no {name}: it is not an adapter, or one in an old format that could run code."
-            )
-        return os.path.join(source, name)
+        file = os.path.join(source, name)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{source} has no {name}: it is not an adapter, or one in an old format that can run code.")
+        return file
     if not is_hub_id(source):
         raise FileNotFoundError(f"{source} is neither a directory nor the id of a repository on the Hub.")
     return str(cached_file(source, name, **hub))
@@ -149,69 +139,51 @@ def _read_config(file: str) -> LoraConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """All tensors of an adapter, under PEFT's names."""
-    result: dict[str, torch.Tensor] = {}
-    for name, layer in lora_layers(model, adapter_name).items():
-        result[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name]
-        result[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name]
-        if adapter_name in layer.lora_magnitude_vector:
-            result[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name]
-    for name, parameter in adapters_of(model).full[adapter_name].items():
-        path, _, child = name.rpartition(".base_layer.")
-        if path and path not in lora_layers(model, adapter_name):  # wrapped only by another adapter
-            name = f"{path}.{child}"
-        result[name] = parameter
-    return result
-
-
 def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a sharded tensor. All processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _check_ranks(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], file: str) -> None:
-    """Compare the ranks with the matrices in the file before any is allocated: a damaged rank could take all memory."""
-    for name in targets_of(model, config):
-        matrix, rank = tensors.get(f"{name}.lora_A.weight"), config.rank(name)
-        if matrix is None:
-            raise ValueError(f"{file} lacks {name}.lora_A.weight: it is damaged or belongs to another base.")
-        if matrix.shape[:1] != (rank,):
-            shape = tuple(matrix.shape)
-            raise ValueError(f"{file}: {name}.lora_A.weight is {shape}, but r is {rank} in {CONFIG}: one of them is damaged.")
-
-
-def _check(model: nn.Module, tensors: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor], file: str) -> None:
-    for name in tensors.keys() - parameters.keys():  # PEFT may save embeddings that it has not trained
+def _check_tensors(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], file: str) -> None:
+    """Compare names and shapes before any matrix is allocated: a damaged rank could take all memory."""
+    targets = targets_of(model, config)
+    full = parameters_in_full(model, config, targets)
+    expected = {peft_name(name, targets): tuple(parameter.shape) for name, parameter in full.items()}
+    for name, layer in targets.items():
+        expected[f"{name}.lora_A.weight"] = (config.rank(name), layer.in_features)
+        expected[f"{name}.lora_B.weight"] = (layer.out_features, config.rank(name))
+        if config.use_dora:
+            expected[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
+    for name in tensors.keys() - expected.keys():  # PEFT may save embeddings that it has not trained
         if re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", name):
-            base = dict(model.named_parameters(remove_duplicate=False))
-            own = base.get(name, base.get(name.replace(".base_layer", "")))
+            base = {peft_name(name, ()): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+            own = base.get(peft_name(name, ()))
             if own is None or own.shape != tensors[name].shape or not torch.equal(own.to(tensors[name]), tensors[name]):
                 raise ValueError(f"{file} has its own embeddings, {name}, which is not supported: load it with PEFT.")
             del tensors[name]
-    for what, names in (("lacks", parameters.keys() - tensors.keys()), ("has the unknown", tensors.keys() - parameters.keys())):
+    for what, names in (("lacks", expected.keys() - tensors.keys()), ("has the unknown", tensors.keys() - expected.keys())):
         if names:
             raise ValueError(f"{file} {what} {', '.join(sorted(names)[:3])}: it is damaged or belongs to another base.")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            shapes = f"{tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{file}: {name} is {shapes}: it is damaged or belongs to another base.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            shapes = f"{tuple(tensors[name].shape)}, expected {shape}"
+            raise ValueError(f"{file}: {name} is {shapes}: it or {CONFIG} is damaged or belongs to another base.")
 
 
-def _fingerprint(layers: dict[str, LoraLinear]) -> dict[str, list[float]]:
+def _fingerprint(layers: dict[str, Any]) -> dict[str, list[float]]:
     """Identify weights by the first row of each layer: its sum with alternating signs, and its norm."""
     result = {}
     for name, layer in layers.items():
-        if is_plain(layer.base_layer):
-            weight = layer.base_layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
-            row = weight.detach()[0].double().cpu()
+        base, unmerged = getattr(layer, "base_layer", layer), getattr(layer, "unmerged_weight", None)
+        if is_plain(base) and not base.weight.is_meta:
+            row = (base.weight if unmerged is None else unmerged).detach()[0].double().cpu()
             signs = torch.ones_like(row)
             signs[1::2] = -1
             result[name] = [round(float(row @ signs), 6), round(float(row.norm()), 6)]
     return result
 
 
-def _check_base(layers: dict[str, LoraLinear], trained_on: dict[str, float], file: str) -> None:
+def _check_base(layers: dict[str, Any], trained_on: dict[str, float], file: str) -> None:
     for name, (number, length) in _fingerprint(layers).items():
         if not abs(number - trained_on.get(name, number)) <= 0.03 * length + 1e-5:  # half precision changes it by a thousandth
             raise ValueError(f"{file} was trained on other weights than this model's: load the base it belongs to.")

@@ -20,11 +20,7 @@ from .config import LoraConfig
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with adapters.
-
-    Args:
-        base_layer: an `nn.Linear`, possibly quantized.
-    """
+    """A linear layer, possibly quantized, with adapters."""
 
     def __init__(self, base_layer: nn.Linear):
         super().__init__()
@@ -42,9 +38,9 @@ class LoraLinear(nn.Module):
         """Add an adapter, which is not active yet."""
         weight = self.base_layer.weight
         # At least float32: in half precision, small optimizer steps would be rounded away.
-        options: Any = {"device": weight.device, "dtype": weight.dtype if weight.dtype == torch.float64 else torch.float32}
-        a = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        b = nn.Parameter(torch.zeros(self.out_features, rank, **options))
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        a = nn.Parameter(torch.empty(rank, self.in_features, device=weight.device, dtype=dtype))
+        b = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.device, dtype=dtype))
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
@@ -54,7 +50,7 @@ class LoraLinear(nn.Module):
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
         self.scaling[adapter_name], self.dropout[adapter_name] = scaling, config.lora_dropout
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = nn.Parameter(self._row_norms(adapter_name).to(options["dtype"]))
+            self.lora_magnitude_vector[adapter_name] = nn.Parameter(self._row_norms(adapter_name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
