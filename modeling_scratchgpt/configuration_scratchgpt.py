@@ -16,7 +16,7 @@ from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -53,7 +53,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     model_type = "scratchgpt"
     _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {theirs: ours for ours, theirs in NAMES["gpt2"].items()}
+    attribute_map = {theirs: ours for ours, theirs in (GPT2Config.attribute_map | NAMES["gpt2"]).items()}
 
     # Tensor parallelism: attention is split by heads, the MLP by its inner width.
     base_model_tp_plan = {
@@ -71,10 +71,10 @@ class ScratchGPTConfig(PreTrainedConfig):
     vocab_size: int = 50257
     max_position_embeddings: int = 1024  # longest sequence, in tokens
     hidden_size: int = 768  # width of the residual stream
-    intermediate_size: int | None = None  # inside the MLP; default: 4 x hidden_size; gated: 8/3 x, up to a multiple of 64
+    intermediate_size: int | None = None  # of the MLP; default: 4 x hidden_size, or 8/3 x, up to a multiple of 64, if gated
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None  # a divisor: grouped-query attention (Ainslie et al., 2023); default: all
+    num_key_value_heads: int | None = None  # fewer: grouped-query attention (Ainslie et al., 2023); default: one per head
     head_dim: int | None = None  # default: hidden_size / num_attention_heads
     position_embedding_type: str = "learned"  # or "rotary" (Su et al., 2021)
     norm_type: str = "layernorm"  # or "rmsnorm" (Zhang and Sennrich, 2019); before attention, MLP and head

@@ -23,10 +23,12 @@ HEADS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-SHARED = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+SHARED = ["vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"]
+# GPT-2 has other names for these, but its config also accepts these.
+SHARED += ["max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 
 # By model type: the fields that define its architecture (dropout may differ, since it affects only training), the names of its
-# fields, and the values of its fields that ScratchGPT cannot change.
+# other fields, and the values of its fields that ScratchGPT cannot change.
 ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt2": {
         "position_embedding_type": "learned",
@@ -46,11 +48,7 @@ ARCHITECTURE: dict[str, dict[str, Any]] = {
 }
 NAMES: dict[str, dict[str, str]] = {  # ours to theirs
     "gpt2": {
-        "max_position_embeddings": "n_positions",
-        "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
         "hidden_act": "activation_function",
         "attention_dropout": "attn_pdrop",
         "hidden_dropout": "resid_pdrop",
@@ -58,11 +56,7 @@ NAMES: dict[str, dict[str, str]] = {  # ours to theirs
         "norm_eps": "layer_norm_epsilon",
     },
     "qwen3": {
-        "max_position_embeddings": "max_position_embeddings",
-        "hidden_size": "hidden_size",
         "intermediate_size": "intermediate_size",
-        "num_hidden_layers": "num_hidden_layers",
-        "num_attention_heads": "num_attention_heads",
         "num_key_value_heads": "num_key_value_heads",
         "head_dim": "head_dim",
         "hidden_act": "hidden_act",

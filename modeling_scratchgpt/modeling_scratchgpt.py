@@ -368,7 +368,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
             logits_to_keep: compute only the last N logits, or those at these positions (see `select_positions`).
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
-        outputs = self.model(
+        output = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         if labels is not None and shift_labels is None:
@@ -377,12 +377,12 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
             skip_logits = self.training and shift_labels is not None
         loss = logits = None
         if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
-            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
+            loss = linear_cross_entropy(output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:
-            logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+            logits = self.lm_head(select_positions(output.last_hidden_state, logits_to_keep))  # (B, T, V)
             if shift_labels is not None:
                 loss = cross_entropy(logits, shift_labels, num_items_in_batch)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        return CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
 
 
 # `generate` inspects the signature of custom code for every token: cached here, that takes no time.
@@ -431,13 +431,11 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         `problem_type` is inferred from the labels if not set. Single-label targets may be class probabilities
         (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
         """
-        outputs = self.model(input_ids, attention_mask, **kwargs)
-        pooled = pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        output = self.model(input_ids, attention_mask, **kwargs)
+        pooled = pool_hidden_states(output.last_hidden_state, attention_mask, self.config.classifier_pooling)
         logits = self.score(pooled)  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
-        )
+        return SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
 
 
 class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
@@ -463,10 +461,10 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Return logits (B, T, num_labels), and the loss if there are labels."""
-        outputs = self.model(input_ids, attention_mask, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
+        output = self.model(input_ids, attention_mask, **kwargs)
+        logits = self.score(self.dropout(output.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
 
 class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
@@ -491,10 +489,10 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """Return start and end logits (B, T), and the mean of both losses. Positions beyond the text are ignored."""
-        outputs = self.model(input_ids, attention_mask, **kwargs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        output = self.model(input_ids, attention_mask, **kwargs)
+        start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
             loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
-        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, output.hidden_states, output.attentions)

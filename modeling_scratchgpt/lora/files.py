@@ -45,24 +45,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     """
     adapters, base_config = adapters_of(model, adapter_name), getattr(model, "config", None)
     config, full = adapters.configs[adapter_name], adapters.full[adapter_name]
-    layers, task = lora_layers(model, adapter_name), (end for end in HEADS if type(model).__name__.endswith(end))
+    layers = lora_layers(model, adapter_name)
+    tasks = (task for head, task in HEADS.items() if type(model).__name__.endswith(head))
     written = {
         **asdict(config),
         "peft_type": "LORA",
         "inference_mode": True,
         "target_modules": _target_modules(model, layers),
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),  # `target_modules` is exact
         "modules_to_save": [name.removesuffix(".base_layer") for name in modules_in_full(model, config)] or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
         "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
-        "task_type": config.task_type or HEADS.get(next(task, "")),
+        "task_type": config.task_type or next(tasks, None),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
         "revision": config.revision or getattr(base_config, "_commit_hash", None),
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{name}": _full_tensor(tensor).clone() for name, tensor in tensors_of(model, adapter_name).items()}
+    tensors = {}
+    for name, tensor in tensors_of(model, adapter_name).items():  # all processes have to gather sharded tensors
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        tensors[f"{PREFIX}{name}"] = gathered.clone()
     try:
         with atomic_file(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
@@ -104,7 +106,10 @@ def load_adapter(
     config = replace(config, modules_to_save=known)
     with disable_adapter(model):  # others may train parameters of the base in full
         _check_tensors(model, config, tensors, file)
-        _check_base(targets_of(model, config), trained_on, file)
+        for name, (number, length) in _fingerprint(targets_of(model, config)).items():
+            tolerance = 0.03 * length + 1e-5  # half precision changes it by a thousandth
+            if not abs(number - trained_on.get(name, number)) <= tolerance:
+                raise ValueError(f"{file} was trained on other weights than this model's: load the base it belongs to.")
     add_adapter(model, config, adapter_name, limit_rank=False)
     with torch.no_grad():
         for name, parameter in tensors_of(model, adapter_name).items():
@@ -137,11 +142,6 @@ def _read_config(file: str) -> LoraConfig:
         return LoraConfig(**{"ensure_weight_tying": False, **given})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor. All processes have to call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _check_tensors(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], file: str) -> None:
@@ -181,12 +181,6 @@ def _fingerprint(layers: dict[str, Any]) -> dict[str, list[float]]:
             signs[1::2] = -1
             result[name] = [round(float(row @ signs), 6), round(float(row.norm()), 6)]
     return result
-
-
-def _check_base(layers: dict[str, Any], trained_on: dict[str, float], file: str) -> None:
-    for name, (number, length) in _fingerprint(layers).items():
-        if not abs(number - trained_on.get(name, number)) <= 0.03 * length + 1e-5:  # half precision changes it by a thousandth
-            raise ValueError(f"{file} was trained on other weights than this model's: load the base it belongs to.")
 
 
 def _target_modules(model: nn.Module, layers: dict[str, LoraLinear]) -> str | list[str]:
