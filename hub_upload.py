@@ -24,16 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
 from training.errors import UserError, one_line, printable
-from training.sharing.checks import (
-    ADAPTER_CONFIG,
-    WEIGHTS,
-    check_loads,
-    check_repo_id,
-    check_weights,
-    model_files,
-    prepare_adapter_config,
-    prepare_card,
-)
+from training.sharing import checks
 from training.sharing.leaks import Files, check_leaks
 
 SPACE = Path(__file__).parent / "space"
@@ -74,14 +65,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Validate arguments before any file is read.
-
-    Raises:
-        UserError: invalid value or invalid combination of options.
-    """
-    check_repo_id(arguments.repository, "USER/NAME")
+    """Validate arguments before any file is read."""
+    checks.check_repo_id(arguments.repository, "USER/NAME")
     if arguments.base_model:
-        check_repo_id(arguments.base_model, "--base_model")
+        checks.check_repo_id(arguments.base_model, "--base_model")
     if arguments.adapter and arguments.space:
         raise UserError("--space needs a whole model: drop --space or --adapter.")
     if arguments.adapter and not arguments.base_model:
@@ -100,19 +87,17 @@ def collect_files(arguments: argparse.Namespace) -> Files:
     Raises:
         UserError: a check failed.
     """
-    directory = arguments.directory
-    files: dict[str, Path | bytes]
+    directory, config = arguments.directory, checks.ADAPTER_CONFIG if arguments.adapter else checks.CONFIG
+    if arguments.adapter and (directory / ADAPTER).is_dir():
+        directory = directory / ADAPTER
+    files: dict[str, Path | bytes] = {**checks.model_files(directory, arguments.trust_remote_code, config)}
     if arguments.adapter:
-        directory = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
-        files = {**model_files(directory, arguments.trust_remote_code, ADAPTER_CONFIG)}
-        files[ADAPTER_CONFIG] = prepare_adapter_config(directory, arguments.base_model)
-    else:
-        files = {**model_files(directory, arguments.trust_remote_code)}
-    files[CARD] = prepare_card(directory, arguments.repository, arguments.base_model, arguments.license)
+        files[config] = checks.prepare_adapter_config(directory, arguments.base_model)
+    files[CARD] = checks.prepare_card(directory, arguments.repository, arguments.base_model, arguments.license)
     check_leaks(files)
-    check_weights(directory, files)
+    checks.check_weights(directory, files)
     if not arguments.adapter:
-        check_loads(directory, files)
+        checks.check_loads(directory, files)
     return files
 
 
@@ -168,7 +153,7 @@ def upload(api: HfApi, repository: str, kind: str, revision: str, files: Files, 
     with hub_errors(repository):
         existing = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
         # Weights that were sharded differently would be loaded together with the new ones.
-        stale = [name for name in existing - files.keys() if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        stale = [name for name in existing - files.keys() if any(fnmatch(name, pattern) for pattern in checks.WEIGHTS)]
         return api.create_commit(
             repository,
             [*(CommitOperationAdd(*item) for item in files.items()), *(CommitOperationDelete(name) for name in stale)],

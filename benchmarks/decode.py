@@ -5,12 +5,11 @@
 Both models have the same shape and random weights, and run `generate(do_sample=False)` in turns. The medians are printed.
 """
 
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import DEVICE, make_parser
+from measuring import DEVICE, make_parser, seconds_in_turns
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -21,13 +20,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def tokens_per_second(model: Any, batch_size: int, num_tokens: int) -> float:
+def generate(model: Any, batch_size: int, num_tokens: int) -> None:
     ids = torch.randint(0, model.config.vocab_size, (batch_size, 16), device=DEVICE)
     lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-    start = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **lengths)
     assert output.shape == (batch_size, 16 + num_tokens)
-    return batch_size * num_tokens / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -41,9 +38,9 @@ def main() -> None:
         models = [ScratchGPTForCausalLM(ScratchGPTConfig(**values)), GPT2LMHeadModel(GPT2Config(**values))]
         models = [model.to(DEVICE).eval() for model in models]
         for batch_size in arguments.batches:
-            rounds = range(arguments.rounds + 1)
-            speeds = [[tokens_per_second(model, batch_size, arguments.new_tokens) for model in models] for _ in rounds]
-            ours, theirs = (statistics.median(column) for column in zip(*speeds[1:], strict=True))
+            functions = [partial(generate, model, batch_size, arguments.new_tokens) for model in models]
+            seconds = seconds_in_turns(functions, arguments.rounds)
+            ours, theirs = (batch_size * arguments.new_tokens / taken for taken in seconds)
             print(f"| {shape} | {batch_size} | {ours:,.0f} tok/s | {theirs:,.0f} tok/s | {ours / theirs:.2f} x |", flush=True)
 
 

@@ -44,10 +44,6 @@ def generation_speed(directory: Path, batch_size: int) -> float:
     return statistics.median(speeds)
 
 
-def table_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
     parser = make_parser(__doc__, seed=0)
     parser.add_argument("--data", type=Path, required=True, help="directory with instructions/instruction-data.json")
@@ -55,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = (arguments.data / "instructions" / "instruction-data.json").resolve()
     shared = ["--dataset", str(source), "--base_model", str(arguments.base_model.resolve()), "--seed", str(arguments.seed)]
-    print(table_row("", "validation loss", "test loss", "test answers finished", "chrF", "minutes", "peak memory"))
+    print("|  | validation loss | test loss | test answers finished | chrF | minutes | peak memory |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         for method, options in METHODS.items():
@@ -64,9 +60,9 @@ def main() -> None:
             scores = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
             base, test = (f"{scores[key]['finished']:.1%} | {scores[key]['chrf']:.1f}" for key in ("base", "test"))
             if method == "everything trained":
-                print(table_row("the base", f"{scores['before']['loss']:.3f}", "", base, "", ""))
-            losses = [f"{scores[key]['loss']:.3f}" for key in ("validation", "test")]
-            print(table_row(method, *losses, test, f"{minutes:.1f}", f"{memory / 1e9:.2f} GB"), flush=True)
+                print(f"| the base | {scores['before']['loss']:.3f} |  | {base} |  |  |")
+            losses = " | ".join(f"{scores[key]['loss']:.3f}" for key in ("validation", "test"))
+            print(f"| {method} | {losses} | {test} | {minutes:.1f} | {memory / 1e9:.2f} GB |", flush=True)
         one, many = (generation_speed(Path(name, "everything-trained"), size) for size in (1, BATCH_SIZE))
     print(f"\nAnswers to the test split: one by one {one:,.0f} tokens/s, {BATCH_SIZE} at once {many:,.0f}: {many / one:.1f} x")
 

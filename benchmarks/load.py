@@ -7,9 +7,6 @@ Each load is a process of its own, and they take turns. Times are from the call 
 file is only read when it is used. The memory is the peak of the process. Both include the same imports.
 """
 
-import argparse
-import json
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -48,18 +45,11 @@ def load(name: str, directory: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, runs=5)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(load(arguments.one[0], Path(arguments.one[1]))))
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        # In a process of its own, because a process inherits the peak memory of the one that started it.
-        saving = multiprocessing.get_context("spawn").Process(target=save_models, args=(Path(directory),))
-        saving.start()
-        saving.join()
-        runs = [{name: run_in_subprocess("--one", name, directory) for name in SOURCES} for _ in range(arguments.runs)]
+    num_runs = make_parser(__doc__, runs=5).parse_args().runs
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        run_in_subprocess(save_models, directory)  # a process inherits the peak memory of the one that started it
+        runs = [{source: run_in_subprocess(load, source, directory) for source in SOURCES} for _ in range(num_runs)]
     print("| GPT-2 124M, float32 | loaded | first logits | peak memory |\n|---|---|---|---|")
     medians = {name: median_of_each([run[name] for run in runs]) for name in SOURCES}
     for name, median in medians.items():

@@ -36,21 +36,13 @@ SHAPES = {
 }
 
 
-class TimedDataloader:
-    """A dataloader that records how long each batch is waited for."""
-
-    def __init__(self, dataloader: Iterable[dict[str, torch.Tensor]]):
-        self.dataloader, self.seconds = dataloader, list[float]()
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        batches = iter(self.dataloader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds.append(time.perf_counter() - start)
-            if batch is None:
-                return
-            yield batch
+def timed(dataloader: Iterable[dict[str, torch.Tensor]], seconds: list[float]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the batches, and record how long each is waited for."""
+    start = time.perf_counter()
+    for batch in dataloader:
+        seconds.append(time.perf_counter() - start)
+        yield batch
+        start = time.perf_counter()
 
 
 def random_windows(path: Path, vocab_size: int, context_length: int) -> Windows:
@@ -70,7 +62,8 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     windows = random_windows(directory / "tokens", config.vocab_size, arguments.context_length)
     sampler = MixtureBatchSampler([len(windows)], arguments.batch_size, num_steps, seed=0)
-    dataloader = TimedDataloader(accelerator.prepare(train_dataloader([windows], sampler)))
+    waiting = list[float]()
+    dataloader = timed(accelerator.prepare(train_dataloader([windows], sampler)), waiting)
     rows = [windows[index] for index in range(arguments.batch_size)]
     batch = {name: torch.stack([row[name] for row in rows]).to(accelerator.device) for name in rows[0]}
     run_folder = RunFolder(directory / "run", accelerator)
@@ -98,7 +91,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
             loop.append(middle - start)
             bare.append(end - middle)
             start = end
-    return [statistics.median(seconds) for seconds in (loop, bare, dataloader.seconds)]
+    return [statistics.median(seconds) for seconds in (loop, bare, waiting)]
 
 
 def main() -> None:

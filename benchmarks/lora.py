@@ -8,11 +8,11 @@ timed in one process, in turns, and the medians are printed. The peak memory is 
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from measuring import TimedTraining, make_parser, peak_bytes, run_in_subprocess
+from measuring import make_parser, peak_bytes, run_in_subprocess, seconds_in_turns, training_step
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
@@ -20,7 +20,7 @@ from modeling_scratchgpt.lora import LoraConfig, add_adapter, merge_and_unload
 SIDES = ("ScratchGPT", "PEFT")
 
 
-def make_training(side: str, arguments: argparse.Namespace) -> TimedTraining:
+def make_step(side: str, arguments: argparse.Namespace) -> Callable[[], None]:
     torch.manual_seed(0)
     config = ScratchGPTConfig.from_preset(arguments.preset, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
     model: torch.nn.Module = ScratchGPTForCausalLM(config)
@@ -31,7 +31,14 @@ def make_training(side: str, arguments: argparse.Namespace) -> TimedTraining:
         model = peft.get_peft_model(model, peft.LoraConfig(**settings, target_modules="all-linear"))
     else:
         add_adapter(model, LoraConfig(**settings))
-    return TimedTraining(model, arguments.batch, arguments.context)
+    return training_step(model, arguments.batch, arguments.context)
+
+
+def peak_gigabytes(side: str, arguments: argparse.Namespace) -> float:
+    step = make_step(side, arguments)
+    step()
+    step()
+    return peak_bytes() / 1e9
 
 
 @torch.no_grad()
@@ -40,40 +47,22 @@ def forward_seconds(arguments: argparse.Namespace) -> list[float]:
     base = ScratchGPTForCausalLM(ScratchGPTConfig.from_preset(arguments.preset)).eval()
     adapted = ScratchGPTForCausalLM(base.config).eval()
     add_adapter(adapted, LoraConfig(r=arguments.rank))
-    models = (base, merge_and_unload(adapted))
     ids = torch.randint(0, base.config.vocab_size, (1, arguments.context))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(arguments.steps + 1):
-        for model, taken in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            model(input_ids=ids)
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in seconds]
+    models = (base, merge_and_unload(adapted))
+    return seconds_in_turns([partial(model, input_ids=ids) for model in models], arguments.steps)
 
 
 def main() -> None:
     parser = make_parser(__doc__, rank=16, context=256, batch=4, steps=9)
     parser.add_argument("--preset", default="124M")
     parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        training = make_training(arguments.side, arguments)
-        training.step()
-        training.step()
-        print(peak_bytes() / 1e9)
-        return
-    memory = [run_in_subprocess("--side", side) for side in SIDES]
-    trainings = [make_training(side, arguments) for side in SIDES]
-    for _ in range(arguments.steps + 1):
-        for training in trainings:
-            training.step()
-    seconds = [training.median() for training in trainings]
+    memory = [run_in_subprocess(peak_gigabytes, side, arguments) for side in SIDES]
+    seconds = seconds_in_turns([make_step(side, arguments) for side in SIDES], arguments.steps)
     print("| | a step | peak memory |\n|---|---|---|")
     for side, taken, gigabytes in zip(SIDES, seconds, memory, strict=True):
         print(f"| {side} | {taken:.2f} s | {gigabytes:.2f} GB |")
     print(f"| ratio | {seconds[0] / seconds[1]:.2f} x | {memory[0] / memory[1]:.2f} x |")
-    del trainings, training
     base, merged = forward_seconds(arguments)
     print(f"\nLogits of {arguments.context} tokens: base {base:.3f} s, merged {merged:.3f} s, ratio {merged / base:.2f} x")
 

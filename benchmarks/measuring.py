@@ -1,7 +1,7 @@
 """Helpers of the benchmarks: subprocesses, peak memory, training steps, options."""
 
 import argparse
-import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-def run_in_subprocess(*argv: object) -> Any:
-    """Start this script again with more arguments; returns its last line, as JSON."""
-    command = [sys.executable, *sys.argv, *map(str, argv)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.splitlines()[-1])
+def run_in_subprocess(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function of this script in a new process, whose peak memory is then its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def run_recipe(name: str, *argv: str) -> tuple[float, int]:
@@ -60,32 +60,31 @@ def median_of_each(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-class TimedTraining:
-    """Training steps with AdamW on random tokens: float32 on the CPU, bfloat16 on the GPU.
+def seconds_in_turns(functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """The median seconds of each function. They are called in turns, and once before, because a first call is slower."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds + 1):
+        for function, taken in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in seconds]
 
-    Args:
-        model: only parameters that require a gradient are trained.
-        compile: on the GPU.
-    """
 
-    def __init__(self, model: torch.nn.Module, batch_size: int, context_length: int, compile: bool = False):
-        model.to(DEVICE).train()
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        self.model = torch.compile(model) if compile and DEVICE == "cuda" else model
-        self.ids = torch.randint(0, model.config.vocab_size, (batch_size, context_length), device=DEVICE)  # type: ignore
-        self.seconds: list[float] = []
+def training_step(model: Any, batch_size: int, context_length: int, compile: bool = False) -> Callable[[], None]:
+    """A function for a step of AdamW on random tokens: float32 on the CPU, bfloat16 and, if `compile`, compiled on the GPU."""
+    model.to(DEVICE).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    ids = torch.randint(0, model.config.vocab_size, (batch_size, context_length), device=DEVICE)
+    forward = torch.compile(model) if compile and DEVICE == "cuda" else model
 
-    def step(self) -> None:
-        start = time.perf_counter()
+    def step() -> None:
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=DEVICE == "cuda"):
-            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - start)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def median(self) -> float:
-        """Seconds of the median step, without the first, which is slower."""
-        return statistics.median(self.seconds[1:])
+    return step

@@ -6,12 +6,12 @@ Each prediction and each measurement is a process of its own. The measurements a
 what torch has allocated) and the mean step of a longer run.
 """
 
-import argparse
-import json
 import statistics
 
+from accelerate import Accelerator
 from measuring import make_parser, peak_bytes, run_in_subprocess
 
+from modeling_scratchgpt import ScratchGPTConfig
 from training.cli import model_config, parse_arguments
 from training.engine.loop import start_accelerator
 from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
@@ -33,37 +33,35 @@ SHAPES = {
 }
 
 
-def predict_or_measure(shape: str, is_prediction: bool) -> dict[str, float]:
-    """Bytes and seconds of a training step."""
-    arguments = parse_arguments(PretrainArguments, "", SHAPES[shape].split())
-    accelerator = start_accelerator()
-    config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
-    if not is_prediction:
-        seconds = statistics.mean(probe(accelerator, arguments, config, MEASURED_SECONDS))
-        return {"memory": peak_bytes(), "seconds": seconds}
+def set_up(options: str) -> tuple[Accelerator, PretrainArguments, ScratchGPTConfig]:
+    arguments = parse_arguments(PretrainArguments, "", options.split())
+    return start_accelerator(), arguments, model_config(arguments.model, arguments.vocab_size, arguments.context_length)
+
+
+def predict(options: str) -> tuple[float, float]:
+    """Bytes and seconds of a training step, as training/plan.py predicts them."""
+    accelerator, arguments, config = set_up(options)
     _, libraries, reuses = device_memory(accelerator.device)
     memory = peak_memory(config, arguments, arguments.batch_size, accelerator.device, reuses)
-    seconds = statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
-    return {"memory": libraries + sum(memory.values()), "seconds": seconds}
+    return libraries + sum(memory.values()), statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
+
+
+def measure(options: str) -> tuple[float, float]:
+    """Bytes and seconds of a training step."""
+    seconds = statistics.mean(probe(*set_up(options), MEASURED_SECONDS))
+    return peak_bytes(), seconds
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, help=argparse.SUPPRESS)
-    parser.add_argument("--predict", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.shape:
-        print(json.dumps(predict_or_measure(arguments.shape, arguments.predict)))
-        return
+    make_parser(__doc__).parse_args()
     print("| | memory: predicted | measured | | step: predicted | measured | |\n|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        predicted, measured = run_in_subprocess("--shape", shape, "--predict"), run_in_subprocess("--shape", shape)
-        memory, seconds = (predicted[name] / measured[name] - 1 for name in ("memory", "seconds"))
-        print(
-            f"| {shape} | {predicted['memory'] / 1e9:.2f} GB | {measured['memory'] / 1e9:.2f} GB | {memory:+.0%} "
-            f"| {predicted['seconds']:.3f} s | {measured['seconds']:.3f} s | {seconds:+.0%} |",
-            flush=True,
+    for shape, options in SHAPES.items():
+        (memory, seconds), (real_memory, real_seconds) = (
+            run_in_subprocess(function, options) for function in (predict, measure)
         )
+        memories = f"{memory / 1e9:.2f} GB | {real_memory / 1e9:.2f} GB | {memory / real_memory - 1:+.0%}"
+        times = f"{seconds:.3f} s | {real_seconds:.3f} s | {seconds / real_seconds - 1:+.0%}"
+        print(f"| {shape} | {memories} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

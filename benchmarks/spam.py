@@ -12,15 +12,13 @@ its last block, or LoRA. Minutes are those of a whole command.
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from measuring import make_parser, run_recipe
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
 from training.data.examples import ExampleArguments, Examples, read_examples
@@ -39,14 +37,12 @@ METHODS = {
     "LoRA of rank 16": "--lora_r 16 --learning_rate 0.003",
     "the last block trained": "--train_last_n_layers 1 --learning_rate 0.002",
 }
-BASELINES: dict[str, Callable[[], Any]] = {
-    "characters 2 to 5 within words, SVM": lambda: make_pipeline(
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True), LinearSVC()
-    ),
-    "characters 1 to 5, SVM": lambda: make_pipeline(
-        TfidfVectorizer(analyzer="char", ngram_range=(1, 5), lowercase=False, sublinear_tf=True), LinearSVC()
-    ),
-    "words, logistic regression": lambda: make_pipeline(TfidfVectorizer(), LogisticRegression(C=10)),
+IN_WORDS = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+CHARACTERS = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), lowercase=False, sublinear_tf=True)
+BASELINES = {
+    "characters 2 to 5 within words, SVM": make_pipeline(IN_WORDS, LinearSVC()),
+    "characters 1 to 5, SVM": make_pipeline(CHARACTERS, LinearSVC()),
+    "words, logistic regression": make_pipeline(TfidfVectorizer(), LogisticRegression(C=10)),
 }
 
 
@@ -63,12 +59,12 @@ def write_unused_texts(path: Path, splits: Examples, output: Path) -> None:
     output.write_text("".join(json.dumps({"text": text}) + "\n" for text in unused), encoding="utf-8")
 
 
-def baseline_accuracy(make: Callable[[], Any], splits: Examples) -> float:
+def baseline_accuracy(classifier: Pipeline, splits: Examples) -> float:
     """Test accuracy of a classifier trained on the training split."""
     (texts, labels), (test_texts, test_labels) = (
         zip(*((example.text, example.label) for example in splits.splits[name]), strict=True) for name in ("train", "test")
     )
-    return make().fit(texts, labels).score(test_texts, test_labels)
+    return classifier.fit(texts, labels).score(test_texts, test_labels)
 
 
 def main() -> None:
@@ -80,8 +76,8 @@ def main() -> None:
     accuracies, minutes = defaultdict(list), defaultdict(list)
     for seed in arguments.seeds:
         splits = read_splits(path, seed)
-        for title, make in BASELINES.items():
-            accuracies[title].append(baseline_accuracy(make, splits))
+        for title, classifier in BASELINES.items():
+            accuracies[title].append(baseline_accuracy(classifier, splits))
         with tempfile.TemporaryDirectory() as name:
             directory, shared = Path(name), ["--seed", str(seed)]
             write_unused_texts(path, splits, directory / "ham.jsonl")

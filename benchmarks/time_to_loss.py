@@ -16,21 +16,26 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from measuring import make_parser
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from modeling_scratchgpt.interchange import ARCHITECTURE
 from training.engine.arguments import EngineArguments
 from training.engine.optimizers import build_optimizers, muon_initialization
 
-CONTEXT, WIDTH, LAYERS = 64, 128, 4
-# Of the brief run: batch size, steps, learning rates of AdamW and Muon. A larger head gains more from larger batches.
-BRIEF = {"characters": (12, 205, 2e-2, 0.05), "bpe": (24, 170, 2e-2, 0.06)}
+CONTEXT = 64
+SHAPE = {"n_positions": CONTEXT, "n_embd": 128, "n_layer": 4, "n_head": 4}
+BRIEF: dict[str, dict[str, Any]] = {  # arguments of the brief run; a larger head gains more from larger batches
+    "characters": {"batch_size": 12, "max_steps": 205, "learning_rate": 2e-2, "muon_learning_rate": 0.05},
+    "bpe": {"batch_size": 24, "max_steps": 170, "learning_rate": 2e-2, "muon_learning_rate": 0.06},
+}
+SHARED = {"optimizer": "muon", "weight_decay": 0.0, "lr_scheduler_type": "linear", "min_lr_ratio": 0.02}
 REFERENCE, SHORT, LONG = "transformers GPT-2, AdamW", "ScratchGPT, Muon", "ScratchGPT, Muon, same time"
 
 
@@ -119,38 +124,21 @@ def train(name: str, text: Text, model: nn.Module, arguments: EngineArguments, *
 
 def train_reference(text: Text) -> Run:
     """nanoGPT's README, "I only have a macbook", on transformers' GPT-2."""
-    shape = {"n_positions": CONTEXT, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
     switched_off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=text.vocab_size, **shape, **switched_off))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=text.vocab_size, **SHAPE, **switched_off))
     arguments = EngineArguments(batch_size=12, max_steps=2000, warmup_ratio=0.05, eval_steps=200)  # otherwise the defaults
     return train(REFERENCE, text, model, arguments, betas=(0.9, 0.99))
 
 
-def train_scratchgpt(name: str, text: Text, settings: tuple[int, int, float, float], eval_steps: int) -> Run:
+def train_scratchgpt(name: str, text: Text, settings: dict[str, Any], eval_steps: int) -> Run:
     """The modern block with Muon: a short warm-up, then linear decay to nearly zero."""
-    config = ScratchGPTConfig(
-        vocab_size=text.vocab_size,
-        max_position_embeddings=CONTEXT,
-        hidden_size=WIDTH,
-        intermediate_size=304,  # the largest with which the model is smaller than the reference
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        position_embedding_type="rotary",
-        norm_type="rmsnorm",
-        qk_norm=True,
-        mlp_type="gated",
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=False,
-    )
+    n_inner = 304  # the largest with which the model is smaller than the reference
+    shape = {"vocab_size": text.vocab_size, "n_inner": n_inner, "attention_bias": False, "tie_word_embeddings": False, **SHAPE}
+    config = ScratchGPTConfig(**shape, **ARCHITECTURE["qwen3"])
     model = ScratchGPTForCausalLM(config)
     muon_initialization(model)
-    batch_size, max_steps, learning_rate, muon_learning_rate = settings
-    arguments = EngineArguments(batch_size=batch_size, max_steps=max_steps, optimizer="muon", weight_decay=0.0)
-    arguments.learning_rate, arguments.muon_learning_rate = learning_rate, muon_learning_rate
-    arguments.lr_scheduler_type, arguments.min_lr_ratio = "linear", 0.02
-    arguments.warmup_ratio = 14.5 / max_steps  # 15 steps, as fractions of a step are rounded up
-    arguments.max_grad_norm, arguments.eval_steps = math.inf, eval_steps
+    warmup_ratio = 14.5 / settings["max_steps"]  # 15 steps, as fractions of a step are rounded up
+    arguments = EngineArguments(**SHARED, **settings, warmup_ratio=warmup_ratio, max_grad_norm=math.inf, eval_steps=eval_steps)
     return train(name, text, model, arguments, momentum=0.9)  # batches of a thousand tokens: old gradients are soon outdated
 
 
@@ -167,7 +155,6 @@ def print_table(runs: list[Run], text: Text) -> None:
 
 def draw(runs: list[Run], text: Text, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="tight")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for run, color, style in zip(runs, ("tab:gray", "tab:blue", "tab:blue"), ("-", "--", "-"), strict=True):
         axes.plot(*zip(*run.curve, strict=True), style, color=color, marker=".", label=run.name)
@@ -190,7 +177,8 @@ def main() -> None:
     brief = BRIEF[arguments.tokenizer]
     short = train_scratchgpt(SHORT, text, brief, eval_steps=5)
     max_steps = int(0.97 * reference.final[0] / short.final[0] * short.steps)  # slightly fewer, so that it is not slower
-    long = train_scratchgpt(LONG, text, (brief[0], max_steps, 8e-3, 0.035), eval_steps=-(-max_steps // 8))
+    settings = {**brief, "max_steps": max_steps, "learning_rate": 8e-3, "muon_learning_rate": 0.035}
+    long = train_scratchgpt(LONG, text, settings, eval_steps=-(-max_steps // 8))
     print_table([reference, short, long], text)
     draw([reference, short, long], text, arguments.output)
 

@@ -8,11 +8,10 @@ are printed.
 """
 
 import argparse
-import json
 from typing import Any
 
 import torch
-from measuring import TimedTraining, make_parser, median_of_each, peak_bytes, run_in_subprocess
+from measuring import make_parser, median_of_each, peak_bytes, run_in_subprocess, seconds_in_turns, training_step
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -34,22 +33,16 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     }
     switched_off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
     model_class, config_class = SIDES[side]
-    training = TimedTraining(
-        model_class(config_class(**shape, **switched_off)), arguments.batch, arguments.context, compile=True
-    )
-    for _ in range(arguments.steps + 1):
-        training.step()
-    return {"speed": training.ids.numel() / training.median(), "memory": peak_bytes() / 1e9}
+    model = model_class(config_class(**shape, **switched_off))
+    step = training_step(model, arguments.batch, arguments.context, compile=True)
+    (seconds,) = seconds_in_turns([step], arguments.steps)
+    return {"speed": arguments.batch * arguments.context / seconds, "memory": peak_bytes() / 1e9}
 
 
 def main() -> None:
     parser = make_parser(__doc__, layers=6, width=384, context=256, batch=8, vocab_size=50257, steps=5, rounds=3)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments)))
-        return
-    runs = [{side: run_in_subprocess("--side", side) for side in SIDES} for _ in range(arguments.rounds)]
+    runs = [{side: run_in_subprocess(measure, side, arguments) for side in SIDES} for _ in range(arguments.rounds)]
     ours, theirs = medians = [median_of_each([run[side] for run in runs]) for side in SIDES]
     print("| | tokens/s | peak memory |\n|---|---|---|")
     for side, median in zip(SIDES, medians, strict=True):

@@ -22,8 +22,6 @@ import gradio as gr
 from model_demo import EXAMPLE_TEXT, ModelDemo, preformatted, stopped_note
 from transformers.utils import logging
 
-FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # installed fonts: none is downloaded
-
 
 def sampling_sliders(demo: ModelDemo) -> list[gr.Slider]:
     """Sliders with the defaults of the model's generation config, not yet rendered."""
@@ -89,7 +87,7 @@ def generation_tab(demo: ModelDemo, sampling: list[gr.Slider], inspected: gr.Tex
     gr.on(clears, lambda: empty, None, outputs, cancels=[run])
 
 
-def inspection_tab(demo: ModelDemo, sampling: list[gr.Slider], text: gr.Textbox, blocks: Any) -> None:
+def inspection_tab(demo: ModelDemo, sampling: list[gr.Slider], text: gr.Textbox) -> None:
     """Tokens, next-token distribution and attention of one text, updated whenever it or a setting changes."""
     config = demo.model.config
     with gr.Tab("Look inside"):
@@ -107,16 +105,12 @@ def inspection_tab(demo: ModelDemo, sampling: list[gr.Slider], text: gr.Textbox,
                         for name, number in (("Layer", config.num_hidden_layers), ("Head", config.num_attention_heads))
                     )
                 attention = gr.HTML(apply_default_css=False)
-
-    def update(output: gr.HTML, function: Any, *inputs: Any) -> None:
-        """Call the function when the page is opened and when one of its inputs changes."""
-        triggers = [blocks.load, *(component.change for component in inputs)]
-        gr.on(triggers, function, list(inputs), output, trigger_mode="always_last", show_progress="hidden")
-
-    update(tokens, demo.tokens, text)
-    update(attention, demo.attention, text, layer, head)
+    # Without triggers: when the page is opened, and when one of the inputs changes.
+    options: Any = {"triggers": None, "trigger_mode": "always_last", "show_progress": "hidden"}
+    gr.on(fn=demo.tokens, inputs=[text], outputs=tokens, **options)
+    gr.on(fn=demo.attention, inputs=[text, layer, head], outputs=attention, **options)
     if sampling:
-        update(next_tokens, demo.next_tokens, text, *sampling[:3])
+        gr.on(fn=demo.next_tokens, inputs=[text, *sampling[:3]], outputs=next_tokens, **options)
 
 
 def build_page(demo: ModelDemo) -> gr.Blocks:
@@ -130,7 +124,7 @@ def build_page(demo: ModelDemo) -> gr.Blocks:
                     classification_tab(demo, inspected)
                 else:
                     generation_tab(demo, sampling, inspected)
-                inspection_tab(demo, sampling, inspected, blocks)
+                inspection_tab(demo, sampling, inspected)
             if sampling:
                 with gr.Column(scale=1, min_width=240):
                     for slider in sampling:
@@ -139,15 +133,13 @@ def build_page(demo: ModelDemo) -> gr.Blocks:
 
 
 def launch(demo: ModelDemo, port: int | None) -> tuple[gr.Blocks, str]:
-    """Serve the page in the background; without a port, on the first free one from 7860.
-
-    Returns:
-        The running page and its address.
+    """Serve the page in the background, without a port on the first free one from 7860; return it and its address.
 
     Raises:
         OSError: the port is in use.
     """
-    theme = gr.themes.Default(primary_hue="blue", font=FONTS[0], font_mono=FONTS[1])
+    fonts, mono_fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # installed fonts: none is downloaded
+    theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=mono_fonts)
     theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
     blocks = build_page(demo)
     _, address, _ = blocks.launch(

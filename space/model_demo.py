@@ -141,37 +141,25 @@ class ModelDemo:
         text = text.translate(VISIBLE_WHITESPACE)
         return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
-    def generation_config(self, length: int, *sampling: Any) -> GenerationConfig:
-        """Merge the values of the sliders into the model's generation config, for a prompt of `length` tokens."""
+    def generate(self, ids: list[int], *sampling: Any) -> Iterator[tuple[str, str]]:
+        """Yield the text generated so far and a note on its length, after each token. Closing the iterator stops the model."""
         temperature, top_k, top_p, repetition_penalty, max_new_tokens = validate_numbers(*sampling)
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(
+        config = GenerationConfig(  # what is not set here is taken from the model's own
             do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_k=int(top_k) if temperature else None,
-            top_p=top_p if temperature else None,
+            **({"temperature": temperature, "top_k": int(top_k), "top_p": top_p} if temperature else {}),
             repetition_penalty=float(repetition_penalty),
-            max_new_tokens=min(int(max_new_tokens), self.context_length - length),
-            max_length=None,
+            max_new_tokens=min(int(max_new_tokens), self.context_length - len(ids)),
             max_time=MAX_SECONDS,
             num_beams=1,
         )
-        return config
-
-    def generate(self, ids: list[int], *sampling: Any) -> Iterator[tuple[str, str]]:
-        """Yield the text generated so far and a note on its length, after each token. Closing the iterator stops the model."""
-        config, inputs = self.generation_config(len(ids), *sampling), torch.tensor([ids], device=self.model.device)
-        streamer, stopped = ExactStreamer(self.tokenizer, skip_special_tokens=True), Event()
+        inputs, stopped = torch.tensor([ids], device=self.model.device), Event()
+        streamer = ExactStreamer(self.tokenizer, skip_special_tokens=True)
+        stopping_criteria = [lambda ids, *_, **__: torch.full((1,), stopped.is_set(), device=ids.device)]
+        options = {"generation_config": config, "streamer": streamer, "stopping_criteria": stopping_criteria}
 
         def run() -> None:
             try:
-                self.model.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=[lambda ids, *_, **__: torch.full((1,), stopped.is_set(), device=ids.device)],
-                )
+                self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
             finally:
                 streamer.end()  # an error must end the iteration, too
 

@@ -29,8 +29,9 @@ from ..atomic import atomic_directory
 from .gguf import TYPES, check_gguf, write_gguf
 from .onnx import FILE as ONNX_FILE
 from .onnx import onnx_logits, write_onnx
-from .reading import LoadedModel, check_tokenizer, read, tokenizer_as, tokenizer_of
+from .reading import LoadedModel, read, tokenizer_as, tokenizer_of
 
+GGUF_FILE = "model.gguf"
 TOLERANCE = 1e-4  # absolute for logits up to 1, above that relative to the largest
 ROUNDING = {"f32": TOLERANCE, "f16": 1e-2, "q8_0": 0.2}
 
@@ -71,11 +72,8 @@ def _verify(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, referenc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_scratchgpt.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m modeling_scratchgpt.convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SOURCE", help="model to convert: a file, a directory or a Hub id")
     parser.add_argument("destination", metavar="DESTINATION", type=Path, help="directory to create")
     parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="target format of a ScratchGPT")
@@ -120,8 +118,11 @@ def convert(arguments: argparse.Namespace) -> None:
         if not loaded.tokenizer:
             raise ValueError(f"--tokenizer {arguments.tokenizer}: {remark}.")
     config = loaded.model.config
-    if loaded.tokenizer:
-        check_tokenizer(loaded.tokenizer, config.vocab_size)
+    largest = max(loaded.tokenizer.get_vocab().values(), default=0) if loaded.tokenizer else 0
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, but the model {config.vocab_size} embeddings: pass --tokenizer."
+        )
     print(
         f"{arguments.source}: {loaded.kind}; {loaded.model.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
@@ -131,7 +132,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if loaded.reference:
         print(verify_outputs(loaded))
     if arguments.to == "gguf":
-        check_gguf(config, loaded.tokenizer)
+        check_gguf(loaded.reference.config.model_type, config, loaded.tokenizer)
     with atomic_directory(destination) as directory:
         _write(loaded, directory, arguments)
     print(_describe_result(loaded, destination, arguments.to))
@@ -143,11 +144,11 @@ def _write(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) 
         tokenizer = tokenizer_as(TokenizersBackend, tokenizer)
     match arguments.to:
         case "gguf":
-            config, file, data_type = loaded.reference.config, "model.gguf", arguments.type or "f16"
+            config, data_type = loaded.reference.config, arguments.type or "f16"
             config.save_pretrained(directory)  # transformers reads only some of its fields from a GGUF file
-            write_gguf(directory / file, loaded.model.config, loaded.model.state_dict(), tokenizer, data_type)
-            reference_class = type(loaded.reference)
-            loaded.reference = reference_class.from_pretrained(directory, gguf_file=file, config=config, dtype=torch.float32)
+            write_gguf(directory / GGUF_FILE, config.model_type, loaded.model, tokenizer, data_type)
+            options = {"gguf_file": GGUF_FILE, "config": config, "dtype": torch.float32}
+            loaded.reference = type(loaded.reference).from_pretrained(directory, **options)
             print(f"Read back from {data_type}. {verify_outputs(loaded, ROUNDING[data_type])}")
             return
         case "onnx":
@@ -164,7 +165,7 @@ def _write(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) 
 
 def _describe_result(loaded: LoadedModel, destination: Path, to: str | None) -> str:
     if to == "gguf":
-        return f"Wrote {destination / 'model.gguf'} for llama.cpp and programs based on it."
+        return f"Wrote {destination / GGUF_FILE} for llama.cpp and programs based on it."
     if to == "onnx":
         return f"Wrote {destination / ONNX_FILE} for onnxruntime."
     name, trust = (type(loaded.reference).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")

@@ -12,26 +12,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_scratchgpt import ScratchGPTConfig
-from ..interchange import as_transformers, gpt2_state_dict
+from ..interchange import gpt2_state_dict
+from ..modeling_scratchgpt import ScratchGPTForCausalLM
 
 TYPES = ("f32", "f16", "q8_0")
 ACTIVATIONS = {"gpt2": "gelu_pytorch_tanh", "qwen3": "silu"}  # fixed by the architecture in GGUF
 
 
-def check_gguf(config: ScratchGPTConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the architecture to write.
+def check_gguf(architecture: str, config: ScratchGPTConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Check that GGUF can express a model that is equivalent to a "gpt2" or "qwen3".
 
     Raises:
-        ValueError: GGUF cannot express the model or the tokenizer; the message names the field.
+        ValueError: the library is missing, or GGUF cannot express the model or the tokenizer; the message names the field.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("GGUF requires the library gguf: pip install gguf.")
-    architecture = "qwen3" if config.position_embedding_type == "rotary" else "gpt2"
-    as_transformers(config, architecture)
     if config.hidden_act.replace("gelu_new", "gelu_pytorch_tanh") != ACTIVATIONS[architecture]:
         raise ValueError(f"hidden_act is {config.hidden_act!r}, but {ACTIVATIONS[architecture]!r} in a GGUF {architecture}.")
     if architecture == "qwen3" and (config.attention_bias or config.rope_parameters["rope_type"] != "default"):
@@ -48,24 +46,15 @@ def check_gguf(config: ScratchGPTConfig, tokenizer: PreTrainedTokenizerBase | No
             "this tokenizer has a normalizer, ignore_merges, add_prefix_space, or a post_processor that adds tokens: programs "
             "that read GGUF would ignore these and compute other ids."
         )
-    return architecture
 
 
 def write_gguf(
-    path: Path, config: ScratchGPTConfig, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, data_type: str
+    path: Path, architecture: str, model: ScratchGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, data_type: str
 ) -> None:
-    """Write a model and its tokenizer to one file.
-
-    Args:
-        state: state dict of a `ScratchGPTForCausalLM`.
-        data_type: of the matrices: `"f32"`, `"f16"` or `"q8_0"`.
-
-    Raises:
-        ValueError: see `check_gguf`.
-    """
+    """Write a model and its tokenizer, which `check_gguf` has accepted, to one file with matrices of one of `TYPES`."""
     import gguf
 
-    architecture = check_gguf(config, tokenizer)
+    config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(path.stem)
     writer.add_context_length(config.max_position_embeddings)
@@ -84,7 +73,7 @@ def write_gguf(
         writer.add_layer_norm_eps(config.norm_eps)
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if data_type == 'f32' else 'MOSTLY'}_{data_type.upper()}"])
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    _add_tensors(writer, config, state, data_type)
+    _add_tensors(writer, model, data_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -94,19 +83,20 @@ def write_gguf(
 def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     from gguf import TokenType
 
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    special = set(tokenizer.all_special_ids)
-    added = tokenizer.added_tokens_decoder
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]  # a model may have more embeddings than tokens
     types = [TokenType.UNUSED] * vocab_size
     for token, index in tokenizer.get_vocab().items():
-        tokens[index] = token
-        types[index] = TokenType.CONTROL if index in special else TokenType.USER_DEFINED if index in added else TokenType.NORMAL
+        tokens[index], types[index] = token, TokenType.NORMAL
+    for index in tokenizer.added_tokens_decoder:
+        types[index] = TokenType.USER_DEFINED
+    for index in tokenizer.all_special_ids:
+        types[index] = TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_add_bos_token(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -115,14 +105,14 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             getattr(writer, f"add_{name}_token_id")(index)
 
 
-def _add_tensors(writer: Any, config: ScratchGPTConfig, state: dict[str, torch.Tensor], data_type: str) -> None:
+def _add_tensors(writer: Any, model: ScratchGPTForCausalLM, data_type: str) -> None:
     import gguf
 
     is_gpt2 = writer.arch == "gpt2"
-    arch = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.QWEN3
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    if config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], model.config.num_hidden_layers)
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     for name, tensor in (gpt2_state_dict(state) if is_gpt2 else state).items():
         if is_gpt2 and ".h." in name and tensor.ndim == 2:
             tensor = tensor.T  # GGUF stores matrices as nn.Linear does

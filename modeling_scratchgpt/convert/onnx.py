@@ -16,8 +16,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +48,8 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
     """Write `model.onnx`, `model.onnx.data` and the configs that transformers' `ExportedModel.from_pretrained` reads.
 
     Args:
-        model: a `ScratchGPTForCausalLM` in float32.
-
-    Raises:
-        ValueError: see `check_onnx`.
+        model: a `ScratchGPTForCausalLM` in float32 that `check_onnx` has accepted.
     """
-    check_onnx(model.config)
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     ids = torch.zeros(EXAMPLE, dtype=torch.long)
@@ -69,8 +63,12 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
         "position_ids": torch.arange(PAST, ids.shape[1]).expand(len(ids), -1),
         "past_key_values": past,
     }
-    with _quiet():
-        exported = OnnxExporter().export(model, example, OnnxConfig(dynamic=True))
+    logging.disable(logging.WARNING)  # silences the exporters of torch and transformers
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exported = OnnxExporter().export(model, example, OnnxConfig(dynamic=True))
+    finally:
+        logging.disable(logging.NOTSET)
     for graph in exported.program.graphs():
         for node in graph:
             node.metadata_props.clear()
@@ -78,35 +76,16 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
     exported.save_pretrained(directory)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters of torch and transformers, except for errors."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def onnx_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Compute logits with onnxruntime: first of all tokens but the last, then of the last with their cache.
-
-    Args:
-        ids: (batch, length >= 2), int64.
-
-    Returns:
-        (batch, length, vocab), float32.
-    """
+    """Compute logits (batch, length, vocab) of ids (batch, length >= 2) with onnxruntime, those of the last id with a cache."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
-    inputs = {value.name: value for value in session.get_inputs()}
     cache = {}
-    for name, value in inputs.items():
-        if "past_key_values" in name:
+    for value in session.get_inputs():
+        if "past_key_values" in value.name:
             _, heads, _, head_dim = value.shape
-            cache[name] = np.zeros((len(ids), int(heads), 0, int(head_dim)), np.float32)
+            cache[value.name] = np.zeros((len(ids), int(heads), 0, int(head_dim)), np.float32)
     last, result = ids.shape[1] - 1, []
     for start, end in ((0, last), (last, last + 1)):
         tokens = {

@@ -1,7 +1,7 @@
 """Read models in other formats, as ScratchGPT and as the reference model of transformers to compare with.
 
 Notable:
-- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl is parsed instruction by instruction.
+- No pickle can run code: torch loads weights only, and every instruction of nanoGPT's meta.pkl is checked first.
 - The tensors of the source must match those of the model exactly: in names, shapes and kind.
 - Every error caused by a damaged file becomes one line that names the file.
 """
@@ -35,7 +35,12 @@ from .onnx import check_onnx
 from .tensorflow import read_tensorflow_checkpoint
 
 State = dict[str, torch.Tensor]
+REFERENCES: dict[str, Any] = {"gpt2": transformers.GPT2LMHeadModel, "qwen3": transformers.Qwen3ForCausalLM}
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
+PLAIN_INSTRUCTIONS = {
+    *("PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("BININT", "BININT1", "BININT2", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
 
 
 @dataclass
@@ -51,11 +56,9 @@ class LoadedModel:
 
 
 def read(source: str, to: str | None, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
-    """Read a model.
+    """Read a model from a path or the Hub: a ScratchGPT if `to` names a target format, else another model.
 
     Args:
-        source: a path, or the id of a model on the Hub.
-        to: target format of a ScratchGPT; None to convert another model to ScratchGPT.
         num_attention_heads, hidden_act: of a bare state dict, which does not contain them.
 
     Raises:
@@ -106,15 +109,13 @@ def _read_transformers(source: str) -> LoadedModel:
     if fields.get("model_type") == "scratchgpt":
         raise ValueError(f"{source} is a ScratchGPT already: to convert it to another format, pass --to.")
     ScratchGPTConfig(**as_scratchgpt(fields))  # raises our own errors first
-    default = "GPT2LMHeadModel" if fields["model_type"] == "gpt2" else "Qwen3ForCausalLM"
-    class_name = (fields.get("architectures") or [default])[0]
+    class_name = (fields.get("architectures") or [REFERENCES[fields["model_type"]].__name__])[0]
     head = class_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
     if head not in ("Model", *HEADS):
         raise ValueError(f"{source} is a {class_name}, for which ScratchGPT has no head.")
     _check_safetensors(Path(source))
-    with _loading(source):
-        model = _load(getattr(modeling_scratchgpt, f"ScratchGPT{head}"), source)
-        reference = getattr(transformers, class_name).from_pretrained(source)
+    model = _load(getattr(modeling_scratchgpt, f"ScratchGPT{head}"), source)
+    reference = getattr(transformers, class_name).from_pretrained(source)
     return LoadedModel(f"{class_name} of transformers", model, reference, *tokenizer_of(source))
 
 
@@ -125,7 +126,7 @@ def _read_openai(directory: Path) -> LoadedModel:
         hparams = json.loads((directory / "hparams.json").read_text(encoding="utf-8"))
         if not all(type(hparams[name]) is int and hparams[name] > 0 for name in sizes):
             raise ValueError("its sizes must be positive integers")
-        config = _gpt2_config(**{name: hparams[theirs] for theirs, name in sizes.items()})
+        fields = {name: hparams[theirs] for theirs, name in sizes.items()}
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / 'hparams.json'} does not contain OpenAI's sizes ({error!r}).") from error
     indices = sorted(directory.glob("*.index"))
@@ -139,7 +140,7 @@ def _read_openai(directory: Path) -> LoadedModel:
         parts[-1] = {"w": "weight", "g": "weight", "b": "bias"}.get(parts[-1], f"{parts[-1]}.weight")
         tensor = torch.from_numpy(array.copy())
         state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
-    model, reference = _build_models(config, state, str(indices[0]))
+    model, reference = _build_models(fields, state, str(indices[0]))
     return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, *_openai_tokenizer(directory, model.config))
 
 
@@ -148,13 +149,13 @@ def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: st
     content, kind, is_bare = _load_tensors(file), "bare weights", True
     if isinstance(content.get("model"), dict):
         kind, hidden_act = "nanoGPT's checkpoint", hidden_act or "gelu"
-        sizes = content.get("model_args")
-        if isinstance(sizes, dict) and "n_head" in sizes:
-            is_bare, num_attention_heads = False, sizes["n_head"]
+        model_args = content.get("model_args")
+        if isinstance(model_args, dict) and "n_head" in model_args:
+            is_bare, num_attention_heads = False, model_args["n_head"]
         content = content["model"]
     state = _rename_to_gpt2(content, file)
-    sizes = _infer_sizes(state, file)
-    width = sizes["n_embd"]
+    fields = _infer_sizes(state, file)
+    width = fields["n_embd"]
     if num_attention_heads is None:
         raise ValueError(f"{file} does not contain its number of heads: pass --num_attention_heads.")
     if type(num_attention_heads) is not int or num_attention_heads < 1 or width % num_attention_heads:
@@ -166,28 +167,23 @@ def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: st
     state = {name: tensor.to(widest) for name, tensor in state.items()}
     head = state.get("lm_head.weight")
     tied = head is None or torch.equal(head, state["transformer.wte.weight"])
-    activation = hidden_act or "gelu_new"
-    config = _gpt2_config(**sizes, n_head=num_attention_heads, activation_function=activation, tie_word_embeddings=tied)
-    model, reference = _build_models(config, state, str(file))
+    fields |= {"n_head": num_attention_heads, "activation_function": hidden_act or "gelu_new", "tie_word_embeddings": tied}
+    model, reference = _build_models(fields, state, str(file))
     return LoadedModel(kind, model, reference, *_character_tokenizer(file.with_name("meta.pkl")), is_bare=is_bare)
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
     """Load a file of PyTorch or safetensors without running code from it."""
-    try:
+    with _loading(file):
         if file.suffix == ".safetensors":
             return load_file(file)
+        is_zip = zipfile.is_zipfile(file)
         with open(file, "rb") as opened:
-            begins_as_pickle = opened.read(1) == pickle.PROTO
-        if not begins_as_pickle and not zipfile.is_zipfile(file):
-            raise ValueError("neither PyTorch nor safetensors")
-        if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
+            if not is_zip and opened.read(1) != pickle.PROTO:
+                raise ValueError("neither PyTorch nor safetensors")
+        if is_zip and (bad := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"the checksum of {bad} is wrong")
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} contains more than weights, which could run code: it is not read.") from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged or not a file of weights ({_short(error)}).") from error
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(content, dict):
         raise ValueError(f"{file} contains a {type(content).__name__}: pass a state dict, or nanoGPT's checkpoint.")
     return content
@@ -211,7 +207,7 @@ def _rename_to_gpt2(content: dict[Any, Any], file: Path) -> State:
     return state
 
 
-def _infer_sizes(state: State, file: Path) -> dict[str, int]:
+def _infer_sizes(state: State, file: Path) -> dict[str, Any]:
     """Read the sizes of a GPT-2 off the shapes of its weights, as fields of `GPT2Config`."""
     try:
         vocab_size, width = state["transformer.wte.weight"].shape
@@ -225,12 +221,9 @@ def _infer_sizes(state: State, file: Path) -> dict[str, int]:
     return {"vocab_size": vocab_size, "n_positions": positions, "n_embd": width, "n_layer": len(layers), "n_inner": inner}
 
 
-def _gpt2_config(**fields: Any) -> GPT2Config:
-    return GPT2Config(**fields, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=None, eos_token_id=None)
-
-
-def _build_models(config: GPT2Config, state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Build a ScratchGPT and transformers' GPT-2 from weights with the names and the layout of the latter."""
+def _build_models(fields: dict[str, Any], state: State, file: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Build a ScratchGPT and transformers' GPT-2 from fields and weights with the names and the layout of the latter."""
+    config = GPT2Config(**fields, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=None, eos_token_id=None)
     our_config = ScratchGPTConfig(**as_scratchgpt(config.to_dict()))
     with torch.device("meta"):
         reference = transformers.GPT2LMHeadModel(config)
@@ -260,9 +253,9 @@ def _build_models(config: GPT2Config, state: State, file: str) -> tuple[PreTrain
 def _load(model_class: Any, path: str | None, name: str | None = None, **options: Any) -> Any:
     """Load a model, all of whose weights must be in the source (called `name` in errors) and finite."""
     source = name or path
-    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    mismatched = [str(key[0]) for key in report["mismatched_keys"]]
-    _check_names(source, report["missing_keys"], report["unexpected_keys"], mismatched)
+    with _loading(source):
+        model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    _check_names(source, report["missing_keys"], report["unexpected_keys"], [key[0] for key in report["mismatched_keys"]])
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{source}: {key} has values that are not finite.")
@@ -280,25 +273,22 @@ def _check_names(source: str, missing: Any = (), unexpected: Any = (), mismatche
 
 
 @contextmanager
-def _loading(source: str) -> Iterator[None]:
+def _loading(source: str | Path) -> Iterator[None]:
     """Raise errors while loading weights as a `ValueError` of one line."""
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{source}: a file is damaged, or contains more than weights, which could run code.") from error
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{source}: the weights are damaged or exceed the memory ({error}).") from error
+        raise ValueError(f"{source} is damaged or contains more than weights, which could run code: it is not read.") from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{source} is damaged, not a file of weights, or exceeds the memory ({_short(error)}).") from error
 
 
 def _check_safetensors(directory: Path) -> None:
     """Refuse local safetensors that are damaged, not floating-point, or contain a weight twice."""
     seen: dict[str, str] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a file of weights ({error}).") from error
+        with _loading(file), safe_open(file, "pt") as opened:
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
         for name, dtype in dtypes.items():
             if dtype not in ("F64", "F32", "F16", "BF16") and not name.endswith(MASKS):
                 raise ValueError(f"{file}: {name} is of type {dtype}: weights must be floating-point tensors.")
@@ -327,20 +317,17 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
         raise ValueError(f"{source} also has an adapter, which would be lost: merge it into the model first.")
     _check_safetensors(Path(source))
     our_config = ScratchGPTConfig.from_dict(fields)
-    model_type = ("qwen3" if our_config.position_embedding_type == "rotary" else "gpt2") if to == "gguf" else to
     if to == "onnx":
         check_onnx(our_config)
-    else:
-        as_transformers(our_config, model_type)  # raises its errors before the weights are loaded
-    with _loading(source):
-        model = _load(ScratchGPTForCausalLM, source)
-    reference = None
-    if to != "onnx":
-        reference_class = transformers.GPT2LMHeadModel if model_type == "gpt2" else transformers.Qwen3ForCausalLM
-        state = gpt2_state_dict(model.state_dict()) if model_type == "gpt2" else model.state_dict()
-        config = as_transformers(model.config, model_type)
-        reference = reference_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-        reference.generation_config = model.generation_config
+        return LoadedModel("ScratchGPT", _load(ScratchGPTForCausalLM, source), None, *tokenizer_of(source))
+    if to == "gguf":
+        to = "qwen3" if our_config.position_embedding_type == "rotary" else "gpt2"
+    as_transformers(our_config, to)  # raises its errors before the weights are loaded
+    model = _load(ScratchGPTForCausalLM, source)
+    config = as_transformers(model.config, to)
+    state = gpt2_state_dict(model.state_dict()) if to == "gpt2" else model.state_dict()
+    reference = REFERENCES[to].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    reference.generation_config = model.generation_config
     return LoadedModel("ScratchGPT", model, reference, *tokenizer_of(source))
 
 
@@ -375,11 +362,6 @@ def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {largest}, but the model {vocab_size} embeddings: pass --tokenizer.")
-
-
 def _openai_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
     try:
         tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
@@ -405,37 +387,14 @@ def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
 
 
 def parse_plain_pickle(content: bytes) -> Any:
-    """Parse a pickle of dictionaries, strings and integers from its instructions, without unpickling.
+    """Unpickle dictionaries, strings and integers, after a check that no instruction could import, call or build anything else.
 
     Raises:
-        ValueError: it has an instruction that would import, call or build anything else.
+        ValueError: there is such an instruction, or the pickle is damaged.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
     for instruction, argument, _ in pickletools.genops(content):
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                continue
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2":
-                stack.append(argument)
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "SETITEM" | "SETITEMS" as name:
-                start = marks.pop() if name == "SETITEMS" else len(stack) - 2
-                items = stack[start:]
-                del stack[start:]
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case name:
-                raise ValueError(f"it contains more than dictionaries, strings and integers: {name}")
-    raise ValueError("it has no end")
+        if instruction.name not in PLAIN_INSTRUCTIONS:
+            raise ValueError(f"it contains more than dictionaries, strings and integers: {instruction.name}")
+        if instruction.name == "LONG_BINPUT" and argument > len(content):
+            raise ValueError(f"it would allocate memory for {argument} objects")
+    return pickle.loads(content)

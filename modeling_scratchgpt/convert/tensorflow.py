@@ -16,26 +16,18 @@ from pathlib import Path
 import numpy as np
 
 MAGIC = 0xDB4775248B80FB57
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("<f4"),
-    2: np.dtype("<f8"),
-    3: np.dtype("<i4"),
-    9: np.dtype("<i8"),
-    19: np.dtype("<f2"),
-}  # types.proto
-LANES = 2**14
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # types.proto
 
 # CRC-32C by table lookup (Castagnoli's polynomial, reflected).
+LANES = 2**14
+INITIAL = np.frombuffer(bytes.fromhex("54641f64"), np.uint8)  # takes a register from 0 to its initial value
 TABLE: np.ndarray = np.arange(256, dtype=np.uint32)
 for _ in range(8):
     TABLE = (TABLE >> 1) ^ (np.uint32(0x82F63B78) * (TABLE & 1))
 
 
 def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a checkpoint, by name.
-
-    Args:
-        index: the file that ends in `.index`; the data files are in the same directory.
+    """Read all tensors of a checkpoint, by name, from the file that ends in `.index` and the data files in its directory.
 
     Raises:
         ValueError: a file is of another format, incomplete or damaged; the message names file and tensor.
@@ -58,9 +50,10 @@ def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
 
 
 def _tensor(name: str, entry: dict[int, list], shards: list[np.ndarray], index: Path) -> np.ndarray:
-    dtype = DTYPES.get(entry.get(1, [0])[0])
-    if dtype is None or 7 in entry:
+    number = entry.get(1, [0])[0]
+    if number not in DTYPES or 7 in entry:
         raise ValueError(f"{index}: {name} has an unsupported type, or is stored in slices: save it as one float32 tensor.")
+    dtype = np.dtype(DTYPES[number])
     dimensions = [_parse_message(dim).get(1, [0])[0] for shape in entry.get(2, []) for dim in _parse_message(shape).get(2, [])]
     shard, offset, size = (entry.get(field, [0])[0] for field in (3, 4, 5))
     expected = dtype.itemsize * int(np.prod(dimensions, dtype=np.int64))
@@ -144,33 +137,23 @@ def _mask(checksum: int) -> int:
 
 
 def crc32c(data: np.ndarray) -> int:
-    """CRC-32C of bytes (N,). Long inputs are cut into lanes that are processed in parallel and then combined."""
-    length = len(data) // LANES
-    state, rest = 0, data[length * LANES :].tolist()
-    if length:
-        lanes = np.full(LANES, 0xFFFFFFFF, dtype=np.uint32)
-        for column in np.ascontiguousarray(data[: length * LANES].reshape(LANES, length).T):
-            lanes = TABLE[(lanes ^ column) & 255] ^ (lanes >> 8)
-        state = _combine(lanes ^ np.uint32(0xFFFFFFFF), length)
-    state ^= 0xFFFFFFFF
-    for byte in rest:
-        state = int(TABLE[(state ^ byte) & 255]) ^ (state >> 8)
-    return state ^ 0xFFFFFFFF
-
-
-def _combine(checksums: np.ndarray, length: int) -> int:
-    """Combine the checksums of consecutive pieces of `length` bytes each; their number is a power of two."""
-    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    zero_byte = TABLE[bits & 255] ^ (bits >> 8)  # effect of a zero byte on each bit, which is linear
-    zeros = bits  # effect of `length` zero bytes: start with the identity
-    while length:
-        if length & 1:
-            zeros = _multiply(zero_byte, zeros)
-        zero_byte, length = _multiply(zero_byte, zero_byte), length >> 1
-    while len(checksums) > 1:
-        checksums = _multiply(zeros, checksums[::2]) ^ checksums[1::2]
+    """CRC-32C of bytes (N,), computed in lanes in parallel: a CRC is linear, so those of consecutive pieces can be combined."""
+    length = -(-(len(INITIAL) + len(data)) // LANES)
+    padded = np.zeros(LANES * length, np.uint8)  # leading zeros leave the register at 0
+    padded[len(padded) - len(data) - len(INITIAL) :] = np.concatenate([INITIAL, data])
+    lanes = np.zeros(LANES, np.uint32)
+    zeros = np.uint32(1) << np.arange(32, dtype=np.uint32)  # becomes the effect of `length` zero bytes on each bit
+    for column in np.ascontiguousarray(padded.reshape(LANES, length).T):
+        lanes, zeros = _shift(lanes ^ column), _shift(zeros)
+    while len(lanes) > 1:
+        lanes = _multiply(zeros, lanes[::2]) ^ lanes[1::2]
         zeros = _multiply(zeros, zeros)
-    return int(checksums[0])
+    return int(lanes[0]) ^ 0xFFFFFFFF
+
+
+def _shift(registers: np.ndarray) -> np.ndarray:
+    """Process the lowest byte of each register (N,)."""
+    return TABLE[registers & 255] ^ (registers >> 8)
 
 
 def _multiply(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -99,14 +99,19 @@ def model_files(directory: Path, trust_remote_code: bool, config: str = CONFIG) 
     """Select the files to upload, by name: those of a model, or with `config=ADAPTER_CONFIG` those of an adapter.
 
     Raises:
-        UserError: the run has not finished, the config is missing, or the model's code is incomplete or not trusted.
+        UserError: the run has not finished, a file is missing or invalid, or the model's code is not trusted.
     """
     if not (directory / config).is_file():
         needed = "a finished model" if config == CONFIG else "an adapter, or of a run with --lora_r"
         is_unfinished = config == CONFIG and (directory / METRICS).is_file()
         problem = "holds an unfinished run" if is_unfinished else f"has no {config}"
         raise UserError(f"{directory} {problem}: pass the directory of {needed}.")
-    return _known_files(directory) | _code_files(directory, trust_remote_code)
+    files = {path.name: path for path in sorted(directory.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
+    for path in files.values():
+        _check_regular_file(path)
+        if path.suffix == ".json":
+            _read_json(path)
+    return files | _code_files(directory, trust_remote_code)
 
 
 def prepare_card(directory: Path, repository: str, base_model: str, license: str) -> bytes:
@@ -119,9 +124,8 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
     if not path.is_file():
         raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
     try:
-        card = ModelCard(
-            _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER).replace(MODEL_PLACEHOLDER, repository)
-        )
+        text = _read_text(path).replace(MODEL_PLACEHOLDER, repository)
+        card = ModelCard(text.replace(BASE_PLACEHOLDER, base_model) if base_model else text)
         if license:
             card.data["license"] = license
         metadata = card.data.to_dict()
@@ -186,16 +190,6 @@ def check_loads(directory: Path, files: Files) -> None:
     problem = output.rstrip("\n").rpartition("\n")[2].replace(copy, str(directory))
     if problem or process.returncode:
         raise UserError(f"{directory} would not work for others: {problem or f'exit code {process.returncode} on loading'}.")
-
-
-def _known_files(directory: Path) -> dict[str, Path]:
-    """Select the files with known names; the JSON files must be valid."""
-    files = {path.name: path for path in sorted(directory.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
-    for path in files.values():
-        _check_regular_file(path)
-        if path.suffix == ".json":
-            _read_json(path)
-    return files
 
 
 def _check_regular_file(path: Path) -> None:

@@ -46,7 +46,7 @@ def edit_card(directory: Path, old: str, new: str) -> None:
 @pytest.fixture
 def upload(hub, tmp_path, monkeypatch, capsys):
     """Run `hub_upload.py` in this process, without the check that loads the model in another: quicker."""
-    monkeypatch.setattr(hub_upload, "check_loads", lambda *_: None)
+    monkeypatch.setattr("training.sharing.checks.check_loads", lambda *_: None)
     changed = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     for name, value in (changed | {"HF_TOKEN_PATH": str(tmp_path / "no_token")}).items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
