@@ -52,9 +52,7 @@ def read_documents(arguments: EvaluateArguments) -> Dataset:
     corpora = read_corpora(arguments)
     if arguments.split == "all":
         return concatenate_datasets([corpus.documents for corpus in corpora])
-    return concatenate_datasets(
-        [getattr(split, arguments.split) for split in split_corpora(arguments, corpora, arguments.seed)]
-    )
+    return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora, arguments.seed)])
 
 
 def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:

@@ -141,13 +141,13 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments = self.arguments
         corpora = read_corpora(arguments)
         splits = split_corpora(arguments, corpora, arguments.seed)
-        self.texts = {name: concatenate_datasets([getattr(split, name) for split in splits]) for name in SPLITS}
+        self.texts = {name: concatenate_datasets([split[name] for split in splits]) for name in SPLITS}
         self.num_duplicates = sum(corpus.duplicates + corpus.near_duplicates for corpus in corpora)
         self.tokenizer = tokenizer or train_tokenizer(
             self.texts["train"], arguments.vocab_size, arguments.tokenizer, arguments.context_length
         )
         pairs = zip(splits, corpora, strict=True)
-        self.train_examples = [tokenize_documents(split.train, self.tokenizer, corpus.name) for split, corpus in pairs]
+        self.train_examples = [tokenize_documents(split["train"], self.tokenizer, corpus.name) for split, corpus in pairs]
         self.held_out = {
             name: tokenize_documents(self.texts[name], self.tokenizer, f"the {name} text")
             for name in SPLITS[1:]

@@ -19,10 +19,7 @@ class AugmentedTexts(Dataset[Row]):
     and reproducible from the seed. Dropping tokens is word dropout (Iyyer et al., 2015).
 
     Args:
-        texts: not tokenized yet.
         examples: the same texts, for their labels.
-        tokenizer: a fast tokenizer.
-        max_length: in tokens; longer texts are truncated.
         subword_dropout: probability of a forced token boundary between two characters.
         token_dropout: probability of dropping a token. If it would drop all of a text, none is dropped.
         seed: of the random numbers, with the index, which continues from epoch to epoch.
@@ -40,7 +37,10 @@ class AugmentedTexts(Dataset[Row]):
     ):
         self.texts, self.rows, self.backend, self.seed = texts, PaddedExamples(examples), tokenizer.backend_tokenizer, seed
         self.subword_dropout, self.token_dropout = subword_dropout, token_dropout
-        self.prefix, self.suffix = _affixes(tokenizer)
+        text = self.backend.encode("a", add_special_tokens=False).ids
+        ids = tokenizer("a")["input_ids"]
+        start = next(start for start in range(len(ids)) if ids[start : start + len(text)] == text)
+        self.prefix, self.suffix = ids[:start], ids[start + len(text) :]  # special tokens
         self.max_tokens = max_length - len(self.prefix) - len(self.suffix)
 
     def __len__(self) -> int:
@@ -55,11 +55,3 @@ class AugmentedTexts(Dataset[Row]):
         kept = generator.random(len(ids)) >= self.token_dropout
         ids = ids[kept] if kept.any() else ids
         return {**self.rows[draw], "input_ids": torch.tensor([*self.prefix, *ids[: self.max_tokens].tolist(), *self.suffix])}
-
-
-def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer adds before and after a text."""
-    text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
-    ids = tokenizer("a")["input_ids"]
-    start = next(start for start in range(len(ids)) if ids[start : start + len(text)] == text)
-    return ids[:start], ids[start + len(text) :]

@@ -1,8 +1,6 @@
 """Cache for data that is derived from texts, beside the cache of `datasets`.
 
-Notable:
-- A file is named by a hash of all that it is made from: it is reused as long as nothing has changed, and never afterwards.
-- Files are written atomically, so an interrupted process leaves no incomplete one.
+A file is named by a hash of all that it is made from: it is reused as long as nothing has changed, and never afterwards.
 """
 
 import hashlib
@@ -16,18 +14,13 @@ from modeling_scratchgpt.atomic import atomic_file
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of texts in memory at a time, unless a single one is longer
 
 
-def cache_path(made_from: str, suffix: str) -> Path:
-    """Path of the cached file that is made from the inputs described by `made_from`."""
-    directory = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.{suffix}"
-
-
 def cached_file(
     made_from: str, suffix: str, write: Callable[[Path], None], is_complete: Callable[[Path], bool] = Path.exists
 ) -> Path:
-    """Path of a cached file, which `write` creates first if it is missing or incomplete."""
-    path = cache_path(made_from, suffix)
+    """Path of the cached file for the inputs that `made_from` describes; `write` creates it if it is missing or incomplete."""
+    directory = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.{suffix}"
     if not is_complete(path):
         with atomic_file(path) as temporary:
             write(temporary)

@@ -1,32 +1,21 @@
 """Conversations for instruction tuning: reading the common formats and splitting, without shared prompts between the splits.
 
-Notable:
-- In every format a conversation becomes a list of messages for a chat template: `{"role": ..., "content": ...}`.
-- The last message is the assistant's answer, and all messages before it are the prompt.
-- Conversations that begin with the same prompt stay in one split, and so do the built-in docstrings of a module.
+In every format a conversation becomes a list of messages for a chat template: `{"role": ..., "content": ...}`. Those that begin
+with the same prompt stay in one split, and so do the built-in docstrings of a module.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, takewhile
 from typing import Any
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import Row, find_files, get_text, read_rows, refuse_empty
+from training.data.files import Row, find_files, get_text, number_rows, read_rows, refuse_empty
 from training.data.sources import hub_splits, is_dataset_id
-from training.data.splits import (
-    SplitArguments,
-    check_splits,
-    drop_leakage,
-    fill_missing_splits,
-    read_given,
-    refuse_empty_splits,
-    sample_per_class,
-)
+from training.data.splits import SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".parquet")
@@ -35,7 +24,6 @@ FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 INSTRUCTION = "Say what this does."
 SENTENCE = re.compile(r"[A-Z][^\n]{15,200}?\.(?=\s|$)")
 Message = dict[str, str]
-ReadMessages = Callable[[str, Row], tuple[Message, ...]]  # from the location of a row and the row
 
 
 @dataclass
@@ -53,43 +41,31 @@ class ConversationArguments(SplitArguments):
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a conversation."""
+    """The messages of a conversation. The last one is the assistant's answer, all before it are the prompt."""
 
     messages: tuple[Message, ...]
     group: str  # a group stays in one split
 
     @property
     def prompt(self) -> list[Message]:
-        """All messages before the answer."""
         return list(self.messages[:-1])
 
     @property
     def answer(self) -> str:
-        """The content of the last message."""
         return self.messages[-1]["content"]
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The splits of a run.
+    """The splits of a run."""
 
-    Attributes:
-        splits: train, validation and test; the last may be empty.
-        duplicates: number of conversations dropped because the same one is in their split already.
-        leaked: number of conversations dropped from each split because one in a later split begins with the same prompt.
-    """
-
-    splits: dict[str, list[Conversation]]
-    duplicates: int
-    leaked: dict[str, int]
+    splits: dict[str, list[Conversation]]  # train, validation and test; the last may be empty
+    duplicates: int  # conversations dropped because the same one is in their split already
+    leaked: dict[str, int]  # conversations dropped from each split because one in a later split begins with the same prompt
 
 
 def check_conversations(arguments: ConversationArguments) -> None:
-    """Validate the arguments and the first row of every file before any long work, without network access.
-
-    Raises:
-        UserError: an invalid combination of arguments, or a source that cannot be read.
-    """
+    """Validate the arguments and the first row of every file before any long work, without network access."""
     for path in check_splits(arguments, ENDINGS):
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{path} is not a file of conversations: pass one that ends with {', '.join(ENDINGS)}.")
@@ -98,55 +74,35 @@ def check_conversations(arguments: ConversationArguments) -> None:
 
 
 def read_conversations(arguments: ConversationArguments, seed: int, input_mark: str) -> Conversations:
-    """Read and split the conversations of a run.
-
-    Args:
-        input_mark: separates an instruction from its input.
+    """Read and split the conversations of a run; `input_mark` separates an instruction from its input.
 
     Raises:
         UserError: a source cannot be read; a row is incomplete or does not end with an answer; a split would be empty.
     """
-    read_messages = partial(_messages, errors=arguments.encoding_errors, input_mark=input_mark)
-    given = read_given(arguments, lambda source: _read_source(source, arguments.encoding_errors, read_messages))
-    distinct = {name: list({_key(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
-    splits, leaked = drop_leakage(
-        fill_missing_splits(distinct, arguments, seed, lambda conversation: conversation.group),
-        lambda conversation: _opening(conversation.messages),
-    )
-    refuse_empty_splits(splits, arguments)
+    given = read_given(arguments, lambda source: _read_source(source, arguments.encoding_errors, input_mark))
+    distinct = {name: list({repr(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
+    splits, leaked = split_items(distinct, arguments, seed, key=lambda conversation: _opening(conversation.messages))
     return Conversations(splits, sum(len(given[name]) - len(distinct[name]) for name in given), leaked)
 
 
-def _key(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in messages)
-
-
 def _opening(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
-    """The messages before the first answer."""
-    return _key(takewhile(lambda message: message["role"] != "assistant", messages))
+    """Role and content of the messages before the first answer."""
+    opening = takewhile(lambda message: message["role"] != "assistant", messages)
+    return tuple((message["role"], message["content"]) for message in opening)
 
 
-# Sources ------------------------------------------------------------------------------------------------------------------
-
-
-def _read_source(source: str, errors: str, read_messages: ReadMessages) -> dict[str, list[Conversation]]:
-    """The splits of a source; a source without splits is `train` as a whole."""
+def _read_source(source: str, errors: str, input_mark: str) -> dict[str, list[Conversation]]:
     if source == "docs":
-        return {"train": [Conversation(read_messages("docs", row), module) for module, row in _docstrings()]}
-    rows: dict[str, Iterator[tuple[str, Row]]]
+        return {"train": [Conversation(_messages("docs", row, errors, input_mark), module) for module, row in _docstrings()]}
     if is_dataset_id(source):
-        rows = {
-            name: ((f"{source}: {name} row {number}", row) for number, row in enumerate(split, start=1))
-            for name, split in hub_splits(source).items()
-        }
+        splits = {name: number_rows(rows, f"{source}: {name} row") for name, rows in hub_splits(source).items()}
     else:
-        rows = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, errors))}
-    return {name: _conversations(split, read_messages) for name, split in rows.items()}
+        splits = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, errors))}
+    return {name: _conversations(rows, errors, input_mark) for name, rows in splits.items()}
 
 
 def _docstrings() -> Iterator[tuple[str, Row]]:
-    """Yield (module, row in Alpaca's format) that asks for the first sentence of a docstring, given the signature. Signatures
-    with several different sentences are left out."""
+    """Yield (module, row in Alpaca's format) for each signature whose docstrings all begin with the same sentence."""
     sentences, entries = defaultdict(set), {}
     for entry in read_docstrings():
         sentence = SENTENCE.match(" ".join(entry["docstring"].partition("\n\n")[0].split()))
@@ -161,10 +117,10 @@ def _docstrings() -> Iterator[tuple[str, Row]]:
         yield entries[signature]["module"], {"instruction": INSTRUCTION, "input": signature, "output": output}
 
 
-def _conversations(rows: Iterable[tuple[str, Row]], read_messages: ReadMessages) -> list[Conversation]:
+def _conversations(rows: Iterable[tuple[str, Row]], errors: str, input_mark: str) -> list[Conversation]:
     conversations, empty = [], []
     for location, row in rows:
-        messages = read_messages(location, row)
+        messages = _messages(location, row, errors, input_mark)
         if messages[-1]["content"]:
             conversations.append(Conversation(messages, repr(_opening(messages))))
         else:

@@ -1,8 +1,6 @@
 """Corpora for pretraining: `datasets.Dataset` with one document a row, from any source.
 
-Notable:
-- Texts are cached as an Arrow file and memory-mapped. No step keeps more than a few megabytes or the longest document.
-- Documents are split before anything else happens to them, so no held-out token is seen in training.
+Texts are cached as an Arrow file and memory-mapped. No step keeps more than a few megabytes or the longest document.
 """
 
 import array
@@ -10,8 +8,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from training.data.docstrings import TEXT, read_docs
 from training.data.files import check_columns, check_file, digest_of, find_files, get_text, read_file
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
 from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
-from training.data.splits import SPLITS, split_indices
+from training.data.splits import SPLITS, check_fractions, split_indices
 from training.errors import UserError
 
 
@@ -56,28 +53,12 @@ class CorpusArguments:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source.
+    """The documents of one source."""
 
-    Attributes:
-        name: the file or directory without its parents, or the source as it was given.
-        documents: a dataset with one column, `text`.
-        duplicates: number of documents dropped because the same text came earlier, in this source or another.
-        near_duplicates: number of documents dropped because a similar text came earlier.
-    """
-
-    name: str
-    documents: Dataset
-    duplicates: int = 0
-    near_duplicates: int = 0
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Three datasets with the column `text` that share no text; `test` may be empty."""
-
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    name: str  # the file or directory without its parents, or the source as it was given
+    documents: Dataset  # with one column, `text`
+    duplicates: int = 0  # documents dropped because the same text came earlier, in this source or another
+    near_duplicates: int = 0  # documents dropped because a similar text came earlier
 
 
 def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
@@ -88,28 +69,23 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     """
     if arguments.near_duplicates:
         import_datasketch()
-    sources = arguments.dataset
-    names = [Path(source).name if os.path.exists(source) else source for source in sources]
+    names = [Path(source).name if os.path.exists(source) else source for source in arguments.dataset]
     seen: set[int] = set()  # 128-bit digests, of 71 to 98 bytes each with their place in the set
+    unique = [_drop_duplicates(_read_source(source, arguments), seen) for source in arguments.dataset]
+    documents = [documents for documents, _ in unique]
+    kept = drop_near_duplicates(documents, arguments.near_duplicates) if arguments.near_duplicates else documents
     corpora = []
-    for source, name in zip(sources, names, strict=True):
-        documents, duplicates = _drop_duplicates(_read_source(source, arguments), seen)
-        corpora.append(Corpus(name if names.count(name) == 1 else source, documents, duplicates))
-    if arguments.near_duplicates:
-        thinned = drop_near_duplicates([corpus.documents for corpus in corpora], arguments.near_duplicates)
-        corpora = [
-            replace(corpus, documents=documents, near_duplicates=len(corpus.documents) - len(documents))
-            for corpus, documents in zip(corpora, thinned, strict=True)
-        ]
-    for source, corpus in zip(sources, corpora, strict=True):
-        if len(corpus.documents) == 0:
-            dropped = corpus.duplicates + corpus.near_duplicates
+    for source, name, (whole, duplicates), rest in zip(arguments.dataset, names, unique, kept, strict=True):
+        near_duplicates = len(whole) - len(rest)
+        if not len(rest):
+            dropped = duplicates + near_duplicates
             reason = "all of its texts are in earlier sources: leave it out" if dropped else "it has no text"
             raise UserError(f"{source}: {reason}.")
+        corpora.append(Corpus(name if names.count(name) == 1 else source, rest, duplicates, near_duplicates))
     return corpora
 
 
-def split_corpora(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[Splits]:
+def split_corpora(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[dict[str, Dataset]]:
     """Split each corpus of a run by its arguments: see `split_documents`."""
     fractions = arguments.validation_fraction, arguments.test_fraction
     return [split_documents(corpus.documents, *fractions, seed) for corpus in corpora]
@@ -119,32 +95,21 @@ def check_corpora(arguments: CorpusArguments) -> None:
     """Validate the arguments and the beginning of every file before any long work, without network access.
 
     Raises:
-        UserError: the fractions leave nothing to train on; a source is missing, unreadable or without files; the beginning of a
-            file is not what its extension promises, has no such column, or is not UTF-8.
+        UserError: the fractions leave nothing to train on; a source is missing; the beginning of a file is invalid.
     """
-    if arguments.validation_fraction + arguments.test_fraction >= 1:
-        raise UserError(
-            f"--validation_fraction {arguments.validation_fraction} and --test_fraction {arguments.test_fraction} leave "
-            "nothing to train on: together they must be below 1."
-        )
+    check_fractions({"validation": arguments.validation_fraction, "test": arguments.test_fraction})
     for path in check_sources(arguments.dataset):
         check_file(path, arguments.text_column, arguments.encoding_errors)
 
 
-def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """Split documents into training, validation and test, in the order of the corpus.
+def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> dict[str, Dataset]:
+    """Split documents without duplicates into train, validation and test, in the order of the corpus; test may be empty.
 
     Whole documents are held out. If there are too few, as with a single book, the end of each is held out instead, cut between
     words: first the validation text, then the test text.
 
-    Args:
-        documents: a dataset with the column `text`, without duplicates.
-        validation_fraction: of the documents, above 0.
-        test_fraction: of the documents; 0 for no test split.
-        seed: determines which documents are held out.
-
     Raises:
-        UserError: a split would be empty.
+        UserError: a split would be empty, except for the test split if its fraction is 0.
     """
     fractions = {"validation": validation_fraction, "test": test_fraction}
     sizes = {name: len(documents) * fraction for name, fraction in fractions.items()}
@@ -156,10 +121,10 @@ def split_documents(documents: Dataset, validation_fraction: float, test_fractio
             "leave none to train on: lower one of them."
         )
     indices = split_indices(encode_texts(documents), fractions, seed)
-    return Splits(*(documents.select(indices[name]) for name in SPLITS))
+    return {name: documents.select(indices[name]) for name in SPLITS}
 
 
-def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: float) -> Splits:
+def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: float) -> dict[str, Dataset]:
     """Hold out the end of every document."""
 
     def parts(split: int) -> Iterator[bytes]:
@@ -172,16 +137,16 @@ def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: f
                 yield bytes(part)
 
     key = f"ends {validation_fraction} {test_fraction} {digest_texts(documents)[0]}"
-    train, validation, test = (_store(f"{key} {split}", parts(split), "") for split in range(3))
-    if len(train) == 0:
+    splits = {name: _store(f"{key} {number}", parts(number), "") for number, name in enumerate(SPLITS)}
+    if not len(splits["train"]):
         raise UserError(
             f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} leave no text of this corpus to "
             "train on: pass more text or smaller fractions."
         )
-    for name, fraction, held_out in (("validation", validation_fraction, validation), ("test", test_fraction, test)):
-        if len(held_out) == 0 and (fraction or name == "validation"):
+    for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
+        if fraction and not len(splits[name]):
             raise UserError(f"--{name}_fraction {fraction} of this corpus has no text: pass more text or a larger fraction.")
-    return Splits(train, validation, test)
+    return splits
 
 
 def _find_word_boundary(text: memoryview, start: int, end: int) -> int:
@@ -214,13 +179,11 @@ def _is_blank(text: Any) -> bool:
     return not str(text[:64], "utf-8", "ignore").strip() and not str(text, "utf-8").strip()
 
 
-# Sources ------------------------------------------------------------------------------------------------------------
-
-
 def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
     column, errors, limit = arguments.text_column, arguments.encoding_errors, arguments.max_documents
     if source == "docs":
-        return _take(read_docs(), limit)
+        documents = read_docs()
+        return documents.take(limit or len(documents))
     if is_dataset_id(source):
         return _stream(source, column, limit) if arguments.streaming else _download(source, column, limit)
     files = find_files(source)
@@ -230,21 +193,15 @@ def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
     return _store(key, itertools.islice(texts, limit or None), f"Reading {source}")
 
 
-def _take(documents: Dataset, max_documents: int) -> Dataset:
-    return documents.take(max_documents) if max_documents else documents
-
-
 def _download(source: str, text_column: str, max_documents: int) -> Dataset:
     with hub_errors(source):
         dataset = load_dataset(*parse_hub_id(source), split="train")
     check_columns(source, {text_column: "text_column"}, dataset.column_names)
-    documents = dataset.select_columns(text_column)
-    if text_column != "text":
-        documents = documents.rename_column(text_column, "text")
+    documents = dataset.select_columns(text_column).rename_columns({text_column: "text"})
+    documents = documents.take(max_documents or len(documents))
     dtype = getattr(documents.features["text"], "dtype", documents.features["text"])
     if dtype not in ("string", "large_string"):
         raise UserError(f"{source}: the column {text_column!r} has no text but {dtype}. Set --text_column.")
-    documents = _take(documents, max_documents)
     return documents if documents.features == TEXT else documents.cast(TEXT)
 
 
@@ -258,7 +215,7 @@ def _stream(source: str, text_column: str, max_documents: int) -> Dataset:
 
     def texts() -> Iterator[str]:
         with hub_errors(source):
-            for number, row in enumerate(rows.take(max_documents) if max_documents else rows, start=1):
+            for number, row in enumerate(itertools.islice(rows, max_documents or None), start=1):
                 location = f"{source}: row {number}"
                 check_columns(location, {text_column: "text_column"}, row)
                 yield get_text(row, text_column, location)
@@ -270,25 +227,25 @@ def _stream(source: str, text_column: str, max_documents: int) -> Dataset:
 
 def _store(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
     """Texts as a memory-mapped dataset, which is written once and then read from the cache."""
-    path = cached_file(key, "arrow", partial(_write_texts, texts, description))
+
+    def write(path: Path) -> None:
+        batch: list[bytes] = []
+        size = 0
+        with pa.ipc.new_stream(str(path), TEXT.arrow_schema) as writer:
+            for text in tqdm(texts, desc=description, unit=" documents", disable=not description):
+                encoded = text.encode() if isinstance(text, str) else text
+                if size + len(encoded) > BATCH_BYTES or len(batch) == BATCH_ROWS:
+                    writer.write_batch(_record_batch(batch))
+                    batch, size = [], 0
+                batch.append(encoded)
+                size += len(encoded)
+            writer.write_batch(_record_batch(batch))
+
+    path = cached_file(key, "arrow", write)
     try:
         return Dataset.from_file(str(path))
     except pa.ArrowException as error:
         raise UserError(f"the cached texts {path} are corrupt ({error}): delete the file.") from error
-
-
-def _write_texts(texts: Iterable[str | bytes], description: str, path: Path) -> None:
-    with pa.ipc.new_stream(str(path), TEXT.arrow_schema) as writer:
-        batch: list[bytes] = []
-        size = 0
-        for text in tqdm(texts, desc=description, unit=" documents", disable=not description):
-            encoded = text.encode() if isinstance(text, str) else text
-            if size + len(encoded) > BATCH_BYTES or len(batch) == BATCH_ROWS:
-                writer.write_batch(_record_batch(batch))
-                batch, size = [], 0
-            batch.append(encoded)
-            size += len(encoded)
-        writer.write_batch(_record_batch(batch))
 
 
 def _record_batch(texts: list[bytes]) -> pa.RecordBatch:

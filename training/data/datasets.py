@@ -1,11 +1,7 @@
 """Tokenized examples, the datasets of rows that are made of them, and their dataloaders.
 
-Notable:
-- Labels of language models are shifted here, once: `shift_labels[i]` is the id after `input_ids[i]`.
-- Windows ignore the boundaries of documents. Neighbours share one id, so with a stride of the context length every id but the
-  first is predicted exactly once. With a smaller stride they overlap, as in "Build a Large Language Model".
-- Packed rows hold several examples. `position_ids` restart with each, which tells the model to keep attention inside it.
-- Padding is on the right, where a causal model needs no mask.
+Labels of language models are shifted here, once: `shift_labels[i]` is the id after `input_ids[i]`. Padding is on the right,
+where a causal model needs no mask.
 """
 
 from collections import defaultdict
@@ -17,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
@@ -28,23 +25,14 @@ Row = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """Token ids of E documents, texts or conversations, one after another.
+    """Token ids of E documents, texts or conversations, one after another."""
 
-    Attributes:
-        ids: (N,), of all examples.
-        offsets: (E + 1,), example e is `ids[offsets[e] : offsets[e + 1]]`.
-        num_bytes: length of the text in UTF-8.
-        digest: of the text and the tokenizer.
-        loss_mask: bool (N,), True for the ids to compute the loss on; all of them if None.
-        labels: float32 (E, C), of a classifier.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    num_bytes: int = 0
-    digest: str = ""
-    loss_mask: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    ids: np.ndarray  # (N,), of all examples
+    offsets: np.ndarray  # (E + 1,), example e is `ids[offsets[e] : offsets[e + 1]]`
+    num_bytes: int = 0  # length of the text in UTF-8
+    digest: str = ""  # of the text and the tokenizer
+    loss_mask: np.ndarray | None = None  # bool (N,), True for the ids to compute the loss on; all of them if None
+    labels: np.ndarray | None = None  # float32 (E, C), of a classifier
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,13 +52,12 @@ class TokenizedExamples:
 
 
 class Windows(Dataset[Row]):
-    """Windows of `context_length` ids and, for each id, the following one. The end of the last window, and any window after it,
-    is padding, which the loss ignores.
+    """Windows of `context_length` ids and, for each id, the following one, across the boundaries of documents.
+
+    Neighbours share one id, so with a stride of the context length every id but the first is predicted exactly once. With a
+    smaller stride they overlap, as in "Build a Large Language Model". After the last id there is padding without a loss.
 
     Args:
-        examples: of a split.
-        context_length: ids in a window.
-        pad_token_id: fills the last window.
         split: its name, for errors.
         stride: ids from the start of a window to the start of the next, 1 to `context_length` (the default).
         once: label in overlapping windows only the ids that no earlier window has predicted.
@@ -102,27 +89,19 @@ class Windows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         start = index * self.stride
-        inputs = torch.full((self.context_length,), self.pad_token_id)
-        labels = torch.full((self.context_length,), IGNORE_INDEX)
-        ids, following = self.examples.inputs_and_labels(start, start + self.context_length)
-        inputs[: len(ids)], labels[: len(ids)] = ids, following
+        ids, labels = self.examples.inputs_and_labels(start, start + self.context_length)
+        missing = (0, self.context_length - len(ids))
+        ids, labels = pad(ids, missing, value=self.pad_token_id), pad(labels, missing, value=IGNORE_INDEX)
         if self.once and index > 0:
             labels[: self.context_length - self.stride] = IGNORE_INDEX
-        return {"input_ids": inputs, "shift_labels": labels}
+        return {"input_ids": ids, "shift_labels": labels}
 
 
 class PackedExamples(Dataset[Row]):
-    """Rows of `context_length` tokens that hold several examples each.
+    """Rows of `context_length` tokens that hold several examples each; `efficiency` is the fraction that is not padding.
 
-    An example that is longer than a row is cut into pieces that share one id, so every id but its first is predicted.
-
-    Args:
-        examples: of a split.
-        context_length: tokens in a row.
-        pad_token_id: fills the end of a row.
-
-    Attributes:
-        efficiency: fraction of all positions that are not padding.
+    `position_ids` restart with each example, which tells the model to keep attention inside it. An example that is longer than
+    a row is cut into pieces that share one id, so every id but its first is predicted.
     """
 
     def __init__(self, examples: TokenizedExamples, context_length: int, pad_token_id: int):
@@ -140,18 +119,15 @@ class PackedExamples(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        inputs = torch.full((self.context_length,), self.pad_token_id)
-        labels = torch.full((self.context_length,), IGNORE_INDEX)
-        position_ids = torch.zeros(self.context_length, dtype=torch.long)
-        position = 0
-        for piece in self.rows[index]:
-            start, length = self.pieces[piece].tolist()
-            part = slice(position, position + length)
-            inputs[part], labels[part] = self.examples.inputs_and_labels(start, start + length)
-            position_ids[part] = torch.arange(length)
-            position += length
-        position_ids[position:] = torch.arange(self.context_length - position)
-        return {"input_ids": inputs, "shift_labels": labels, "position_ids": position_ids}
+        pieces = self.pieces[self.rows[index]].tolist()
+        parts = [self.examples.inputs_and_labels(start, start + length) for start, length in pieces]
+        ids, labels = map(torch.cat, zip(*parts, strict=True))
+        missing = self.context_length - len(ids)
+        return {
+            "input_ids": pad(ids, (0, missing), value=self.pad_token_id),
+            "shift_labels": pad(labels, (0, missing), value=IGNORE_INDEX),
+            "position_ids": torch.cat([torch.arange(length) for length in (*(length for _, length in pieces), missing)]),
+        }
 
 
 def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -182,10 +158,10 @@ def pack_best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list
 
 
 class PaddedExamples(Dataset[Row]):
-    """One example a row, to be padded by `collate_padded`.
+    """One example a row, to be padded by `collate_padded`. The index continues from epoch to epoch.
 
-    The index continues from epoch to epoch. Examples with a loss mask have `shift_labels`, those of a classifier `labels`. With
-    a loss mask, a negative index is an empty row, which the loss ignores.
+    Examples with a loss mask have `shift_labels`, and a negative index is an empty row, which the loss ignores; those of a
+    classifier have `labels`.
     """
 
     def __init__(self, examples: TokenizedExamples):
@@ -196,11 +172,11 @@ class PaddedExamples(Dataset[Row]):
 
     def __getitem__(self, draw: int) -> Row:
         examples, index = self.examples, draw % len(self)
-        if examples.loss_mask is not None and draw < 0:
-            return {"input_ids": torch.zeros(1, dtype=torch.long), "shift_labels": torch.full((1,), IGNORE_INDEX)}
-        start, end = examples.offsets[index], examples.offsets[index + 1]
+        start, end = examples.offsets[index : index + 2]
         if examples.loss_mask is not None:
             ids, labels = examples.inputs_and_labels(start, end - 1)
+            if draw < 0:
+                ids, labels = torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE_INDEX)
             return {"input_ids": ids, "shift_labels": labels}
         row = {"input_ids": torch.from_numpy(examples.ids[start:end].astype(np.int64))}
         return row if examples.labels is None else {**row, "labels": torch.from_numpy(examples.labels[index])}
@@ -215,18 +191,9 @@ def collate_padded(rows: Sequence[Row], pad_token_id: int) -> Row:
     return batch if "labels" not in rows[0] else {**batch, "labels": torch.stack([row["labels"] for row in rows])}
 
 
-def train_dataloader(
-    datasets: Sequence[Dataset[Row]], batch_sampler: Sampler[list[int]], pad_token_id: int | None = None
-) -> DataLoader:
-    """The batches of a run, in order.
-
-    Args:
-        datasets: the sampler's indices refer to their concatenation. Only a single one may have indices of later epochs.
-        pad_token_id: needed for rows of different lengths.
-    """
-    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
-    collate = None if pad_token_id is None else partial(collate_padded, pad_token_id=pad_token_id)
-    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate)
+def train_dataloader(datasets: Sequence[Dataset[Row]], batch_sampler: Sampler[list[int]]) -> DataLoader:
+    """The batches of a run, of rows of one length. The sampler's indices refer to the concatenation of the datasets."""
+    return DataLoader(ConcatDataset(datasets), batch_sampler=batch_sampler)
 
 
 def evaluation_dataloader(windows: Windows, batch_size: int, num_processes: int = 1) -> DataLoader:

@@ -9,27 +9,20 @@ Notable:
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Sequence
-from sklearn.utils.class_weight import compute_class_weight
+from datasets import ClassLabel
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import TABLE_ENDINGS, check_columns, find_files, get_text, read_rows, refuse_empty
+from training.data.files import TABLE_ENDINGS, check_columns, find_files, get_text, number_rows, read_rows, refuse_empty
 from training.data.sources import hub_splits, is_dataset_id
-from training.data.splits import (
-    SplitArguments,
-    check_splits,
-    drop_leakage,
-    fill_missing_splits,
-    read_given,
-    refuse_empty_splits,
-    sample_per_class,
-)
+from training.data.splits import SPLITS, SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
@@ -66,22 +59,20 @@ class Example:
     label: Any  # str, tuple[str, ...] or tuple[float, ...], by the problem type
     group: str  # a group stays in one split
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One label or several."""
+        return (self.label,) if isinstance(self.label, str) else self.label
+
 
 @dataclass(frozen=True)
 class Examples:
-    """The splits of a run.
+    """The splits of a run."""
 
-    Attributes:
-        splits: train, validation and test; the last may be empty.
-        names: of the labels, or of the columns of numbers, in the order of their ids.
-        duplicates: number of examples dropped from each split because their text is also in a later one.
-        undersampled: number of examples dropped by undersampling.
-    """
-
-    splits: dict[str, list[Example]]
-    names: list[str]
-    duplicates: dict[str, int]
-    undersampled: int
+    splits: dict[str, list[Example]]  # train, validation and test; the last may be empty
+    names: list[str]  # of the labels, or of the columns of numbers, in the order of their ids
+    duplicates: dict[str, int]  # examples dropped from each split because their text is also in a later one
+    undersampled: int  # examples dropped by undersampling
 
     def digest(self) -> str:
         """SHA-256 of all texts, labels and label names."""
@@ -92,23 +83,19 @@ class Examples:
 
 
 def check_examples(arguments: ExampleArguments) -> None:
-    """Validate the arguments and the first row of every file before any long work, without network access.
-
-    Raises:
-        UserError: an invalid combination of arguments, or a source that cannot be read.
-    """
-    paths = check_splits(arguments, TABLE_ENDINGS)
-    if not arguments.label_column:
+    """Validate the arguments and the first row of every file before any long work, without network access."""
+    paths, kind, columns = check_splits(arguments, TABLE_ENDINGS), arguments.problem_type, arguments.label_column
+    names = " ".join(columns)
+    if not columns:
         raise UserError("--label_column is empty: pass the column with the labels.")
-    if len(set(arguments.label_column)) < len(arguments.label_column) or arguments.text_column in arguments.label_column:
-        raise UserError(f"--label_column {' '.join(arguments.label_column)} and --text_column must be different columns.")
-    if len(arguments.label_column) > 1 and arguments.problem_type == SINGLE:
-        names = " ".join(arguments.label_column)
+    if len({arguments.text_column, *columns}) <= len(columns):
+        raise UserError(f"--label_column {names} and --text_column must be different columns.")
+    if len(columns) > 1 and kind == SINGLE:
         raise UserError(f"--label_column {names}: several columns are for --problem_type {MULTI} or {REGRESSION}.")
-    if arguments.balance != "none" and arguments.problem_type != SINGLE:
-        raise UserError(f"--balance {arguments.balance} is for one label per text: leave it out with {arguments.problem_type}.")
-    if "docs" in arguments.dataset and arguments.problem_type != SINGLE:
-        raise UserError(f"--dataset docs has one label per text: it is not for --problem_type {arguments.problem_type}.")
+    if arguments.balance != "none" and kind != SINGLE:
+        raise UserError(f"--balance {arguments.balance} is for one label per text: leave it out with {kind}.")
+    if "docs" in arguments.dataset and kind != SINGLE:
+        raise UserError(f"--dataset docs has one label per text: it is not for --problem_type {kind}.")
     for path in paths:
         next(read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns), None)
 
@@ -121,45 +108,30 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
             the training split; a split would be empty.
     """
     given = read_given(arguments, lambda source: _read_source(source, arguments))
-    train = given["train"]
-    if arguments.problem_type == SINGLE:
+    train, has_one_label = given["train"], arguments.problem_type == SINGLE
+    if has_one_label:
         _check_names(train)
     if arguments.balance == "undersample":
         given["train"] = _sample_per_label(train, min(Counter(example.label for example in train).values()), seed)
-    filled = fill_missing_splits(
-        given, arguments, seed, lambda it: it.group, lambda it: it.label if arguments.problem_type == SINGLE else None
+    splits, duplicates = split_items(
+        given, arguments, seed, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
     )
-    splits, duplicates = drop_leakage(filled, lambda it: it.text.strip())
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """Weights (C,) by inverse class frequency, 1 on average over the examples (King and Zeng, 2001).
+    """Weights (C,) of one-hot labels (N, C) by inverse class frequency, 1 on average over the examples (King and Zeng, 2001).
 
-    Args:
-        labels: one-hot (N, C). A class without examples gets the weight of one with a single example.
+    A class without examples gets the weight of one with a single example.
     """
-    classes, num_classes = labels.argmax(1), labels.shape[1]
-    present = np.unique(classes)
-    weights = np.full(num_classes, len(labels) / num_classes)
-    # scikit-learn knows only the classes that have examples.
-    weights[present] = compute_class_weight("balanced", classes=present, y=classes) * len(present) / num_classes
-    return weights
+    return len(labels) / (labels.shape[1] * np.maximum(labels.sum(0, dtype=np.float64), 1))
 
 
 def as_numbers(examples: list[Example], names: list[str], problem_type: str) -> np.ndarray:
     """Targets as float32 (N, C): one-hot or multi-hot labels, or the numbers."""
     if problem_type == REGRESSION:
         return np.array([example.label for example in examples], dtype=np.float32).reshape(-1, len(names))
-    ids = {name: index for index, name in enumerate(names)}
-    numbers = np.zeros((len(examples), len(names)), dtype=np.float32)
-    for row, example in enumerate(examples):
-        for name in [example.label] if problem_type == SINGLE else example.label:
-            numbers[row, ids[name]] = 1
-    return numbers
-
-
-# Sources ------------------------------------------------------------------------------------------------------------
+    return MultiLabelBinarizer(classes=names).fit_transform([example.labels for example in examples]).astype(np.float32)
 
 
 def _columns(arguments: ExampleArguments) -> dict[str, str]:
@@ -167,7 +139,6 @@ def _columns(arguments: ExampleArguments) -> dict[str, str]:
 
 
 def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
-    """The splits of a source; a source without splits is `train` as a whole."""
     if source == "docs":
         return {"train": _docstrings()}
     if is_dataset_id(source):
@@ -204,17 +175,14 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tu
 
 
 def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows in which the ids of `ClassLabel` columns are replaced by their names."""
-    names: dict[str, Callable[[Any], Any]] = {}
-    for column in arguments.label_column:
-        feature = rows.features[column]
-        item = feature.feature if isinstance(feature, Sequence) else feature
-        if isinstance(item, ClassLabel):
-            names[column] = item.int2str
-    for number, row in enumerate(rows.select_columns([arguments.text_column, *arguments.label_column]), start=1):
-        for column, name in names.items():
-            row[column] = None if row[column] in (-1, None) else name(row[column])
-        yield f"{location} {number}", row
+    """Yield rows in which the ids of `ClassLabel` columns, or of lists of them, are replaced by their names."""
+    features = {column: rows.features[column] for column in arguments.label_column}
+    for row_location, row in number_rows(rows.select_columns([arguments.text_column, *features]), location):
+        for column, feature in features.items():
+            item = getattr(feature, "feature", feature)
+            if isinstance(item, ClassLabel):
+                row[column] = None if row[column] in (-1, None) else item.int2str(row[column])
+        yield row_location, row
 
 
 def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArguments) -> list[Example]:
@@ -266,8 +234,7 @@ def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
 def _read_numbers(values: dict[str, Any], location: str) -> tuple[float, ...]:
     numbers = []
     for column, value in values.items():
-        number = _as_number(value)
-        if number is None:
+        if (number := _as_number(value)) is None:
             raise UserError(f"{location} has no number under {column!r} but {value!r:.80}: add one, or leave this row out.")
         if not abs(number) < LARGEST:
             raise UserError(f"{location} has {value!r:.80} under {column!r}, too large a number: scale them to about 1.")
@@ -296,20 +263,18 @@ def _check_names(examples: list[Example]) -> None:
 
 
 def _sample_per_label(examples: list[Example], count: int, seed: int) -> list[Example]:
-    """At most `count` pseudo-random examples of each label, in their order."""
     texts, labels = [example.text for example in examples], [example.label for example in examples]
     return [examples[index] for index in sample_per_class(texts, labels, count, seed, "balance")]
 
 
 def _label_names(splits: dict[str, list[Example]], arguments: ExampleArguments) -> list[str]:
     """The labels of the training split, sorted; the other splits must not have more."""
-    refuse_empty_splits(splits, arguments)
-    for name, examples in splits.items():
-        if len(examples) == 1 and name != "train" and arguments.problem_type == REGRESSION:
-            raise UserError(f"the {name} split has a single example, too few for regression metrics: pass more.")
     if arguments.problem_type == REGRESSION:
+        for name in SPLITS[1:]:
+            if len(splits[name]) == 1:
+                raise UserError(f"the {name} split has a single example, too few for regression metrics: pass more.")
         return arguments.label_column
-    found = {name: dict.fromkeys(_labels(examples)) for name, examples in splits.items()}
+    found = {name: dict.fromkeys(chain.from_iterable(it.labels for it in split)) for name, split in splits.items()}
     names = list(found["train"])
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
     names.sort(key=lambda name: (int(name), name) if numbers else name)
@@ -321,15 +286,10 @@ def _label_names(splits: dict[str, list[Example]], arguments: ExampleArguments) 
         raise UserError("no example of the training split has a label.")
     if len(arguments.label_column) > 1:
         return arguments.label_column
-    for name in ("validation", "test"):
+    for name in SPLITS[1:]:
         if unseen := [label for label in found[name] if label not in found["train"]]:
             few = ", ".join(map(repr, unseen[:5]))
             raise UserError(
                 f"the {name} split has labels that the training split does not have: {few:.200}. Add examples of them."
             )
     return names
-
-
-def _labels(examples: Iterable[Example]) -> Iterator[str]:
-    for example in examples:
-        yield from [example.label] if isinstance(example.label, str) else example.label

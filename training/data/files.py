@@ -32,11 +32,7 @@ LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow's offsets have 32 bits
 
 
 def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
-    """The file itself, the files that match the glob, or all files below the directory with one of the extensions; sorted.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Sorted: the file itself, those that match the glob, or all below the directory with these extensions; at least one."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -45,30 +41,27 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
         path = Path(os.path.expanduser(source))
         str(path).encode()
         if path.is_dir():
+            problem = f"this directory has no {', '.join(endings)} file"
             names = (Path(directory) / file for directory, _, files in os.walk(path, onerror=fail) for file in files)
             found = sorted(name for name in names if name.suffix.lower() in endings and name.is_file())
-            if not found:
-                raise UserError(f"{source}: this directory has no {', '.join(endings)} file.")
-            return found
-        if not path.exists() and glob.has_magic(str(path)):
+        elif not path.exists() and glob.has_magic(str(path)):
+            problem = "no file matches this pattern"
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-            if not found:
-                raise UserError(f"{source}: no file matches this pattern.")
-            return found
-        if not path.is_file():
-            raise UserError(f"{source}: no such file or directory.")
-        return [path]
+        else:
+            problem, found = "no such file or directory", [path] * path.is_file()
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}: {error.filename}.") from error
     except ValueError as error:
         raise UserError(f"{source!r}: not a valid file name ({error}).") from error
+    if not found:
+        raise UserError(f"{source}: {problem}.")
+    return found
 
 
 def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
     """Yield the text of every row of a table (null as an empty text), or the whole text of any other file.
 
     Args:
-        text_column: the column, or the JSON key, of the text.
         errors: of bytes that are not UTF-8: `"strict"` raises, `"replace"` replaces them by �.
 
     Raises:
@@ -90,7 +83,6 @@ def read_rows(
     Args:
         path: a file with any other extension is read as tab-separated.
         columns: the columns to read, each with the option that names it; all columns if empty.
-        errors: as in `read_file`.
         header: column names of a CSV or TSV file without a header; empty if it has one, and the recipe an option `--columns`.
 
     Raises:
@@ -111,27 +103,19 @@ def read_rows(
 
 
 def read_lines(path: Path | str, errors: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a file, or of standard input if the path is "-".
-
-    Raises:
-        UserError: a line is not UTF-8.
-    """
+    """Yield the numbered lines of a file, or of standard input if the path is "-"; `UserError` if one is not UTF-8."""
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             yield number, _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, errors)
 
 
 def check_file(path: Path, text_column: str, errors: str) -> None:
-    """Check the beginning of a file.
-
-    Raises:
-        UserError: see `read_file`.
-    """
-    with _system_errors(path):
-        if path.suffix.lower() in TABLE_ENDINGS:
-            next(read_file(path, text_column, errors), None)
-        else:
-            _check_text_file(path, errors)
+    """Check the beginning of a file, with the errors of `read_file`."""
+    if path.suffix.lower() in TABLE_ENDINGS:
+        next(read_file(path, text_column, errors), None)
+    else:
+        with _system_errors(path):
+            _text_file(path, errors, HEAD)
 
 
 def digest_of(path: Path) -> str:
@@ -143,11 +127,8 @@ def digest_of(path: Path) -> str:
 def get_text(row: Row, text_column: str, location: str, errors: str = "strict") -> str:
     """The text of a row, empty if it is null.
 
-    Args:
-        location: of the row; errors begin with it.
-
     Raises:
-        UserError: it is not a text, or not valid Unicode.
+        UserError: it is not a text, or not valid Unicode. The message begins with the location of the row.
     """
     text = row[text_column]
     if not isinstance(text, str | None):
@@ -163,6 +144,11 @@ def get_text(row: Row, text_column: str, location: str, errors: str = "strict") 
             f"{location} has half of a character ({error}): correct it, or set --encoding_errors replace."
         ) from error
     return text
+
+
+def number_rows(rows: Iterable[Any], location: str) -> Iterator[tuple[str, Any]]:
+    """Yield rows with their locations, from row 1."""
+    return ((f"{location} {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def refuse_empty(locations: list[str], field: str) -> None:
@@ -188,20 +174,15 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error.strerror or error}.") from error
 
 
-def _text_file(path: Path, errors: str) -> str:
-    _check_text_file(path, errors)
-    return _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1, errors)
-
-
-def _check_text_file(path: Path, errors: str) -> None:
-    """Check the size and the beginning of a text file."""
+def _text_file(path: Path, errors: str, num_bytes: int = -1) -> str:
+    """The text of a file, or of the lines in its first bytes."""
     if path.stat().st_size > LONGEST_DOCUMENT:
         raise UserError(f"{path}: a document may have at most 2 GB: split the file.")
     with open(path, "rb") as file:
-        head = file.read(HEAD)
-    if len(head) == HEAD:
-        head = head[: head.rfind(b"\n") + 1]  # it may end inside a character
-    _decoded(head, path, 1, errors)
+        data = file.read(num_bytes)
+    if len(data) == num_bytes:
+        data = data[: data.rfind(b"\n") + 1]  # it may end inside a character
+    return _decoded(data, path, 1, errors).removeprefix("\ufeff")
 
 
 def _json_rows(path: Path, errors: str) -> Iterator[tuple[str, Any]]:
@@ -211,7 +192,7 @@ def _json_rows(path: Path, errors: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or be named .jsonl.") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a list but {type(rows).__name__}: it must be a list of objects.")
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+    yield from number_rows(rows, f"{path}: row")
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Any]]:
@@ -246,24 +227,19 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
     reader = csv.reader(lines, **options)
     try:
         header = names or next(reader, [])
-        advice = (
-            ", or, if these are not names but the first row, pass the names of the columns with --columns"
-            if names == []
-            else ""
-        )
-        check_columns(f"{path}", columns, header, advice)
+        advice = ", or, if these are not names but the first row, pass the names of the columns with --columns"
+        check_columns(f"{path}", columns, header, advice if names == [] else "")
         if repeated := [column for column in columns if list(header).count(column) > 1]:
             raise UserError(f"{path} has two columns {repeated[0]!r}: give each its own name.")
-        for row in reader:
-            if row and len(row) != len(header):
+        for row in filter(None, reader):
+            if len(row) != len(header):
                 remedy = "texts with commas in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put {remedy}."
                 )
-            if row and row == names:
+            if row == names:
                 raise UserError(f"{path}: line {reader.line_num} has the names of the columns: leave out --columns.")
-            if row:
-                yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
+            yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}).") from error
 

@@ -9,7 +9,6 @@ Notable:
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -65,11 +64,7 @@ CHAT_TEMPLATES = {
 
 
 def get_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template of that name or file; without a name the tokenizer's own, else `chat`.
-
-    Raises:
-        UserError: there is no such template and no such file.
-    """
+    """The template of that name or file, or a `UserError`; without a name the tokenizer's own, else `chat`."""
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if not name:
@@ -89,11 +84,7 @@ def get_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemp
 def set_up_chat_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, max_length: int) -> int:
     """Set the tokenizer's chat template, and add its special tokens and a pad token if they are missing.
 
-    Returns:
-        The number of new tokens.
-
-    Raises:
-        UserError: the tokenizer has no EOS token.
+    Returns the number of new tokens. A tokenizer without an EOS token is a `UserError`.
     """
     if not tokenizer.eos_token:
         raise UserError("the tokenizer of the model has no EOS token, so the model could never stop.")
@@ -110,19 +101,12 @@ def set_up_chat_template(tokenizer: PreTrainedTokenizerBase, template: ChatTempl
 
 @dataclass(frozen=True)
 class TokenizedConversations:
-    """Conversations of a split and their token ids.
+    """Conversations of a split and their token ids."""
 
-    Attributes:
-        conversations: those that were not dropped.
-        examples: their ids; the loss mask is True on the answers, whose length is `num_bytes`.
-        num_too_long: number of conversations dropped because they are longer than the context.
-        num_special: number of conversations dropped because a text contains a special token.
-    """
-
-    conversations: list[Conversation]
-    examples: TokenizedExamples
-    num_too_long: int
-    num_special: int
+    conversations: list[Conversation]  # those that were not dropped
+    examples: TokenizedExamples  # the loss mask is True on the answers, whose length is `num_bytes`
+    num_too_long: int  # conversations dropped because they are longer than the context
+    num_special: int  # conversations dropped because a text contains a special token
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -134,15 +118,9 @@ class TokenizedConversations:
 
 
 def tokenize_conversations(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    completion_only_loss: bool = True,
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, completion_only_loss: bool = True
 ) -> TokenizedConversations:
     """Tokenize conversations with the tokenizer's chat template, and drop those that are longer than `max_length` tokens.
-
-    Args:
-        completion_only_loss: compute the loss on the answers only, not on the prompts as well.
 
     Raises:
         UserError: the template fails, does not mark the answers, or renders prompts differently for generation.
@@ -197,7 +175,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message
         raise UserError(f"the chat template cannot be rendered: {one_line(error)}.") from error
 
 
-def _check_prompts(conversations: Sequence[Conversation], rendered: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_prompts(conversations: list[Conversation], rendered: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Reject a template whose prompts for generation differ from what precedes the answers in training."""
     prompts = _render(tokenizer, [it.prompt for it in conversations], add_generation_prompt=True)["input_ids"]
     for prompt, row, mask in zip(prompts, rendered["input_ids"], rendered["assistant_masks"], strict=True):
@@ -213,11 +191,7 @@ def _check_prompts(conversations: Sequence[Conversation], rendered: Any, tokeniz
 
 
 def stop_token_id(tokenized: TokenizedConversations, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the special token that ends every answer.
-
-    Raises:
-        UserError: there is none, so the model would never stop.
-    """
+    """Id of the special token that ends every answer; a `UserError` if there is none, since the model would never stop."""
     examples = tokenized.examples
     loss_mask, bounds = np.asarray(examples.loss_mask), pairwise(examples.offsets.tolist())
     ends = {int(examples.ids[start:end][loss_mask[start:end]][-1]) for start, end in bounds}
@@ -234,8 +208,5 @@ def render_with_loss_mask(tokenized: TokenizedConversations, index: int, tokeniz
     examples = tokenized.examples
     part = slice(examples.offsets[index], examples.offsets[index + 1])
     pairs = zip(np.asarray(examples.loss_mask)[part].tolist(), examples.ids[part].tolist(), strict=True)
-    parts = []
-    for has_loss, run in groupby(pairs, key=itemgetter(0)):
-        text = tokenizer.decode([token_id for _, token_id in run])
-        parts.append(f"[{text}]" if has_loss else str(text))
-    return "".join(parts)
+    runs = ((has_loss, tokenizer.decode([token_id for _, token_id in run])) for has_loss, run in groupby(pairs, itemgetter(0)))
+    return "".join(f"[{text}]" if has_loss else str(text) for has_loss, text in runs)

@@ -16,13 +16,9 @@ POOL = 16  # batches
 
 
 class MixtureBatchSampler(Sampler[list[int]]):
-    """Batches of indices into concatenated datasets.
+    """Batches of indices into concatenated datasets with these sizes; `batch_size` counts the rows of all processes.
 
     Args:
-        sizes: number of rows in each dataset.
-        batch_size: rows in a batch, over all processes.
-        num_batches: batches in the run.
-        seed: determines all batches.
         probabilities: of drawing from each dataset. By default they form a single one, of which each row comes once an epoch.
         with_replacement: draw rows independently, as nanoGPT does, instead of each once an epoch.
     """
@@ -38,8 +34,9 @@ class MixtureBatchSampler(Sampler[list[int]]):
         probabilities: Sequence[float] | None = None,
         with_replacement: bool = False,
     ):
-        self.sizes = list(sizes) if probabilities is not None else [sum(sizes)]
-        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        if probabilities is None:
+            sizes, probabilities = [sum(sizes)], [1.0]
+        self.sizes, self.batch_size, self.num_batches, self.seed = sizes, batch_size, num_batches, seed
         self.probabilities, self.with_replacement = probabilities, with_replacement
 
     def __len__(self) -> int:
@@ -50,9 +47,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
         offsets = np.cumsum([0, *self.sizes]).tolist()
         generator = np.random.default_rng((self.seed, 2**32))
         for _ in range(self.num_batches):
-            sources = [0] * self.batch_size
-            if self.probabilities is not None:
-                sources = generator.choice(len(self.sizes), size=self.batch_size, p=self.probabilities).tolist()
+            sources = generator.choice(len(self.sizes), size=self.batch_size, p=self.probabilities).tolist()
             yield [offsets[source] + next(streams[source]) for source in sources]
 
     def _stream(self, source: int, size: int) -> Iterator[int]:
@@ -68,12 +63,6 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Full batches of examples of similar length; those left over from an epoch are in the first batch of the next.
 
     An index continues from epoch to epoch: `index % len(lengths)` is the example, `index // len(lengths)` the epoch.
-
-    Args:
-        lengths: of the examples, in tokens.
-        batch_size: examples in a batch, over all processes.
-        num_batches: batches in the run.
-        seed: determines all batches.
     """
 
     drop_last = True  # Accelerate reads it

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 
 from modeling_scratchgpt import hub
 from training.data.files import FILE_ENDINGS, find_files
@@ -16,13 +15,7 @@ from training.errors import UserError, one_line
 
 
 def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
-    """Check that all sources exist, without network access.
-
-    Args:
-        endings: extensions of the files to read from a directory.
-
-    Returns:
-        The local files; their content is not checked.
+    """The local files of all sources, with these extensions in directories. Neither network nor the files' content is needed.
 
     Raises:
         UserError: there is no source, or a local one does not exist.
@@ -36,8 +29,7 @@ def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -
 
 
 def is_dataset_id(source: str) -> bool:
-    """True for `name`, `owner/name` or `owner/name:configuration`, unless it is a local path or has the extension of a data
-    file."""
+    """True for `name`, `owner/name` or `owner/name:configuration`, except for local paths and extensions of data files."""
     is_file = source == "docs" or os.path.exists(source) or source.lower().endswith((*FILE_ENDINGS, ".json"))
     return not is_file and not glob.has_magic(source) and hub.is_hub_id(parse_hub_id(source)[0])
 
@@ -54,11 +46,7 @@ def short_name(source: str) -> str:
 
 
 def hub_splits(source: str) -> DatasetDict:
-    """Load the splits train, validation and test of a dataset on the Hub; it must have at least the first.
-
-    Raises:
-        UserError: it cannot be loaded, or has no split `train`.
-    """
+    """Load the splits train, validation and test of a dataset on the Hub; `UserError` if it has not at least the first."""
     with hub_errors(source):
         loaded = load_dataset(*parse_hub_id(source))
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
@@ -72,7 +60,7 @@ def hub_errors(source: str) -> Iterator[None]:
     """Turn the errors of loading a source from the Hub into a `UserError`."""
     try:
         yield
-    except (OSError, DatasetNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, ValueError) as error:
+    except (OSError, HTTPError, ValueError) as error:  # the library's own errors are of these classes
         raise UserError(
             f"{source}: no such local file or directory, and loading it from the Hub failed ({one_line(error)})."
         ) from error

@@ -20,8 +20,7 @@ from training.cli import option
 from training.data.sources import check_sources
 from training.errors import UserError
 
-Item = TypeVar("Item")
-
+Item = TypeVar("Item", bound=Any)  # an example or a conversation, with its `group`
 SPLITS = ("train", "validation", "test")
 
 
@@ -38,22 +37,10 @@ class SplitArguments:
 
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
-    """Validate the arguments before any data is read, without network access.
-
-    Args:
-        endings: extensions of the files to read from a directory.
-
-    Returns:
-        The local files; their content is not checked.
-
-    Raises:
-        UserError: the fractions leave nothing to train on or to validate with, or a source does not exist.
-    """
+    """Validate the arguments before any data is read, without network access, and return the local files."""
     held_out = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
     fractions = {name: getattr(arguments, f"{name}_fraction") for name in held_out}
-    if sum(fractions.values()) >= 1:
-        given = " and ".join(f"--{name}_fraction {fraction}" for name, fraction in fractions.items())
-        raise UserError(f"{given} leave nothing to train on: together they must be below 1.")
+    check_fractions(fractions)
     if fractions.get("validation") == 0:
         raise UserError("--validation_fraction 0 leaves nothing to validate with: pass a fraction or a --validation_dataset.")
     sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
@@ -62,11 +49,15 @@ def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Pa
     return check_sources(sources, endings)
 
 
-def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Item]]]) -> dict[str, list[Item]]:
-    """Read the splits that the sources provide; the others are empty.
+def check_fractions(fractions: dict[str, float]) -> None:
+    """Raise `UserError` if the held-out fractions leave nothing to train on."""
+    if sum(fractions.values()) >= 1:
+        given = " and ".join(f"--{name}_fraction {fraction}" for name, fraction in fractions.items())
+        raise UserError(f"{given} leave nothing to train on: together they must be below 1.")
 
-    Args:
-        read: returns the splits of a source; a source without splits is `train` as a whole.
+
+def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Item]]]) -> dict[str, list[Item]]:
+    """Read the splits that the sources provide; the others are empty. `read` returns those of a source, at least `train`.
 
     Raises:
         UserError: a source is empty.
@@ -85,24 +76,28 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[I
     return given
 
 
-def fill_missing_splits(
+def split_items(
     given: dict[str, list[Item]],
     arguments: SplitArguments,
     seed: int,
-    group: Callable[[Item], str],
+    key: Callable[[Item], Hashable],
     stratum: Callable[[Item], str | None] = lambda item: None,
-) -> dict[str, list[Item]]:
-    """Hold out part of the training examples for each split that is empty.
+) -> tuple[dict[str, list[Item]], dict[str, int]]:
+    """Hold out part of the training items for each split that is empty, the fraction of every stratum, then `drop_leakage`.
 
-    Args:
-        group: of an example; a group stays in one split.
-        stratum: of an example; each split gets its fraction of every stratum.
+    Raises:
+        UserError: a split is empty, except for a test split that was not requested.
     """
     fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
     train = given["train"]
-    indices = split_indices((group(item).encode() for item in train), fractions, seed, list(map(stratum, train)))
+    indices = split_indices((item.group.encode() for item in train), fractions, seed, list(map(stratum, train)))
     made = {name: [train[index] for index in indices[name]] for name in SPLITS}
-    return {name: made[name] if name == "train" else given[name] or made[name] for name in SPLITS}
+    splits, dropped = drop_leakage({**made, **{name: given[name] for name in SPLITS[1:] if given[name]}}, key)
+    for name, split in splits.items():
+        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
+            sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
+            raise UserError(f"the {name} split is empty ({sizes}): pass more examples, or larger fractions of them.")
+    return splits, dropped
 
 
 def split_indices(
@@ -127,19 +122,16 @@ def split_indices(
     for indices in map(np.asarray, members.values()):
         # Rounding the running total makes up in the next stratum for what was rounded off in this one.
         total = num_done + len(indices)
-        num_validation, num_test = (
-            round(total * fractions[name]) - round(num_done * fractions[name]) for name in ("validation", "test")
-        )
+        sizes = [round(total * fractions[name]) - round(num_done * fractions[name]) for name in SPLITS[1:]]
         num_done = total
-        end, start = _boundaries(draws[indices], num_validation, num_test)
+        end, start = _boundaries(draws[indices], *sizes)
         for name, part in zip(SPLITS, (indices[end:start], indices[:end], indices[start:]), strict=True):
             splits[name].append(part)
     return {name: np.sort(np.concatenate(parts)) for name, parts in splits.items()}
 
 
 def _boundaries(draws: np.ndarray, num_validation: int, num_test: int) -> tuple[int, int]:
-    """The end of the validation examples and the start of the test examples. No group (a number in `draws`, ascending) is
-    divided, and at least one is left between them."""
+    """End of validation and start of test. No group (a number in `draws`, ascending) is divided; one stays between them."""
     if not len(draws):
         return 0, 0
     end = np.searchsorted(draws, draws[num_validation - 1], "right") if num_validation else 0
@@ -168,22 +160,10 @@ def sample_per_class(texts: Sequence[str], classes: Sequence[str], count: int, s
 def drop_leakage(
     splits: dict[str, list[Item]], key: Callable[[Item], Hashable]
 ) -> tuple[dict[str, list[Item]], dict[str, int]]:
-    """Drop the examples whose key is also in a later split.
-
-    Returns:
-        The splits, and how many examples each has lost.
-    """
+    """Drop the items whose key is also in a later split; also returns the number of items that each split has lost."""
     kept: dict[str, list[Item]] = {}
     later: set[Hashable] = set()
     for name in reversed(SPLITS):
         kept[name] = [item for item in splits[name] if key(item) not in later]
         later.update(map(key, kept[name]))
     return {name: kept[name] for name in SPLITS}, {name: len(splits[name]) - len(kept[name]) for name in SPLITS}
-
-
-def refuse_empty_splits(splits: dict[str, list[Item]], arguments: SplitArguments) -> None:
-    """Raise `UserError` if a split is empty, except for a test split that was not requested."""
-    for name, split in splits.items():
-        if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
-            sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
-            raise UserError(f"the {name} split is empty ({sizes}): pass more examples, or larger fractions of them.")

@@ -58,13 +58,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
 
 
 def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExamples:
-    """Tokenize documents into a memory-mapped file, or open the cached one.
-
-    Args:
-        texts: a dataset with the column `text`.
-        tokenizer: a fast tokenizer.
-        name: of the texts, for the progress bar.
-    """
+    """Tokenize the column `text` into a memory-mapped file, or open the cached one; `name` is for the progress bar."""
     marks = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True  # a special token that is spelled out in a text must not end the document
@@ -75,7 +69,6 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
 
     def write(path: Path) -> None:
         lengths: list[int] = []
-        length = 0
         bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
         with open(path, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
@@ -84,10 +77,8 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
                     begins = is_first and (len(set(marks)) == 2 or not lengths)
                     ids = marks[:1] * begins + encoding.ids + marks[-1:] * is_last
                     file.write(np.array(ids, dtype=dtype).tobytes())
-                    length += len(ids)
-                    if is_last:
-                        lengths.append(length)
-                        length = 0
+                    lengths += [0] * is_first
+                    lengths[-1] += len(ids)
                     bar.update(len(text.encode()))
             # The lengths of the documents follow the ids; the last 16 bytes show whether the file is complete.
             file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
@@ -106,13 +97,7 @@ def tokenize_texts(
 ) -> tuple[TokenizedExamples, int]:
     """Tokenize texts as `pipeline` does, with the special tokens that the tokenizer adds to each.
 
-    Args:
-        tokenizer: a fast tokenizer.
-        max_length: in tokens; longer texts are truncated.
-        labels: float32 (E, C).
-
-    Returns:
-        The examples, and the number of truncated texts.
+    Texts of more than `max_length` tokens are truncated; their number is returned with the examples.
     """
     parts, num_truncated = [], 0
     for first in range(0, len(texts), 1000):
@@ -126,15 +111,14 @@ def tokenize_texts(
 def _batches_of_pieces(texts: datasets.Dataset) -> Iterator[list[tuple[str, bool, bool]]]:
     """Yield all texts in pieces, about a megabyte at a time: (piece, is the document's first, is its last)."""
     batch, characters = [], 0
-    for rows in texts.iter(batch_size=100):
-        for text in rows["text"]:
-            pieces = cut_into_pieces(text)
-            for index, piece in enumerate(pieces):
-                batch.append((piece, index == 0, index == len(pieces) - 1))
-                characters += len(piece)
-                if characters >= BATCH:
-                    yield batch
-                    batch, characters = [], 0
+    for text in (text for rows in texts.iter(batch_size=100) for text in rows["text"]):
+        pieces = cut_into_pieces(text)
+        for index, piece in enumerate(pieces):
+            batch.append((piece, index == 0, index == len(pieces) - 1))
+            characters += len(piece)
+            if characters >= BATCH:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
 

@@ -300,7 +300,7 @@ def test_splits_are_disjoint_and_complete(count, validation, test, seed):
             split_documents(documents(whole), validation, test, seed)
         return
     splits = split_documents(documents(whole), validation, test, seed)
-    sides = [side["text"][:] for side in (splits.train, splits.validation, splits.test)]
+    sides = [side["text"][:] for side in splits.values()]
     if by_document:
         assert [len(side) for side in sides[1:]] == [round(count * validation), round(count * test)]
         assert sorted(itertools.chain(*sides)) == sorted(whole)
@@ -313,10 +313,10 @@ def test_splits_are_disjoint_and_complete(count, validation, test, seed):
 
 def test_the_end_of_a_single_book_is_held_out():
     splits = split_documents(documents(["x" * 70 + "y" * 20 + "z" * 10]), 0.2, 0.1, seed=0)
-    assert [side["text"][:] for side in (splits.train, splits.validation, splits.test)] == [["x" * 70], ["y" * 20], ["z" * 10]]
+    assert [side["text"][:] for side in splits.values()] == [["x" * 70], ["y" * 20], ["z" * 10]]
     splits = split_documents(documents(["one two three\nfour five six"]), 0.4, 0.0, seed=0)
-    assert (splits.train["text"][:], splits.validation["text"][:]) == (["one two three\n"], ["four five six"])
-    assert (len(splits.test), splits.test.features) == (0, splits.train.features)
+    assert (splits["train"]["text"][:], splits["validation"]["text"][:]) == (["one two three\n"], ["four five six"])
+    assert (len(splits["test"]), splits["test"].features) == (0, splits["train"].features)
 
 
 @settings(max_examples=200, deadline=None)
@@ -326,7 +326,7 @@ def test_the_splits_of_any_book_add_up_to_it(text, test):
         splits = split_documents(documents([text]), 0.3, test, seed=0)
     except UserError:
         return
-    sides = [side["text"][0] for side in (splits.train, splits.validation, splits.test) if len(side)]
+    sides = [side["text"][0] for side in splits.values() if len(side)]
     assert "".join(sides) == text or (len(sides) == 2 and test)
 
 

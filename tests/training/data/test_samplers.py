@@ -9,7 +9,7 @@ from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.datasets import PaddedExamples, TokenizedExamples, train_dataloader
+from training.data.datasets import PaddedExamples, TokenizedExamples, padded_dataloader
 from training.data.samplers import LengthGroupedBatchSampler, MixtureBatchSampler
 
 
@@ -72,7 +72,7 @@ def test_skipped_batches_are_those_of_the_full_run(sampler, skipped, num_process
     """As a run is resumed, in one process and in each of two that split the batches."""
     ids = np.arange(90)
     rows = PaddedExamples(TokenizedExamples(ids, np.cumsum([0, *range(2, 14)]), loss_mask=ids > 0))
-    loader = train_dataloader([rows], sampler, pad_token_id=0)
+    loader = padded_dataloader(rows, 0, batch_sampler=sampler)
     for process in range(num_processes):
         if num_processes == 1:
             prepared = Accelerator(cpu=True).prepare(loader)
