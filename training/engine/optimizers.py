@@ -168,6 +168,7 @@ SCHEDULES: dict[str, Callable[[int, int, OptimizerArguments], float]] = {
 class OptimizerArguments:
     """Arguments of optimizers and schedules."""
 
+    max_steps: int = option(1000, "optimizer steps", minimum=1)
     optimizer: str = option(
         "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
     )
@@ -178,7 +179,6 @@ class OptimizerArguments:
     warmup_ratio: float = option(0.05, "fraction of the steps with linear warmup", minimum=0, maximum=1)
     decay_ratio: float = option(0.2, "fraction of the steps in which wsd decays", minimum=0, maximum=1)
     min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak", minimum=0, maximum=1)
-    max_steps: int = option(1000, "optimizer steps", minimum=1)
 
 
 def lr_factor(step: int, arguments: OptimizerArguments) -> float:
