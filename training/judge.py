@@ -58,7 +58,7 @@ class JudgeArguments:
 
 
 class Judge:
-    """A language model on a server, under its name there."""
+    """A language model on a server; `model` is its name there."""
 
     def __init__(self, base_url: str, model: str):
         self.base_url, self.model = base_url, model

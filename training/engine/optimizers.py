@@ -135,10 +135,7 @@ def muon_and_adamw(parameters: dict[str, nn.Parameter], arguments: OptimizerArgu
     return optimizers
 
 
-OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], OptimizerArguments], list[Optimizer]]] = {
-    "adamw": adamw_for_all,
-    "muon": muon_and_adamw,
-}
+OPTIMIZERS = {"adamw": adamw_for_all, "muon": muon_and_adamw}
 
 
 def decayed(step: int, start: int, arguments: OptimizerArguments) -> float:
@@ -157,11 +154,7 @@ def warmup_stable_decay(step: int, warmup_steps: int, arguments: OptimizerArgume
 
 
 # From the step (from 0) and the number of warm-up steps to the fraction of the decay that is done.
-SCHEDULES: dict[str, Callable[[int, int, OptimizerArguments], float]] = {
-    "cosine": cosine,
-    "linear": decayed,
-    "wsd": warmup_stable_decay,
-}
+SCHEDULES = {"cosine": cosine, "linear": decayed, "wsd": warmup_stable_decay}
 
 
 @dataclass
