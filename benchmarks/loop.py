@@ -83,7 +83,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     with ProgressBar(num_steps, accelerator, flops_per_token(config, arguments.context_length), 1e12) as bar:
         start = time.perf_counter()
         for step in steps:
-            bar.update(step)
+            bar.log(step)
             run_folder.log_step(step)
             middle = time.perf_counter()
             bare_step()

@@ -26,7 +26,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from modeling_scratchgpt import ScratchGPTConfig
-from training.errors import UserError, printable
+from training.errors import UserError, explain_errors, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
@@ -190,7 +190,8 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
         if name == "preset":  # drops the fields before it, which describe another model (those of the YAML file above all)
             preset, values = text, {"max_position_embeddings": context_length}
         else:
-            values[name] = _yaml_value(word, text)
+            with explain_errors(f"--model {word}: the value is not valid YAML", (yaml.YAMLError, ValueError)):
+                values[name] = yaml.safe_load(text)
     try:
         build = ScratchGPTConfig if preset is None else partial(ScratchGPTConfig.from_preset, preset)
         config = build(vocab_size=vocab_size, **values)
@@ -204,13 +205,6 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
             f"({config.max_position_embeddings}): lower the first or raise the second."
         )
     return config
-
-
-def _yaml_value(word: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--model {word}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def config_fields(config: ScratchGPTConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils import logging
 
@@ -20,6 +21,18 @@ def printable(text: str) -> str:
     """Replace control characters, which a terminal would interpret; keep tabs and line ends."""
     shown = (character if character.isprintable() or character in "\n\t" else "�" for character in text.replace("\r\n", "\n"))
     return "".join(shown)
+
+
+@contextmanager
+def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> Iterator[None]:
+    """Turn errors of one or more types into a `UserError` of one line: the problem, the error, the remedy.
+
+    The default is for transformers, tokenizers, torch, safetensors and the Hub, which raise errors of many types.
+    """
+    try:
+        yield
+    except types as error:
+        raise UserError(f"{problem} ({one_line(error)}){remedy}.") from error
 
 
 @contextmanager

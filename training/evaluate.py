@@ -22,15 +22,14 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
-import modeling_scratchgpt  # noqa: F401  (registers ScratchGPT with the Auto classes)
 from training.cli import option, parse_arguments, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import TokenizedExamples, Windows, evaluation_dataloader
+from training.data.datasets import Windows, evaluation_dataloader
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
 from training.engine.loop import start_accelerator
 from training.engine.metrics import evaluate
-from training.engine.pretrained import check_model, load_model, load_tokenizer
+from training.engine.pretrained import load_model_and_tokenizer
 from training.errors import UserError
 
 
@@ -72,15 +71,6 @@ def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[
     return context_length, arguments.stride or context_length
 
 
-def check_ids(name: str, model: PreTrainedModel, tokens: TokenizedExamples) -> None:
-    """Refuse an empty text, and ids that the model has no embedding for."""
-    if len(tokens.ids) < 2:
-        raise UserError("the text is empty: there is nothing to predict.")
-    embedding: Any = model.get_input_embeddings()
-    if (largest := tokens.ids.max()) >= (size := embedding.weight.shape[0]):
-        raise UserError(f"{name}: its tokenizer has an id {largest}, but the model has {size} embeddings: they do not match.")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(EvaluateArguments, __doc__, argv, positional="model")
     accelerator = start_accelerator()
@@ -89,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_corpora(arguments)
     name = os.path.expanduser(arguments.model)
     with accelerator.local_main_process_first():
-        trusted = check_model(name, arguments.trust_remote_code)
-        tokenizer = load_tokenizer(name, trusted)
-        model = load_model(name, trusted, accelerator.device)
+        model, tokenizer = load_model_and_tokenizer(name, arguments.trust_remote_code, accelerator.device)
         context_length, stride = window_sizes(arguments, model)
         tokens = tokenize_documents(read_documents(arguments), tokenizer, "the text")
-    check_ids(name, model, tokens)
+    if len(tokens.ids) < 2:
+        raise UserError("the text is empty: there is nothing to predict.")
+    embedding: Any = model.get_input_embeddings()
+    if (largest := tokens.ids.max()) >= (size := embedding.weight.shape[0]):
+        raise UserError(f"{name}: its tokenizer has an id {largest}, but the model has {size} embeddings: they do not match.")
     context_length = min(context_length, len(tokens.ids) - 1)
     windows = Windows(tokens, context_length, 0, "given", min(stride, context_length), once=True)
     dataloader = evaluation_dataloader(windows, arguments.batch_size * accelerator.num_processes, accelerator.num_processes)

@@ -26,15 +26,9 @@ from tqdm.auto import tqdm
 from modeling_scratchgpt.atomic import atomic_file
 from training.cli import option, parse_arguments, run_main
 from training.engine.run_folder import CARD, RESPONSES, RESPONSES_PAGE, SCORES
-from training.errors import UserError, one_line
+from training.errors import UserError, explain_errors, one_line
 from training.results.cards import without_directories
-from training.results.responses import (
-    Verdicts,
-    read_responses,
-    responses_page,
-    results_table,
-    write_responses,
-)
+from training.results.responses import Verdicts, read_responses, responses_page, results_table, write_responses
 
 KEY = "OPENAI_API_KEY"
 SECONDS = 300  # to wait for a reply; a large model on a CPU is slow
@@ -63,22 +57,8 @@ class JudgeArguments:
     model: str = option("", "name of the model on that server")
 
 
-def check(arguments: JudgeArguments) -> None:
-    """Raise `UserError` for an argument that is missing or not a URL."""
-    for name in ("run", "base_url", "model"):
-        if not getattr(arguments, name):
-            raise UserError(f"--{name} is missing: pass the run, and the judge's --base_url and --model.")
-    if not arguments.base_url.startswith(("http://", "https://")):
-        raise UserError(f"--base_url {arguments.base_url} must begin with http:// or https://.")
-
-
 class Judge:
-    """A language model on a server.
-
-    Args:
-        base_url: of the server, up to /v1.
-        model: its name there.
-    """
+    """A language model on a server; `model` is its name there."""
 
     def __init__(self, base_url: str, model: str):
         self.base_url, self.model = base_url, model
@@ -96,37 +76,34 @@ class Judge:
         """
         question = "\n\n".join(message["content"] for message in row["prompt"])
         request = REQUEST.format(question=question, expected=row["expected"], response=row["response"])
-        reply = self._ask(request)
-        found = VERDICT.fullmatch(reply)
-        return (int(found[1]) if found else None), reply[:MAX_CHARACTERS]
-
-    def _ask(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": request}]
         try:
             answer = self.client.chat_completion(messages, model=self.model, temperature=0, max_tokens=MAX_TOKENS)
-            content = answer.choices[0].message.content
+            content: Any = answer.choices[0].message.content
             if not isinstance(content, str | None):
                 raise ValueError("its message is not a text")
-            return content or ""
         except HfHubHTTPError as error:
-            reply = f"{error.response.status_code} {error.response.reason_phrase} {error.response.text}"
-            reply = reply.replace(self.key, "...") if self.key else reply  # some servers repeat what they reject
-            raise UserError(f"the judge at {self.base_url} refuses the request ({one_line(ValueError(reply))}).") from error
+            text = f"{error.response.status_code} {error.response.reason_phrase} {error.response.text}"
+            text = text.replace(self.key, "...") if self.key else text  # some servers repeat what they reject
+            raise UserError(f"the judge at {self.base_url} refuses the request ({one_line(ValueError(text))}).") from error
         except (OSError, HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"the judge at {self.base_url} gives no valid reply ({one_line(error)}): pass the URL of a server that speaks "
                 "OpenAI's protocol as --base_url, up to and with /v1, and the name of its model as --model."
             ) from error
+        reply = content or ""
+        found = VERDICT.fullmatch(reply)
+        return (int(found[1]) if found else None), reply[:MAX_CHARACTERS]
 
 
-def judge_all(judge: Judge, rows: Sequence[dict[str, Any]], show_progress: bool = True) -> Verdicts:
+def judge_all(judge: Judge, rows: Sequence[dict[str, Any]]) -> Verdicts:
     """Grade all answers that this judge has not graded yet; `judge`, `judge_reply` and `judge_model` are added to each row.
 
     Raises:
         UserError: the server gives no reply; the rows keep the grades so far.
     """
     name = without_directories(judge.model)
-    for row in tqdm(rows, desc="Judging", unit=" answers", disable=not show_progress):
+    for row in tqdm(rows, desc="Judging", unit=" answers"):
         if row.get("judge_model") != name:
             grade, reply = judge.grade(row)
             row |= {"judge": grade, "judge_reply": reply, "judge_model": name}
@@ -140,14 +117,12 @@ def judge_responses(judge: Judge, directory: Path) -> None:
     Raises:
         UserError: the directory has no answers; the server gives no reply.
     """
-    try:
+    with explain_errors(f"{directory} has no answers of a finished run with a test split"):
         rows = read_responses(directory)
         results = json.loads((directory / SCORES).read_text(encoding="utf-8"))
         card = (directory / CARD).read_text(encoding="utf-8")
         table = results_table(results)
         responses_page(rows)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{directory} has no answers of a finished run with a test split ({one_line(error)}).") from error
     write_responses(directory, rows)  # a directory that cannot be written shows before the first request
     try:
         verdicts = judge_all(judge, rows)
@@ -163,7 +138,11 @@ def judge_responses(judge: Judge, directory: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(JudgeArguments, __doc__, argv, positional="run")
-    check(arguments)
+    for name, value in vars(arguments).items():
+        if not value:
+            raise UserError(f"--{name} is missing: pass the run, and the judge's --base_url and --model.")
+    if not arguments.base_url.startswith(("http://", "https://")):
+        raise UserError(f"--base_url {arguments.base_url} must begin with http:// or https://.")
     judge_responses(Judge(arguments.base_url, arguments.model), Path(os.path.expanduser(arguments.run)))
 
 

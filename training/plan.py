@@ -14,12 +14,12 @@ Notable:
 """
 
 import itertools
-import math
 import platform
 import statistics
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only_
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
@@ -42,7 +42,6 @@ from training.engine.train import enable_gradient_checkpointing
 from training.errors import UserError
 from training.pretrain import PretrainArguments, starting_point
 
-FLOAT = 4  # bytes
 MAPPED_BYTES = 2**25  # glibc requests larger blocks from the system, and returns them
 PROBE_SECONDS = 5.0
 CHINCHILLA = 20  # tokens per parameter that are optimal for a given number of FLOPs (Hoffmann et al., 2022)
@@ -61,15 +60,7 @@ class MemoryTracker(TorchDispatchMode):
         self.freed = 0  # temporary bytes, without the blocks that glibc returns to the system
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.mark(tensor)
-        if function is torch.ops.scratchgpt.linear_cross_entropy.default:  # its chunk of logits is hidden inside the operator
-            hidden_states, weight = args[:2]
-            rows = min(len(hidden_states), max(1, CHUNK_BYTES // (FLOAT * len(weight))))
-            self.mark(torch.empty(rows, len(weight)))
-        return result
+        return tree_map_only_(torch.Tensor, self.mark, function(*args, **(kwargs or {})))
 
     def mark(self, tensor: torch.Tensor, kind: str = "temporary") -> None:
         """Count the storage of a tensor under its kind; the first kind other than "temporary" stays."""
@@ -94,6 +85,14 @@ class MemoryTracker(TorchDispatchMode):
             self.freed += size
 
 
+def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[ScratchGPTForCausalLM, list, list]:
+    """A new model in training mode, its optimizers and its learning rate schedules."""
+    model = ScratchGPTForCausalLM(config).train()
+    if arguments.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model, *build_optimizers(arguments, model)
+
+
 def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, tracker: MemoryTracker) -> int:
     """Train two steps on fake ids; the tracker then holds the memory of the second, which is like all later ones.
 
@@ -105,17 +104,13 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
         tracker.mark(tensor, "activations")
         return tensor
 
-    model = ScratchGPTForCausalLM(config).train()
+    model, optimizers, _ = build_run(config, arguments)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.mark(tensor, "weights")
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: tracker.mark(parameter.grad, "gradients"))
-    if arguments.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    optimizers, _ = build_optimizers(arguments, model)
     for micro_batches in (1, min(2, arguments.gradient_accumulation_steps)):
-        tracker.peak.clear()
-        tracker.maxima.clear()
+        tracker.peak, tracker.maxima = Counter(), Counter()
         for _ in range(micro_batches):
             tracker.freed = 0
             with torch.autograd.graph.saved_tensors_hooks(save_activation, lambda tensor: tensor):
@@ -125,7 +120,10 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
             # computes both gradients in the forward pass. Autograd uses them as they are, but would copy fake ones.
             weight, states = model.lm_head.weight, hidden_states.detach().flatten(0, 1)
             operands = states, weight.detach(), ids.flatten(), torch.ones(())
+            chunk = min(len(states), max(1, CHUNK_BYTES // (4 * len(weight))))
+            logits = torch.empty(chunk, len(weight))  # allocated inside the operator, where nothing is recorded
             _, gradient, head_gradient = torch.ops.scratchgpt.linear_cross_entropy(*operands, True, True)
+            del logits
             if weight.grad is None:
                 weight.grad = head_gradient
                 tracker.mark(weight.grad, "gradients")
@@ -133,9 +131,7 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
             del hidden_states, states, operands, gradient, head_gradient
         for optimizer in optimizers:
             optimizer.step()
-            for tensor in tree_leaves(list(optimizer.state.values())):
-                if isinstance(tensor, torch.Tensor):
-                    tracker.mark(tensor, "optimizer")
+            tree_map_only_(torch.Tensor, partial(tracker.mark, kind="optimizer"), list(optimizer.state.values()))
             optimizer.zero_grad()
     return freed
 
@@ -162,30 +158,18 @@ def peak_memory(
 
 def probe(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig, seconds: float) -> list[float]:
     """Train on random tokens for about `seconds`; returns the seconds of each step but the first, which loads libraries."""
-    model = ScratchGPTForCausalLM(config)
-    if arguments.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    optimizers, schedulers = build_optimizers(arguments, model)
+    model, optimizers, schedulers = build_run(config, arguments)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     rows = arguments.batch_size // accelerator.num_processes
     ids = torch.randint(0, config.vocab_size, (rows, arguments.context_length + 1), device=accelerator.device)
     batches = itertools.repeat({"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]})
     taken: list[float] = []
-    num_steps = 3
     for step in training_steps(accelerator, prepared_model, prepared, schedulers, batches, arguments):
         taken.append(step.seconds)
-        if step.number == 2:  # the main process decides, because all processes must take the same number of steps
-            num_steps = max(3, 2 + gather_object([math.ceil(seconds / step.seconds)])[0])
-        if step.number == num_steps:
+        # The main process decides, because all processes must take the same number of steps.
+        if step.number > 2 and gather_object([sum(taken[1:])])[0] >= seconds:
             break
     return taken[1:]
-
-
-def check(arguments: PretrainArguments, num_processes: int) -> None:
-    """Validate the arguments that a prediction depends on."""
-    check_engine(arguments, num_processes)
-    if arguments.lora_r:
-        raise UserError(f"--lora_r {arguments.lora_r}: plan.py predicts full training only; adapters take less.")
 
 
 def device_memory(device: torch.device) -> tuple[int, int, bool]:
@@ -206,18 +190,6 @@ def table(title: str, parts: dict[str, str]) -> str:
     return "\n".join([title, *(f"    {name:<12}{value:>16}" for name, value in parts.items())])
 
 
-def report_model(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig) -> None:
-    """Print the parameters by part, and the FLOPs of a token and of a step."""
-    parts = parameters_by_part(config)
-    counts = {name: f"{count:,}" for name, count in parts.items() if count}
-    accelerator.print(table(f"Parameters: {sum(parts.values()):,} (with a vocabulary of {config.vocab_size:,})", counts))
-    flops = flops_per_token(config, arguments.context_length)
-    step_tokens = tokens_per_step(arguments)
-    accelerator.print(
-        f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
-    )
-
-
 def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig) -> None:
     """Print the peak memory by kind; refuse a run that does not fit."""
     processes, device = accelerator.num_processes, accelerator.device
@@ -233,13 +205,24 @@ def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config
         raise UserError("it does not fit: lower --batch_size, pass --gradient_checkpointing, or choose a smaller model.")
 
 
-def report_time(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig) -> None:
-    """Print the speed, the duration of the run, and its tokens per parameter."""
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(PretrainArguments, __doc__, argv)
+    accelerator = start_accelerator()
+    check_engine(arguments, accelerator.num_processes)
+    if arguments.lora_r:
+        raise UserError(f"--lora_r {arguments.lora_r}: plan.py predicts full training only; adapters take less.")
+    config, _ = starting_point(arguments)
+    parts, flops = parameters_by_part(config), flops_per_token(config, arguments.context_length)
+    parameters = sum(parts.values())
+    counts = {name: f"{count:,}" for name, count in parts.items() if count}
+    accelerator.print(table(f"Parameters: {parameters:,} (with a vocabulary of {config.vocab_size:,})", counts))
+    step_tokens = arguments.batch_size * arguments.gradient_accumulation_steps * arguments.context_length
+    accelerator.print(
+        f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
+    )
+    report_memory(accelerator, arguments, config)
     seconds = statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    best = accelerator.num_processes * measured_peak(accelerator.device, dtype)
-    speed, run_tokens = tokens_per_step(arguments) / seconds, tokens_per_step(arguments) * arguments.max_steps
-    flops, parameters = flops_per_token(config, arguments.context_length), sum(parameters_by_part(config).values())
+    best, speed, run_tokens = measured_peak(accelerator), step_tokens / seconds, step_tokens * arguments.max_steps
     accelerator.print(
         f"Speed: {speed:,.0f} tokens/s, {flops * speed / best:.0%} of the {best / 1e9:,.0f} GFLOP/s of a large matrix product\n"
         f"Run: {arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in total (excluding "
@@ -247,19 +230,6 @@ def report_time(accelerator: Accelerator, arguments: PretrainArguments, config: 
         f"Tokens per parameter: {run_tokens / parameters:.2g}. Compute-optimal would be about {CHINCHILLA} (Chinchilla), after "
         f"{duration(CHINCHILLA * parameters / speed)}"
     )
-
-
-def tokens_per_step(arguments: PretrainArguments) -> int:
-    return arguments.batch_size * arguments.gradient_accumulation_steps * arguments.context_length
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(PretrainArguments, __doc__, argv)
-    accelerator = start_accelerator()
-    check(arguments, accelerator.num_processes)
-    config, _ = starting_point(arguments)
-    for report in (report_model, report_memory, report_time):
-        report(accelerator, arguments, config)
     accelerator.end_training()
 
 

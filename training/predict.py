@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, TextClassificationP
 from training.cli import option, parse_arguments, run_main
 from training.data.files import TABLE_ENDINGS, find_files, get_text, read_lines, read_rows
 from training.engine.loop import start_accelerator
-from training.engine.pretrained import check_model, ensure_padding, load_model, load_tokenizer
+from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
 
 CHUNK = 1024  # texts that are labelled before the first of them is written
@@ -42,9 +42,9 @@ def label_texts(arguments: PredictArguments) -> None:
     """Print a JSON line for each text: the text, its label, and the probability of every label; an empty text has no label."""
     sources = find_sources(arguments)
     device = start_accelerator().device
-    trusted = check_model(arguments.model, arguments.trust_remote_code)
-    tokenizer = load_tokenizer(arguments.model, trusted)
-    model = load_model(arguments.model, trusted, device, AutoModelForSequenceClassification)
+    model, tokenizer = load_model_and_tokenizer(
+        arguments.model, arguments.trust_remote_code, device, AutoModelForSequenceClassification
+    )
     ensure_padding(tokenizer, arguments.model)
     model.config.pad_token_id = tokenizer.pad_token_id  # required by other classifiers of transformers
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))

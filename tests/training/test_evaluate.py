@@ -21,6 +21,7 @@ from training.data.datasets import Windows, evaluation_dataloader
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
 from training.engine import metrics
+from training.engine.pretrained import load_model_and_tokenizer
 from training.errors import UserError
 
 TEXTS = ["It was a dark and stormy night, naïve reader.\n" * 4, "Nothing else happened. 🙂", "<|eos|> is text here.\n"]
@@ -230,6 +231,6 @@ def test_a_model_that_does_not_fit_its_tokenizer_or_is_not_finite(tiny_model, fo
 
 
 def test_a_scratchgpt_is_loaded_with_the_class_of_this_package(folder):
-    model = evaluate.load_model(str(folder), False, torch.device("cpu"))
+    model, _ = load_model_and_tokenizer(str(folder), False, torch.device("cpu"))
     assert type(model) is ScratchGPTForCausalLM
     assert not model.training

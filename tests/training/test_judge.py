@@ -60,7 +60,7 @@ def make_judge(folder: str, verdict: str) -> str:
 )
 def test_a_scratchgpt_is_the_judge(server, tmp_path, verdict, mean, graded, text):
     rows = [dict(row) for row in ROWS]
-    verdicts = judge_all(Judge(server + "/v1/", make_judge(str(tmp_path), verdict)), rows, show_progress=False)
+    verdicts = judge_all(Judge(server + "/v1/", make_judge(str(tmp_path), verdict)), rows)
     assert (verdicts.mean, verdicts.graded, verdicts.malformed) == (mean, graded, 2 - graded)
     assert [row["judge"] for row in rows] == [mean] * 2
     assert [row["judge_reply"] for row in rows] == [verdict] * 2
@@ -178,14 +178,14 @@ def test_grades_are_kept_when_the_judge_fails(answering):
     rows = [dict(row) for row in ROWS]
     start, requests = answering
     url = start(200, reply("85"))
-    judge_all(Judge(url, "m"), rows[:1], show_progress=False)
+    judge_all(Judge(url, "m"), rows[:1])
     with pytest.raises(UserError, match="gives no valid reply"):
-        judge_all(Judge(start(200, b""), "m"), rows, show_progress=False)
+        judge_all(Judge(start(200, b""), "m"), rows)
     assert [row.get("judge") for row in rows] == [85, None]
     assert len(requests) == 2
-    assert judge_all(Judge(url, "m"), rows, show_progress=False).mean == 85
+    assert judge_all(Judge(url, "m"), rows).mean == 85
     assert len(requests) == 3
-    judge_all(Judge(url, "/models/other"), rows, show_progress=False)
+    judge_all(Judge(url, "/models/other"), rows)
     assert len(requests) == 5
     assert [row["judge_model"] for row in rows] == ["other"] * 2
 

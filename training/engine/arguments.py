@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from training.cli import option
-from training.engine.optimizers import OPTIMIZERS, SCHEDULES
+from training.engine.optimizers import OptimizerArguments
 from training.errors import UserError
-
-MAX_EPOCHS = 1_000_000
 
 
 @dataclass
-class EngineArguments:
+class EngineArguments(OptimizerArguments):
     """Arguments shared by all recipes; those in `RESUME_MAY_CHANGE` may differ on `--resume`."""
 
     RESUME_MAY_CHANGE: ClassVar[set[str]] = {
@@ -20,17 +18,6 @@ class EngineArguments:
     }
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)
-    max_steps: int = option(1000, "optimizer steps", minimum=1)
-    optimizer: str = option(
-        "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
-    )
-    learning_rate: float = option(1e-3, "peak learning rate (AdamW)", above=0)
-    muon_learning_rate: float = option(0.02, "peak learning rate (Muon)", above=0)
-    weight_decay: float = option(0.1, "weight decay (matrices only)", minimum=0)
-    lr_scheduler_type: str = option("cosine", "LR schedule: cosine, linear, or wsd (warmup, stable, decay)", choices=SCHEDULES)
-    warmup_ratio: float = option(0.05, "fraction of the steps with linear warmup", minimum=0, maximum=1)
-    decay_ratio: float = option(0.2, "fraction of the steps in which wsd decays", minimum=0, maximum=1)
-    min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak", minimum=0, maximum=1)
     max_grad_norm: float = option(1.0, "maximum gradient norm", above=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = option(300, "evaluate every N optimizer steps", minimum=1)
@@ -51,7 +38,7 @@ class EngineArguments:
 class EpochArguments(EngineArguments):
     """The same for a run whose length is counted in epochs."""
 
-    num_train_epochs: float = option(6.0, "epochs, if --max_steps is 0", above=0, maximum=MAX_EPOCHS)
+    num_train_epochs: float = option(6.0, "epochs, if --max_steps is 0", above=0, maximum=1_000_000)
     max_steps: int = option(0, "optimizer steps; 0: --num_train_epochs", minimum=0)
     eval_steps: int = option(0, "evaluate every N optimizer steps; 0: every epoch", minimum=0)
     save_steps: int = option(0, "save a checkpoint every N optimizer steps; 0: every epoch", minimum=0)

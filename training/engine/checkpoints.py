@@ -43,11 +43,11 @@ def save_checkpoint(
     Every process calls it, since all of them gather a sharded model; the main one writes.
 
     Args:
-        model, optimizers: the model without wrappers, and the optimizers of its parameters.
+        model, optimizers: without Accelerate's wrappers.
         state: JSON values, with `step` and `eval_loss` among them.
     """
-    full: Any = get_state_dict(model, [_unwrapped(optimizer) for optimizer in optimizers], options=TRAINED)
-    weights, moments = full
+    state_dicts: Any = get_state_dict(model, optimizers, options=TRAINED)
+    weights, moments = state_dicts
     if accelerator.is_main_process:
         path = directory / f"step-{state['step']:08d}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -55,11 +55,16 @@ def save_checkpoint(
         shutil.rmtree(path, ignore_errors=True)  # a damaged one, which the run has resumed before
         with explain_full_disk(directory), atomic_directory(path) as temporary:
             save_file(_without_ties(weights), temporary / WEIGHTS)
-            save_file(_flat(moments["state"]), temporary / OPTIMIZER)
+            flat = {f"{name}/{key}": value.contiguous() for name, own in moments["state"].items() for key, value in own.items()}
+            save_file(flat, temporary / OPTIMIZER)
             (temporary / STATE).write_text(json.dumps({**state, "param_groups": moments["param_groups"]}))
             digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
             (temporary / MANIFEST).write_text(json.dumps(digests))
-        _rotate(directory, save_total_limit)
+        paths = sorted(directory.glob("step-*"))
+        best = min(paths, key=_eval_loss)  # the first of those saved since one evaluation: the weights that were evaluated
+        for path in paths[:-save_total_limit]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -72,10 +77,9 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """All weights on the CPU, gathered from all processes if the model is sharded; every process calls it."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=FULL)
-    return weights
+    return get_model_state_dict(model, options=FULL)
 
 
 def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
@@ -96,23 +100,17 @@ def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = F
 
 def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Load the weights and the optimizer state of a verified checkpoint; every process calls it."""
-    weights: dict[str, Any] = dict(load_file(path / WEIGHTS))
     moments: dict[str, Any] = {}
     for name, tensor in load_file(path / OPTIMIZER).items():
         parameter, _, moment = name.rpartition("/")
         moments.setdefault(parameter, {})[moment] = tensor
     set_state_dict(
         model,
-        [_unwrapped(optimizer) for optimizer in optimizers],
-        model_state_dict=weights,
+        optimizers,
+        model_state_dict=dict(load_file(path / WEIGHTS)),
         optim_state_dict={"state": moments, "param_groups": state["param_groups"]},
         options=replace(TRAINED, strict=False),  # of tied tensors only the first name was saved
     )
-
-
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,21 +119,9 @@ def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weights[name].contiguous() for name in weights if first[weights[name].data_ptr()] == name}
 
 
-def _flat(moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {f"{parameter}/{name}": tensor.contiguous() for parameter, own in moments.items() for name, tensor in own.items()}
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rotate(directory: Path, save_total_limit: int) -> None:
-    paths = sorted(directory.glob("step-*"))
-    best = min(paths, key=_eval_loss)  # the first of those saved since one evaluation: the weights that were evaluated
-    for path in paths[:-save_total_limit]:
-        if path != best:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _eval_loss(path: Path) -> float:

@@ -6,11 +6,10 @@ Notable:
 - The peak is measured with large matrix products, so no table of devices is needed.
 """
 
-import time
-from collections import Counter
-
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
@@ -23,7 +22,7 @@ PARTS = {
     "norm": "norms",
     "lm_head": "head",
 }
-SECONDS_PER_SIZE, MIN_PRODUCTS, MAX_PRODUCT_SECONDS = 0.05, 3, 0.5  # of the measurement of a device's peak
+SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.05, 0.5  # of the measurement of a device's peak
 
 
 def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
@@ -33,16 +32,14 @@ def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
 
 
 def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
-    """Number of parameters of a `ScratchGPTForCausalLM` in each of its parts, all layers together.
+    """Number of parameters of a `ScratchGPTForCausalLM` in each of its parts, all layers together: the values of `PARTS`.
 
-    Returns:
-        Counts for `embeddings`, `positions`, `attention`, `MLP`, `norms` and `head`, which sum to `model.num_parameters()`: a
-        tied head has none of its own, and rotary positions have none at all.
+    They sum to `model.num_parameters()`: a tied head has none of its own, and rotary positions have none at all.
     """
-    counts: Counter[str] = Counter(dict.fromkeys(PARTS.values(), 0))
+    counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in meta_model(config).named_parameters():
-        counts[next((PARTS[word] for word in reversed(PARTS) if word in name), "others")] += parameter.numel()
-    return dict(counts)
+        counts[next(PARTS[word] for word in reversed(PARTS) if word in name)] += parameter.numel()
+    return counts
 
 
 def flops_per_token(
@@ -76,23 +73,20 @@ def flops_per_token(
     return forward + backward
 
 
-@torch.no_grad()
-def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest matrix product found in about half a second: the speed that a utilization of 100 % stands for.
+def measured_peak(accelerator: Accelerator) -> float:
+    """FLOP/s of all processes in the fastest matrix product found in about half a second: a utilization of 100 %.
 
     The matrices grow while a product is quick: devices differ by a factor of a million, and a device that is slow in this
-    dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several products of each size counts: the first
-    ones start threads and load libraries, and on a busy machine any of them may have to wait.
+    dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements of each size is taken, since
+    any of them may have to wait on a busy machine.
     """
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     best = 0.0
     for side in (128, 256, 512, 1024, 2048, 4096, 8192):
-        matrix = torch.randn(side, side, device=device).to(dtype)
-        start, seconds = time.perf_counter(), list[float]()
-        while len(seconds) < MIN_PRODUCTS or time.perf_counter() - start < SECONDS_PER_SIZE:
-            product_start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # reading a number waits for the GPU, which works asynchronously
-            seconds.append(time.perf_counter() - product_start)
-        best = max(best, 2 * side**3 / min(seconds))
-        if 8 * min(seconds) > MAX_PRODUCT_SECONDS:  # twice the side is eight times the work
+        matrix = torch.randn(side, side, device=accelerator.device).to(dtype)
+        timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+        seconds = min(timer.blocked_autorange(min_run_time=SECONDS_PER_SIZE).times)
+        best = max(best, 2 * side**3 / seconds)
+        if 8 * seconds > MAX_PRODUCT_SECONDS:  # twice the side is eight times the work
             break
-    return best
+    return best * accelerator.num_processes

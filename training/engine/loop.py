@@ -24,7 +24,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
@@ -55,18 +55,17 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one.
     """
     installed = [str(tracker) for tracker in get_available_trackers()]
-    if report_to not in ("auto", "none", *installed):
+    if report_to == "auto":
+        report_to = "tensorboard" if "tensorboard" in installed else "none"
+    if report_to not in ("none", *installed):
         available = f"installed: {', '.join(installed)}" if installed else "none is installed"
         raise UserError(
             f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
         )
-    trackers = (
-        [report_to] if report_to in installed else ["tensorboard"] if {report_to, *installed} >= {"auto", "tensorboard"} else []
-    )
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(logging_dir=str(output_dir / LOGS) if output_dir else None),
+        log_with=None if report_to == "none" else report_to,
+        project_dir=output_dir / LOGS if output_dir else None,
     )
     if (started := int(os.environ.get("WORLD_SIZE", "1"))) > accelerator.num_processes:
         # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
@@ -165,6 +164,4 @@ class GracefulShutdown:
 
     def requested(self) -> bool:
         """True if any process has received a signal; all processes must call it, and get the same answer."""
-        if self.accelerator.num_processes == 1:
-            return self.received
         return bool(self.accelerator.reduce(torch.tensor(int(self.received), device=self.accelerator.device)))

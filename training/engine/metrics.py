@@ -62,11 +62,8 @@ def evaluate(
 
 
 def _sum_nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, has_logits_to_keep: bool) -> float:
-    """The sum of the negative log-likelihoods of all labels (B, T) that are not ignored.
-
-    Args:
-        has_logits_to_keep: the model takes `logits_to_keep`: logits before the first label of all rows are then skipped.
-    """
+    """The sum of the negative log-likelihoods of all labels (B, T) that are not ignored. Logits before the first label of all
+    rows are not computed, if the model accepts `logits_to_keep`."""
     first = int((labels != IGNORE_INDEX).any(0).int().argmax())
     labels = labels[:, first:]
     options = {"logits_to_keep": labels.shape[1]} if has_logits_to_keep else {}

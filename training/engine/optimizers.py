@@ -13,11 +13,14 @@ Notable:
 - To add an optimizer or a schedule, write a function and add it to `OPTIMIZERS` or `SCHEDULES`.
 """
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,19 +29,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-
-class OptimizerArguments(Protocol):
-    """The fields of a recipe's arguments that optimizers and schedules read."""
-
-    optimizer: str
-    learning_rate: float
-    muon_learning_rate: float
-    weight_decay: float
-    lr_scheduler_type: str
-    warmup_ratio: float
-    decay_ratio: float
-    min_lr_ratio: float
-    max_steps: int
+from training.cli import option
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -125,13 +116,9 @@ def shard_like(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
 
 def adamw_for_all(parameters: dict[str, nn.Parameter], arguments: OptimizerArguments) -> list[Optimizer]:
     """AdamW for all parameters. Only matrices are decayed: decaying biases and norms regularizes nothing (GPT-2, nanoGPT)."""
-    groups = [
-        {
-            "params": [parameter for parameter in parameters.values() if parameter.ndim >= 2],
-            "weight_decay": arguments.weight_decay,
-        },
-        {"params": [parameter for parameter in parameters.values() if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": arguments.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # GPT-3's betas (Brown et al., 2020): old gradients are forgotten faster than with the default.
     return [AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)]
 
@@ -148,10 +135,7 @@ def muon_and_adamw(parameters: dict[str, nn.Parameter], arguments: OptimizerArgu
     return optimizers
 
 
-OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], OptimizerArguments], list[Optimizer]]] = {
-    "adamw": adamw_for_all,
-    "muon": muon_and_adamw,
-}
+OPTIMIZERS = {"adamw": adamw_for_all, "muon": muon_and_adamw}
 
 
 def decayed(step: int, start: int, arguments: OptimizerArguments) -> float:
@@ -170,11 +154,24 @@ def warmup_stable_decay(step: int, warmup_steps: int, arguments: OptimizerArgume
 
 
 # From the step (from 0) and the number of warm-up steps to the fraction of the decay that is done.
-SCHEDULES: dict[str, Callable[[int, int, OptimizerArguments], float]] = {
-    "cosine": cosine,
-    "linear": decayed,
-    "wsd": warmup_stable_decay,
-}
+SCHEDULES = {"cosine": cosine, "linear": decayed, "wsd": warmup_stable_decay}
+
+
+@dataclass
+class OptimizerArguments:
+    """Arguments of optimizers and schedules."""
+
+    max_steps: int = option(1000, "optimizer steps", minimum=1)
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+    )
+    learning_rate: float = option(1e-3, "peak learning rate (AdamW)", above=0)
+    muon_learning_rate: float = option(0.02, "peak learning rate (Muon)", above=0)
+    weight_decay: float = option(0.1, "weight decay (matrices only)", minimum=0)
+    lr_scheduler_type: str = option("cosine", "LR schedule: cosine, linear, or wsd (warmup, stable, decay)", choices=SCHEDULES)
+    warmup_ratio: float = option(0.05, "fraction of the steps with linear warmup", minimum=0, maximum=1)
+    decay_ratio: float = option(0.2, "fraction of the steps in which wsd decays", minimum=0, maximum=1)
+    min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak", minimum=0, maximum=1)
 
 
 def lr_factor(step: int, arguments: OptimizerArguments) -> float:
@@ -186,17 +183,7 @@ def lr_factor(step: int, arguments: OptimizerArguments) -> float:
 
 
 def build_optimizers(arguments: OptimizerArguments, model: nn.Module) -> tuple[list[Optimizer], list[LambdaLR]]:
-    """The optimizers of a run, for the parameters that require a gradient, and a learning rate schedule for each.
-
-    Raises:
-        ValueError: unknown optimizer or schedule.
-    """
-    for kind, name, functions in (
-        ("optimizer", arguments.optimizer, OPTIMIZERS),
-        ("schedule", arguments.lr_scheduler_type, SCHEDULES),
-    ):
-        if name not in functions:
-            raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(functions)}.")
+    """The optimizers of a run, for the parameters that require a gradient, and a learning rate schedule for each."""
     parameters = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers = OPTIMIZERS[arguments.optimizer](parameters, arguments)
     return optimizers, [LambdaLR(optimizer, partial(lr_factor, arguments=arguments)) for optimizer in optimizers]
@@ -211,8 +198,9 @@ def muon_initialization(model: PreTrainedModel) -> None:
     changes did harm, so both stay as they are. (Tiny Shakespeare after 220 steps: 1.844 instead of 1.864 untied, 1.890
     instead of 1.895 tied.)
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    is_untied = isinstance(head, nn.Linear) and head.weight is not embedding.weight
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    is_untied = head.weight is not embedding.weight
     for path, module in model.named_modules():
         if "layers." in path and isinstance(module, nn.Linear):
             if hasattr(module, "writes_to_residual"):
@@ -220,6 +208,6 @@ def muon_initialization(model: PreTrainedModel) -> None:
             elif is_untied:
                 bound = math.sqrt(3 / module.in_features)
                 nn.init.uniform_(module.weight, -bound, bound)
-    if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and is_untied:
+    if is_untied:
         nn.init.normal_(head.weight, std=0.001)
         nn.init.normal_(embedding.weight, std=1.0)

@@ -1,5 +1,6 @@
 """Pretrained models: loading, attaching LoRA, saving."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.cli import option
 from training.engine.run_folder import ADAPTER, METRICS
-from training.errors import UserError, one_line, quiet
+from training.errors import UserError, explain_errors, quiet
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
 
@@ -101,7 +102,6 @@ def load_pretrained(
     """Load a model to fine-tune from a directory or the Hub (a ScratchGPT, GPT-2 or Qwen3), and attach LoRA.
 
     Args:
-        lora: config of the adapter; None for no adapter.
         new_parameters: names of parameters that may be missing or of another shape: those of a new head.
         num_tokens: a smaller vocabulary is resized to this size.
         fields: values for fields of the model's config.
@@ -109,30 +109,25 @@ def load_pretrained(
     Raises:
         UserError: the model cannot be loaded, lacks weights, or cannot have that adapter.
     """
-    try:
-        with quiet():  # its report is checked here
-            model, report = model_class.from_pretrained(
-                name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=bool(new_parameters), **fields
-            )
+    with explain_errors(f"--base_model {name} cannot be used"), quiet():  # the loading report is checked here
+        model, report = model_class.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=bool(new_parameters), **fields
+        )
         if missing := sorted(set(report["missing_keys"]) - new_parameters):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
         if other := sorted({key for key, *_ in report["mismatched_keys"]} - new_parameters):
             raise ValueError(f"its weights do not have the sizes in its config: {', '.join(other[:3])}")
         if num_tokens > model.config.vocab_size:
-            with quiet():
-                model.resize_token_embeddings(num_tokens)
+            model.resize_token_embeddings(num_tokens)
         if lora:
             add_adapter(model, lora)
-    except Exception as error:  # transformers, safetensors, torch and the Hub raise different types
-        raise UserError(f"--base_model {name} cannot be used ({one_line(error)}).") from error
     return model
 
 
 def freeze(model: Any, num_layers: int, *heads: nn.Module) -> None:
     """Freeze everything but the heads, the last `num_layers` blocks, and, if that is not 0, the final norm."""
-    blocks = model.model.layers
     model.requires_grad_(False)
-    trained = [*heads, *([model.model.norm, *blocks[len(blocks) - num_layers :]] if num_layers else [])]
+    trained = [*heads, model.model.norm, *model.model.layers[-num_layers:]] if num_layers else heads
     for module in trained:
         module.requires_grad_(True)
 
@@ -149,10 +144,8 @@ def load_config_and_tokenizer(
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} contains an adapter: merge it into its model, and pass the directory of that.")
     _check_place(name)
-    try:
+    with explain_errors(f"--base_model {name} cannot be loaded"):
         config = ScratchGPTConfig.from_pretrained(name)
-    except Exception as error:  # transformers and the Hub raise different types
-        raise UserError(f"--base_model {name} cannot be loaded ({one_line(error)}).") from error
     if config.max_position_embeddings < context_length:
         positions = config.max_position_embeddings
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: lower it.")
@@ -190,26 +183,6 @@ def save_trained(
     tokenizer.save_pretrained(directory)
 
 
-def check_model(name: str, trust_remote_code: bool) -> bool:
-    """True if code that comes with the model may run; never for a ScratchGPT, whose code is in this package.
-
-    Raises:
-        UserError: a missing model, or one with code that is not trusted.
-    """
-    folder = Path(name)
-    _check_place(name)
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        where = "its config.json cannot be read" if folder.is_dir() else "no such directory, and not found on the Hub"
-        raise UserError(f"{name}: {where} ({one_line(error)}).") from error
-    if config.get("model_type") == "scratchgpt":
-        return False
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-        raise UserError(f"{name} comes with code of its own: read it, and pass --trust_remote_code if you trust it.")
-    return trust_remote_code
-
-
 def _check_place(name: str) -> None:
     """Refuse a name that is neither a model directory nor of the form of a Hub id."""
     folder = Path(name)
@@ -230,11 +203,8 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     Raises:
         UserError: none, or one that is not a fast tokenizer.
     """
-    try:
-        with panics_as_errors():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers, tokenizers and the Hub raise different types
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({one_line(error)}).") from error
+    with explain_errors(f"{name}: its tokenizer cannot be loaded"), panics_as_errors():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     # In a directory without a vocabulary, transformers may build an empty tokenizer.
     if not tokenizer.is_fast or len(tokenizer) - len(tokenizer.added_tokens_decoder) <= 0:
         raise UserError(f"{name} has no tokenizer.json: save the tokenizer of the model there, with `save_pretrained`.")
@@ -254,24 +224,29 @@ def ensure_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise UserError(f"{name}: its tokenizer has no special token to pad with: add one, and save it again.")
 
 
-def load_model(
-    name: str, trust_remote_code: bool, device: torch.device, auto_class: Any = AutoModelForCausalLM, **fields: Any
-) -> PreTrainedModel:
+def load_model_and_tokenizer(
+    name: str, trust_remote_code: bool, device: torch.device, auto_class: Any = AutoModelForCausalLM
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model onto the device for inference: in float32 on a CPU, elsewhere in the dtype it was saved in.
 
+    Code that comes with the model never runs for a ScratchGPT, whose code is in this package.
+
     Raises:
-        UserError: a missing model, one of another kind, with code that is not trusted, or without all weights.
+        UserError: a missing model, one of another kind, with code that is not trusted, without all weights, or without a fast
+            tokenizer.
     """
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    kind = KINDS[auto_class]
-    try:
-        with quiet():
-            loaded: Any = auto_class.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
-            )
-    except Exception as error:  # transformers, safetensors, torch and the Hub raise different types
-        raise UserError(f"{name} cannot be loaded as a {kind} ({one_line(error)}).") from error
-    model, report = loaded
+    _check_place(name)
+    problem = "its config.json cannot be read" if os.path.isdir(name) else "no such directory, and not found on the Hub"
+    with explain_errors(f"{name}: {problem}", (OSError, ValueError)):
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    trusted = trust_remote_code and config.get("model_type") != "scratchgpt"
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trusted:
+        raise UserError(f"{name} comes with code of its own: read it, and pass --trust_remote_code if you trust it.")
+    tokenizer = load_tokenizer(name, trusted)
+    kind, dtype = KINDS[auto_class], torch.float32 if device.type == "cpu" else "auto"
+    with explain_errors(f"{name} cannot be loaded as a {kind}"), quiet():
+        options = {"dtype": dtype, "trust_remote_code": trusted, "output_loading_info": True}
+        model, report = auto_class.from_pretrained(name, **options)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name} is not a {kind}, or incomplete (it lacks {', '.join(missing[:3])}): pass another model.")
-    return model.to(device).eval()
+    return model.to(device).eval(), tokenizer

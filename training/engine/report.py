@@ -1,12 +1,12 @@
 """Progress bar, samples, loss curve."""
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
@@ -19,7 +19,7 @@ from training.errors import printable
 PROMPT_CHARACTERS = 60
 
 
-class ProgressBar:
+class ProgressBar(tqdm):
     """Steps and time left, the loss, tokens/s (excluding evaluation), model FLOPs utilization (MFU, Chowdhery et al., 2022)
     and memory.
 
@@ -30,33 +30,29 @@ class ProgressBar:
     """
 
     def __init__(self, num_steps: int, accelerator: Accelerator, flops_per_token: float, peak: float, done: int = 0):
-        show = accelerator.is_main_process
-        self.bar = tqdm(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, disable=not show)
+        is_hidden = not accelerator.is_main_process
+        super().__init__(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, disable=is_hidden)
         self.loss = self.speed = 0.0
         self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, step: Step) -> None:
+    def log(self, step: Step) -> None:
         """Advance by one step. Loss and speed are exponential moving averages, a new step weighs a tenth."""
         self.count += 1
         weight = max(0.1, 1 / self.count)
         self.loss += weight * (step.loss - self.loss)
         self.speed += weight * (step.tokens / step.seconds - self.speed)
         mfu = self.speed * self.flops_per_token / self.peak
-        self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {mfu:.0%}, {memory() / 2**30:.1f} GB", refresh=False
+        # The peak on a GPU, the resident set on a CPU.
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        self.set_postfix_str(
+            f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {mfu:.0%}, {memory / 2**30:.1f} GB", refresh=False
         )
-        self.bar.update()
+        self.update()
 
     def print(self, text: str) -> None:
         """Print a text above the bar."""
-        if not self.bar.disable:
-            self.bar.write(text)
+        if not self.disable:
+            self.write(text)
 
 
 def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -88,9 +84,8 @@ def sample(
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[arg-type]
-        text, continuation = (
-            str(tokenizer.decode(part, skip_special_tokens=True)) for part in (prompt, output[0, len(prompt) :].tolist())
-        )
+        parts = [prompt, output[0, len(prompt) :].tolist()]
+        text, continuation = tokenizer.batch_decode(parts, skip_special_tokens=True)
         samples.append(printable(f"[{text.lstrip()}]{continuation.rstrip()}"))
     return samples
 
@@ -103,31 +98,25 @@ def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:
         unit: of the loss.
     """
     steps = [row for row in history if "loss" in row]
+    evaluations = [row for row in history if "eval_loss" in row]
     unit_of_time, length = ("minutes", 60) if sum(row["seconds"] for row in steps) >= 120 else ("seconds", 1)
-    time = f"{unit_of_time} of training"
-    columns: dict[str, list[float]] = {"step": [0], "tokens": [0], time: [0]}
-    for row in steps:
-        columns["step"].append(row["step"])
-        columns["tokens"].append(columns["tokens"][-1] + row["tokens"])
-        columns[time].append(columns[time][-1] + row["seconds"] / length)
-    evaluations = [(columns["step"].index(row["step"]), row["eval_loss"]) for row in history if "eval_loss" in row]
+    columns = {
+        "step": [row["step"] for row in steps],
+        "tokens": list(accumulate(row["tokens"] for row in steps)),
+        f"{unit_of_time} of training": list(accumulate(row["seconds"] / length for row in steps)),
+    }
     figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (label, column) in zip(figure.subplots(1, 3, sharey=True), columns.items(), strict=True):
-        axes.plot(column[1:], [row["loss"] for row in steps], color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
-        points = [column[index] for index, _ in evaluations], [loss for _, loss in evaluations]
+        axes.plot(column, [row["loss"] for row in steps], color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
+        at_step = dict(zip([0, *columns["step"]], [0, *column], strict=True))
+        points = [at_step[row["step"]] for row in evaluations], [row["eval_loss"] for row in evaluations]
         axes.plot(*points, color="tab:orange", marker="o", markersize=4, label="validation")
         axes.set(xlabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label != time))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer="training" not in label))
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel=f"loss ({unit})")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
-
-
-def memory() -> int:
-    """Bytes of memory of this process: the peak on a GPU, the resident set on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def duration(seconds: float) -> str:

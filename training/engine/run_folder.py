@@ -12,23 +12,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from modeling_scratchgpt.atomic import atomic_directory, remove_abandoned
-from training.errors import UserError
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ModuleNotFoundError:  # on Windows
-    fcntl = None
+from training.errors import UserError, explain_errors
 
 METRICS, CHECKPOINTS, LOGS = "metrics.jsonl", "checkpoints", "logs"
 CARD, CURVE, ADAPTER = "README.md", "loss.png", "adapter"  # every recipe writes a card and a curve; LoRA an adapter
@@ -58,20 +51,17 @@ class RunFolder:
         Raises:
             UserError: the directory is not empty, is not a directory, or cannot be written; another run is writing there.
         """
-        in_use = self._check_writable()
-        if not in_use:
+        if not self._check_writable():
             return
         if (self.path / "config.json").exists():
-            raise UserError(
-                f"--output_dir {self.path} already contains a finished model: pass another --output_dir, or move it."
-            )
-        if not (self.path / METRICS).exists():
-            raise UserError(f"--output_dir {self.path} is not empty: pass another --output_dir, or move it.")
-        if not resume:
-            raise UserError(
-                f"--output_dir {self.path} already contains an unfinished run: resume it with --resume, or pass another "
-                "--output_dir."
-            )
+            problem = "already contains a finished model: pass another --output_dir, or move it"
+        elif not (self.path / METRICS).exists():
+            problem = "is not empty: pass another --output_dir, or move it"
+        elif not resume:
+            problem = "already contains an unfinished run: resume it with --resume, or pass another --output_dir"
+        else:
+            return
+        raise UserError(f"--output_dir {self.path} {problem}.")
 
     def _check_writable(self) -> bool:
         """True if the directory exists and is not empty."""
@@ -101,10 +91,12 @@ class RunFolder:
             UserError: another run holds the lock.
         """
         file: Any = open(self.path / METRICS, mode)  # noqa: SIM115
-        if fcntl is None:
-            return file
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:
+            pass  # Windows
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 file.close()
@@ -126,22 +118,20 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.accelerator.is_main_process:
             return
+        resumes = resume_step is not None and (self.path / METRICS).exists()
         try:
-            self._file = self._acquire_lock("x+b" if resume_step is None else "r+b")
+            self._file = self._acquire_lock("r+b" if resumes else "x+b")
         except FileExistsError as error:
             raise UserError(f"--output_dir {self.path}: another run has just started there, pass another.") from error
         remove_abandoned(self.path)
         kept = 0  # bytes
-        for line in self._file.read().splitlines(keepends=True):
-            try:
+        with suppress(ValueError, TypeError, LookupError):  # the run was killed while it wrote the last line
+            for line in self._file.read().splitlines(keepends=True):
                 row = json.loads(line)
-                is_later = row["step"] > resume_step
-            except (ValueError, TypeError, LookupError):  # the run was killed while it wrote this line
-                break
-            if is_later or not line.endswith(b"\n"):
-                break
-            self.history.append(row)
-            kept += len(line)
+                if row["step"] > resume_step or not line.endswith(b"\n"):
+                    break
+                self.history.append(row)
+                kept += len(line)
         os.truncate(self.path / METRICS, kept)
 
     def log_step(self, step: Any) -> None:
@@ -167,10 +157,7 @@ class RunFolder:
             yield temporary
 
 
-@contextmanager
-def explain_full_disk(directory: Path) -> Iterator[None]:
+def explain_full_disk(directory: Path) -> AbstractContextManager[None]:
     """Turn the errors of safetensors, which hide the system's, into one line."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"{directory} cannot be written ({error}): free some space, then use --resume.") from error
+    remedy = ": free some space, then use --resume"
+    return explain_errors(f"{directory} cannot be written", SafetensorError, remedy=remedy)

@@ -6,10 +6,10 @@ evaluates, saves checkpoints, stops early or on a signal, and resumes a run that
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import torch
 from accelerate import Accelerator, skip_first_batches
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,29 +25,32 @@ from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
-MetricsOut = TypeVar("MetricsOut", bound=Any, covariant=True)
 
 
-class Task(Protocol[MetricsOut]):
-    """The part of a recipe that `train` uses.
+class Task(ABC, Generic[Metrics]):
+    """The part of a `Recipe` that `train` uses.
 
     Attributes:
+        arguments: the parsed arguments; with the number of steps filled in once the data is known.
         data_digest: a digest of the training and validation data; a run is resumed only with the same data.
         flops_per_token: forward and backward.
     """
 
-    arguments: EngineArguments
+    arguments: Any
     data_digest: str
     flops_per_token: float
 
+    @abstractmethod
     def train_dataloader(self) -> DataLoader:
-        """All batches of the run, in order."""
+        """All batches of the run, in order; a resumed run skips the first ones."""
 
-    def evaluate(self, model: nn.Module, split: str = "validation") -> MetricsOut:
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: str = "validation") -> Metrics:
         """Metrics of the model, as prepared by Accelerate, on a held-out split."""
 
-    def preview(self, model: PreTrainedModel) -> list[str]:
-        """Examples of what the model does, as text for the terminal."""
+    @abstractmethod
+    def preview(self, model: Any) -> list[str]:
+        """Examples of what the model does, as text for the terminal; the first one is shown at every evaluation."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class _Run(Generic[Metrics]):
         self.arguments = task.arguments
         if self.arguments.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        optimizers, self.schedulers = build_optimizers(self.arguments, model)
+        self.optimizers, self.schedulers = build_optimizers(self.arguments, model)
         self.frozen = frozen_digest(model)
-        self.prepared_model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        self.prepared_model, *self.prepared_optimizers = accelerator.prepare(model, *self.optimizers)
         self.step = 0
         self.losses: list[float] = []  # held-out, of each evaluation
         self.evaluated: tuple[Metrics, list[str]] | None = None  # metrics and preview of the current weights
@@ -112,8 +115,8 @@ class _Run(Generic[Metrics]):
             self.accelerator.print(f"Resuming from step {self.step:,}: {found[0]}")
         elif arguments.resume:
             self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
-        exists = arguments.resume and (run_folder.path / "metrics.jsonl").exists()
-        run_folder.open(resume_step=(self.step if found else -1) if exists else None)
+        last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
+        run_folder.open(last_kept if arguments.resume else None)
         self.accelerator.init_trackers("scratchgpt", {name: str(value) for name, value in asdict(arguments).items()})
         if not found:
             run_folder.log_evaluation(0, before[0])
@@ -126,23 +129,25 @@ class _Run(Generic[Metrics]):
             return
         batches = self.accelerator.prepare(self.task.train_dataloader())
         batches = skip_first_batches(batches, self.step * arguments.gradient_accumulation_steps)
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        peak = measured_peak(self.accelerator.device, dtype) * self.accelerator.num_processes
-        steps = training_steps(
-            self.accelerator, self.prepared_model, self.optimizers, self.schedulers, batches, arguments, self.step + 1
-        )
+        peak = measured_peak(self.accelerator)
+        prepared = self.prepared_model, self.prepared_optimizers
+        steps = training_steps(self.accelerator, *prepared, self.schedulers, batches, arguments, self.step + 1)
         with (
             ProgressBar(arguments.max_steps, self.accelerator, self.task.flops_per_token, peak, self.step) as bar,
             GracefulShutdown(self.accelerator) as shutdown,
         ):
             for step in steps:
                 self.step, self.evaluated = step.number, None
-                bar.update(step)
+                bar.log(step)
                 self.run_folder.log_step(step)
                 stop_requested = shutdown.requested()
                 if step.number == arguments.max_steps or step.number % arguments.eval_steps == 0:
-                    self._evaluate_and_log(bar)
+                    metrics, preview = self._evaluate()
+                    self.losses.append(metrics.loss)
+                    self.run_folder.log_evaluation(step.number, metrics)
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
+                if self.evaluated:
+                    bar.print(f"Step {step.number:,}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0:
                     self._save()
                 if is_last:
@@ -169,13 +174,6 @@ class _Run(Generic[Metrics]):
             self.evaluated = self.task.evaluate(self.prepared_model), self.task.preview(self.model)
         return self.evaluated
 
-    def _evaluate_and_log(self, bar: ProgressBar) -> None:
-        metrics, preview = self._evaluate()
-        self.losses.append(metrics.loss)
-        self.run_folder.log_evaluation(self.step, metrics)
-        is_last = self.step == self.arguments.max_steps or self._should_stop_early()
-        bar.print(f"Step {self.step:,}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
-
     def _is_best(self) -> bool:
         """True after an evaluation with the lowest loss so far, if early stopping needs that model."""
         patience = self.arguments.early_stopping_patience
@@ -196,8 +194,8 @@ class _Run(Generic[Metrics]):
             "data": self.task.data_digest,
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
-        limit = self.arguments.save_total_limit
-        save_checkpoint(self.run_folder.checkpoints, self.accelerator, self.model, self.optimizers, state, limit)
+        directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
+        save_checkpoint(directory, self.accelerator, self.model, self.optimizers, state, limit)
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
