@@ -7,17 +7,15 @@ import inspect
 import os
 import platform
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_scratchgpt.lora import trainable_parameters
@@ -28,32 +26,22 @@ from training.engine.loop import start_accelerator
 from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
-from training.engine.train import TrainResult, train
+from training.engine.train import Metrics, Task, TrainResult, train
 from training.results.cards import CardContent, format_command, write_card
 
-Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 
-
-class Recipe(ABC, Generic[Metrics]):
-    """One kind of training run.
+class Recipe(Task[Metrics]):
+    """One kind of training run: a `Task` (the batches, metrics and previews of `train`) with its model, results and model card.
 
     The constructor reads, splits and tokenizes the data, and prints what it found. It must not depend on random state, so that
     all processes, and a resumed run, see the same data.
-
-    Attributes:
-        arguments: the parsed arguments; with the number of steps filled in once the data is known.
-        tokenizer: saved with the model.
-        data_digest: a digest of the training and validation data; a run is resumed only with the same data.
-        flops_per_token: forward and backward.
     """
 
     arguments_class: ClassVar[type]
     loss_unit: str = "nats per token"
     usage: ClassVar[str]  # how to load the result; `{path}` is its directory
-    arguments: Any
-    tokenizer: PreTrainedTokenizerBase
-    data_digest: str
-    flops_per_token: float
+    arguments: Any  # with the number of steps filled in once the data is known
+    tokenizer: PreTrainedTokenizerBase  # saved with the model
 
     def __init__(self, arguments: Any, accelerator: Accelerator):
         self.arguments, self.accelerator = arguments, accelerator
@@ -67,24 +55,11 @@ class Recipe(ABC, Generic[Metrics]):
         """The model before the first step; the same at every call."""
 
     @abstractmethod
-    def train_dataloader(self) -> DataLoader:
-        """All batches of the run, in order; a resumed run skips the first ones."""
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module, split: str = "validation") -> Metrics:
-        """Metrics of the model, as prepared by Accelerate, on a held-out split."""
-
-    @abstractmethod
-    def preview(self, model: Any) -> list[str]:
-        """Examples of what the model does, as text for the terminal; the first one is shown at every evaluation."""
-
-    @abstractmethod
     def evaluate_test(self, model: Any) -> None:
         """Evaluate the final model on the test split, if there is one, and print and keep the metrics."""
 
-    @abstractmethod
     def write_results(self, directory: Path, result: TrainResult[Metrics]) -> None:
-        """Write metrics, pictures and examples beside the model. Only the main process calls it."""
+        """Write metrics, pictures and examples that the card does not hold. Only the main process calls it."""
 
     @abstractmethod
     def card(self, result: TrainResult[Metrics]) -> CardContent:
