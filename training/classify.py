@@ -97,7 +97,8 @@ class ClassifyRecipe(Recipe[Any]):
         accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self.examples = examples.read_examples(arguments, arguments.seed)
-        self.names, self.last_split = self.examples.names, "test" if self.examples.splits["test"] else "validation"
+        self.names = self.examples.names
+        self.last_split = "test" if self.examples.splits["test"] else "validation"
         self._tokenize()
         self._report_data()
         train = self.tokenized["train"]
@@ -106,7 +107,8 @@ class ClassifyRecipe(Recipe[Any]):
         self.dataloaders = {split: self._evaluation_dataloader(split) for split in self.orders}
         self.predictions: dict[str, Predictions] = {}  # of the latest evaluation of each split
         self.data_digest = self.examples.digest()
-        length, blocks = int(train.lengths.mean()), None if num_layers < 0 else num_layers
+        length = int(train.lengths.mean())
+        blocks = None if num_layers < 0 else num_layers
         self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), has_head=False, trained_blocks=blocks)
 
     @staticmethod
@@ -132,12 +134,12 @@ class ClassifyRecipe(Recipe[Any]):
 
     def _tokenize(self) -> None:
         """Labels and token ids of each split that is not empty."""
-        arguments, self.labels, self.tokenized, self.num_truncated = self.arguments, {}, {}, {}
+        self.labels, self.tokenized, self.num_truncated = {}, {}, {}
         for name, split in self.examples.splits.items():
             if split:
-                labels = self.labels[name] = examples.as_numbers(split, self.names, arguments.problem_type)
+                labels = self.labels[name] = examples.as_numbers(split, self.names, self.arguments.problem_type)
                 if name == "train":
-                    labels = training_labels(arguments, labels)
+                    labels = training_labels(self.arguments, labels)
                 texts = [example.text for example in split]
                 self.tokenized[name], self.num_truncated[name] = tokenize_texts(texts, self.tokenizer, self.max_length, labels)
 
@@ -190,15 +192,16 @@ class ClassifyRecipe(Recipe[Any]):
         return model
 
     def train_dataloader(self) -> DataLoader:
-        arguments, train = self.arguments, self.tokenized["train"]
+        arguments, tokenizer, train = self.arguments, self.tokenizer, self.tokenized["train"]
         rows: Any = PaddedExamples(train)
         if arguments.subword_dropout or arguments.token_dropout:
             texts = [example.text for example in self.examples.splits["train"]]
-            dropout = arguments.subword_dropout, arguments.token_dropout
-            rows = AugmentedTexts(texts, train, self.tokenizer, self.max_length, *dropout, arguments.seed)
+            rows = AugmentedTexts(
+                texts, train, tokenizer, self.max_length, arguments.subword_dropout, arguments.token_dropout, arguments.seed
+            )
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
         sampler = LengthGroupedBatchSampler(train.lengths, arguments.batch_size, num_batches, arguments.seed)
-        return padded_dataloader(rows, self.tokenizer.pad_token_id, batch_sampler=sampler)
+        return padded_dataloader(rows, tokenizer.pad_token_id, batch_sampler=sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> Any:
         logits = predict(self.accelerator, model, self.dataloaders[split], self.orders[split])

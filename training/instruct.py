@@ -91,7 +91,8 @@ class InstructRecipe(Recipe[LMMetrics]):
         by_question = {conversation.prompt[-1]["content"]: conversation.prompt for conversation in validation}
         self.previewed = list(by_question.values())[:NUM_PREVIEWS]
         self.data_digest = prompts.digest(self.tokenized)
-        length, blocks = int(train.lengths.mean()), None if num_layers < 0 or self.num_new_tokens else num_layers
+        length = int(train.lengths.mean())
+        blocks = None if num_layers < 0 or self.num_new_tokens else num_layers
         self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), trained_blocks=blocks)
         self.test_results: dict[str, dict[str, Any]] = {}
         self.response_rows: list[dict[str, Any]] = []

@@ -177,10 +177,9 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments = self.arguments
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
         probabilities = mixture(arguments, [len(examples.ids) for examples in self.train_examples])
-        sizes, is_random = [len(source) for source in self.sources], arguments.windows == "random"
-        sampler = MixtureBatchSampler(
-            sizes, arguments.batch_size, num_batches, arguments.seed, probabilities, with_replacement=is_random
-        )
+        sizes = [len(source) for source in self.sources]
+        with_replacement = arguments.windows == "random"
+        sampler = MixtureBatchSampler(sizes, arguments.batch_size, num_batches, arguments.seed, probabilities, with_replacement)
         return train_dataloader(self.sources, sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:
