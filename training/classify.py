@@ -10,7 +10,6 @@ a docstring comes from. training/predict.py labels texts with the result.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,75 +23,48 @@ from torch.utils.data import DataLoader
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from training.cli import option, run_main
+from training.data import examples
 from training.data.augmentation import AugmentedTexts
-from training.data.datasets import PaddedExamples, TokenizedExamples, padded_dataloader, sort_by_length
-from training.data.examples import (
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    ExampleArguments,
-    as_numbers,
-    check_examples,
-    class_weights,
-    read_examples,
-)
+from training.data.datasets import PaddedExamples, padded_dataloader, sort_by_length
+from training.data.examples import MULTI, REGRESSION, SINGLE
 from training.data.samplers import LengthGroupedBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_texts
+from training.engine import pretrained
 from training.engine.arguments import EpochArguments, resolve_epochs
 from training.engine.flops import flops_per_token
-from training.engine.pretrained import (
-    TuningArguments,
-    check_tuning,
-    dropout_fields,
-    ensure_padding,
-    freeze,
-    load_config_and_tokenizer,
-    load_pretrained,
-    lora_config,
-)
 from training.engine.run_folder import MISTAKES, PREDICTIONS, SCORES
 from training.engine.train import TrainResult
 from training.errors import UserError
 from training.recipe import Recipe, run_recipe
-from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER, CardContent, dataset_name, describe_base
-from training.results.classification_report import (
-    UNITS,
-    describe_labels,
-    draw_predictions,
-    mistakes_table,
-    preview_predictions,
-    results_table,
-)
+from training.results import cards
+from training.results import classification_report as report
 from training.results.markdown import code
 from training.results.scores import Predictions, predict
 
 USAGE = f"""from transformers import pipeline
 
-classify = pipeline("text-classification", model="{MODEL_PLACEHOLDER}", trust_remote_code=True, top_k=None)
+classify = pipeline("text-classification", model="{cards.MODEL_PLACEHOLDER}", trust_remote_code=True, top_k=None)
 print(classify({{text}}, truncation=True))"""
 
 ADAPTER_USAGE = f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 model = AutoModelForSequenceClassification.from_pretrained(
-    "{BASE_PLACEHOLDER}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
+    "{cards.BASE_PLACEHOLDER}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
 )
-model = PeftModel.from_pretrained(model, "{MODEL_PLACEHOLDER}")"""
-
-EXAMPLES = f"""![{{split}} split]({PREDICTIONS})
-
-The mistakes on that split are in [{MISTAKES}]({MISTAKES}), all metrics in [{SCORES}]({SCORES})."""
+model = PeftModel.from_pretrained(model, "{cards.MODEL_PLACEHOLDER}")"""
 
 PREDICTS = {
     SINGLE: "the probability of each class of a text",
     MULTI: "the probability of each of several labels of a text",
     REGRESSION: "numbers for a text",
 }
+MIN_LENGTH = 4  # tokens, with BOS and EOS
 
 
 @dataclass
-class ClassifyArguments(TuningArguments, EpochArguments, ExampleArguments):
+class ClassifyArguments(pretrained.TuningArguments, EpochArguments, examples.ExampleArguments):
     config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments")
     classifier_pooling: str = option(
         "last", "hidden state that the head reads: of the last token, or the mean of all", choices=["last", "mean"]
@@ -117,72 +89,70 @@ class ClassifyRecipe(Recipe[Any]):
 
     def __init__(self, arguments: ClassifyArguments, accelerator: Accelerator):
         super().__init__(arguments, accelerator)
-        self.loss_unit = UNITS[arguments.problem_type]
-        config, self.tokenizer = load_config_and_tokenizer(
-            arguments.base_model, max(arguments.context_length, 4), arguments.train_last_n_layers
-        )
+        self.loss_unit = report.UNITS[arguments.problem_type]
+        length, num_layers = max(arguments.context_length, MIN_LENGTH), arguments.train_last_n_layers
+        config, self.tokenizer = pretrained.load_config_and_tokenizer(arguments.base_model, length, num_layers)
         self.max_length = arguments.context_length or config.max_position_embeddings
-        prepare_tokenizer(self.tokenizer, arguments.base_model, self.max_length, arguments.lowercase)
-        accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
+        self._prepare_tokenizer()
+        accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
-            self.examples = read_examples(arguments, arguments.seed)
+            self.examples = examples.read_examples(arguments, arguments.seed)
         self.names = self.examples.names
+        self.last_split = "test" if self.examples.splits["test"] else "validation"
         self._tokenize()
         self._report_data()
-        self.arguments = resolve_epochs(arguments, len(self.train_examples))
-        self._prepare_evaluation()
+        train = self.tokenized["train"]
+        self.arguments = resolve_epochs(arguments, len(train))
+        self.orders = {name: sort_by_length(split.lengths) for name, split in self.tokenized.items() if name != "train"}
+        self.dataloaders = {split: self._evaluation_dataloader(split) for split in self.orders}
+        self.predictions: dict[str, Predictions] = {}  # of the latest evaluation of each split
         self.data_digest = self.examples.digest()
-        self.flops_per_token = flops_per_token(
-            config,
-            int(self.train_examples.lengths.mean()),
-            frozen=bool(arguments.lora_r),
-            has_head=False,
-            trained_blocks=arguments.train_last_n_layers if arguments.train_last_n_layers >= 0 else None,
-        )
+        length = int(train.lengths.mean())
+        blocks = None if num_layers < 0 else num_layers
+        self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), has_head=False, trained_blocks=blocks)
 
     @staticmethod
     def check(arguments: ClassifyArguments) -> None:
         if arguments.label_smoothing and arguments.problem_type != SINGLE:
             raise UserError(f"--label_smoothing is for one label per text: omit it with {arguments.problem_type}.")
-        if 0 < arguments.context_length < 4:
-            raise UserError(f"--context_length must be at least 4, got {arguments.context_length}.")
-        check_tuning(arguments)
-        check_examples(arguments)
+        if 0 < arguments.context_length < MIN_LENGTH:
+            raise UserError(f"--context_length must be at least {MIN_LENGTH}, got {arguments.context_length}.")
+        pretrained.check_tuning(arguments)
+        examples.check_examples(arguments)
+
+    def _prepare_tokenizer(self) -> None:
+        """Set the tokenizer to add BOS and EOS to every text, since the head reads the last token, and to pad and truncate."""
+        tokenizer: Any = self.tokenizer
+        if self.arguments.lowercase:
+            backend = tokenizer.backend_tokenizer
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [backend.normalizer])])
+        tokenizer.add_bos_token = tokenizer.bos_token is not None
+        tokenizer.add_eos_token = tokenizer.eos_token is not None
+        pretrained.ensure_padding(tokenizer, self.arguments.base_model)
+        tokenizer.model_max_length = self.max_length
+        tokenizer.padding_side = "right"
 
     def _tokenize(self) -> None:
         """Labels and token ids of each split that is not empty."""
-        arguments = self.arguments
-        splits = {name: split for name, split in self.examples.splits.items() if split}
-        self.labels = {name: as_numbers(split, self.names, arguments.problem_type) for name, split in splits.items()}
-        self.tokenized: dict[str, TokenizedExamples] = {}
-        self.num_truncated: dict[str, int] = {}
-        for name, split in splits.items():
-            labels = training_labels(arguments, self.labels[name]) if name == "train" else self.labels[name]
-            texts = [example.text for example in split]
-            self.tokenized[name], self.num_truncated[name] = tokenize_texts(texts, self.tokenizer, self.max_length, labels)
-        self.train_examples = self.tokenized["train"]
-        self.train_dataset: Any = PaddedExamples(self.train_examples)
-        if arguments.subword_dropout or arguments.token_dropout:
-            self.train_dataset = AugmentedTexts(
-                [example.text for example in splits["train"]],
-                self.train_examples,
-                self.tokenizer,
-                self.max_length,
-                arguments.subword_dropout,
-                arguments.token_dropout,
-                arguments.seed,
-            )
+        self.labels, self.tokenized, self.num_truncated = {}, {}, {}
+        for name, split in self.examples.splits.items():
+            if split:
+                labels = self.labels[name] = examples.as_numbers(split, self.names, self.arguments.problem_type)
+                if name == "train":
+                    labels = training_labels(self.arguments, labels)
+                texts = [example.text for example in split]
+                self.tokenized[name], self.num_truncated[name] = tokenize_texts(texts, self.tokenizer, self.max_length, labels)
 
     def _report_data(self) -> None:
         """Print sizes, labels and lengths; refuse a batch larger than the data, and data that is all truncated."""
-        arguments, print_, examples, train = self.arguments, self.accelerator.print, self.examples, self.train_examples
+        arguments, print_, train = self.arguments, self.accelerator.print, self.tokenized["train"]
         for name, labels in self.labels.items():
-            counts = describe_labels(examples.splits[name], labels, self.names, arguments.problem_type)
+            counts = report.describe_labels(self.examples.splits[name], labels, self.names, arguments.problem_type)
             print_(f"{'Training' if name == 'train' else name.capitalize()} examples: {counts}")
-        duplicates = " and ".join(f"{examples.duplicates[name]:,} of {name}" for name in SPLITS[:2])
+        duplicates = " and ".join(f"{self.examples.duplicates[name]:,} of {name}" for name in SPLITS[:2])
         print_(f"Dropped as duplicates of texts in a later split: {duplicates}")
         if arguments.balance == "undersample":
-            print_(f"Dropped by undersampling: {examples.undersampled:,}")
+            print_(f"Dropped by undersampling: {self.examples.undersampled:,}")
         if arguments.batch_size > len(train):
             raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(train)} training examples: lower it.")
         if self.num_truncated["train"] == len(train):
@@ -196,41 +166,42 @@ class ClassifyRecipe(Recipe[Any]):
             f"{self.max_length:,}: {truncated}"
         )
 
-    def _prepare_evaluation(self) -> None:
-        self.dataloaders, self.orders = {}, {}
-        self.predictions: dict[str, Predictions] = {}  # of the latest evaluation of each split
-        for name in self.tokenized.keys() - {"train"}:
-            order = self.orders[name] = sort_by_length(self.tokenized[name].lengths)
-            options: dict[str, Any] = {"batch_size": 4 * self.arguments.batch_size, "sampler": order}
-            dataloader = padded_dataloader(PaddedExamples(self.tokenized[name]), self.tokenizer.pad_token_id, **options)
-            self.dataloaders[name] = self.accelerator.prepare(dataloader)
+    def _evaluation_dataloader(self, split: str) -> DataLoader:
+        rows, batch_size = PaddedExamples(self.tokenized[split]), 4 * self.arguments.batch_size
+        dataloader = padded_dataloader(rows, self.tokenizer.pad_token_id, batch_size=batch_size, sampler=self.orders[split])
+        return self.accelerator.prepare(dataloader)
 
     def build_model(self) -> ScratchGPTForSequenceClassification:
         """The base model with a new head, or the base's own if it is a classifier with as many labels."""
         arguments = self.arguments
         set_seed(arguments.seed)
-        model: ScratchGPTForSequenceClassification = load_pretrained(
+        model: ScratchGPTForSequenceClassification = pretrained.load_pretrained(
             ScratchGPTForSequenceClassification,
             arguments.base_model,
-            lora_config(arguments, ["score"]),
+            pretrained.lora_config(arguments, ["score"]),
             frozenset({"score.weight"}),
             id2label=dict(enumerate(self.names)),
             label2id={name: index for index, name in enumerate(self.names)},
             problem_type=arguments.problem_type,
             classifier_pooling=arguments.classifier_pooling,
             pad_token_id=self.tokenizer.pad_token_id,
-            **dropout_fields(arguments.dropout),
+            **pretrained.dropout_fields(arguments.dropout),
         )
         if arguments.train_last_n_layers >= 0:
-            freeze(model, arguments.train_last_n_layers, model.score)
+            pretrained.freeze(model, arguments.train_last_n_layers, model.score)
         return model
 
     def train_dataloader(self) -> DataLoader:
-        arguments = self.arguments
+        arguments, tokenizer, train = self.arguments, self.tokenizer, self.tokenized["train"]
+        rows: Any = PaddedExamples(train)
+        if arguments.subword_dropout or arguments.token_dropout:
+            texts = [example.text for example in self.examples.splits["train"]]
+            rows = AugmentedTexts(
+                texts, train, tokenizer, self.max_length, arguments.subword_dropout, arguments.token_dropout, arguments.seed
+            )
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        lengths = self.train_examples.lengths
-        sampler = LengthGroupedBatchSampler(lengths, arguments.batch_size, num_batches, arguments.seed)
-        return padded_dataloader(self.train_dataset, self.tokenizer.pad_token_id, batch_sampler=sampler)
+        sampler = LengthGroupedBatchSampler(train.lengths, arguments.batch_size, num_batches, arguments.seed)
+        return padded_dataloader(rows, tokenizer.pad_token_id, batch_sampler=sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> Any:
         logits = predict(self.accelerator, model, self.dataloaders[split], self.orders[split])
@@ -238,58 +209,43 @@ class ClassifyRecipe(Recipe[Any]):
         return self.predictions[split].score(self.labels[split])
 
     def preview(self, model: Any) -> list[str]:
-        return preview_predictions(self.examples.splits["validation"], self.predictions["validation"])
+        return report.preview_predictions(self.examples.splits["validation"], self.predictions["validation"])
 
     def evaluate_test(self, model: Any) -> None:
         if "test" in self.dataloaders:
             self.accelerator.print(f"Test split, evaluated once, at the end: {self.evaluate(model, 'test')}\n")
 
     def write_results(self, directory: Path, result: TrainResult) -> None:
-        last = self._last_split()
-        labels, predictions = self.labels[last], self.predictions[last]
-        scores = {"before": vars(result.before), **self._reports()}
-        (directory / SCORES).write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
-        draw_predictions(labels, predictions, directory / PREDICTIONS)
-        mistakes = mistakes_table(self.examples.splits[last], labels, predictions)
+        scores = json.dumps(self._results(result), indent=2, ensure_ascii=False)
+        (directory / SCORES).write_text(scores, encoding="utf-8")
+        labels, predictions = self.labels[self.last_split], self.predictions[self.last_split]
+        report.draw_predictions(labels, predictions, directory / PREDICTIONS)
+        mistakes = report.mistakes_table(self.examples.splits[self.last_split], labels, predictions)
         (directory / MISTAKES).write_text(mistakes, encoding="utf-8")
 
-    def card(self, result: TrainResult) -> CardContent:
-        arguments, last, reports = self.arguments, self._last_split(), self._reports()
-        dataset = dataset_name(arguments.dataset)
+    def card(self, result: TrainResult) -> cards.CardContent:
+        arguments, last, results = self.arguments, self.last_split, self._results(result)
+        dataset = cards.dataset_name(arguments.dataset)
         names = ", ".join(map(code, self.names[:20]))
         names += f" and {len(self.names) - 20} more" if len(self.names) > 20 else ""
-        return CardContent(
-            introduction=f"A small GPT, {describe_base(arguments.base_model)} on {dataset}. It predicts "
+        return cards.CardContent(
+            introduction=f"A small GPT, {cards.describe_base(arguments.base_model)} on {dataset}. It predicts "
             f"{PREDICTS[arguments.problem_type]}: {names}. It was evaluated on texts like those it was trained on; its "
             "predictions for other texts are not reliable.",
             usage=USAGE.format(text=repr(self.examples.splits[last][0].text[:80])),
             adapter_usage=ADAPTER_USAGE.format(num_labels=len(self.names), pooling=repr(arguments.classifier_pooling)),
-            results=results_table(result.before, reports, arguments.problem_type),
-            examples=EXAMPLES.format(split=last),
+            results=report.results_table(results, arguments.problem_type),
+            examples=f"![{last} split]({PREDICTIONS})\n\nThe mistakes on that split are in [{MISTAKES}]({MISTAKES}), "
+            f"all metrics in [{SCORES}]({SCORES}).",
             task="text-classification",
-            metrics={name: value for name, value in reports[last].items() if isinstance(value, float)},
+            metrics={name: value for name, value in results[last].items() if isinstance(value, float)},
             data={"Examples": f"{dataset}: " + ", ".join(f"{name} {len(split):,}" for name, split in self.tokenized.items())},
         )
 
-    def _last_split(self) -> str:
-        return "test" if "test" in self.predictions else "validation"
-
-    def _reports(self) -> dict[str, dict[str, Any]]:
-        """All metrics of the final model, by split."""
-        return {split: predictions.full_report(self.labels[split]) for split, predictions in self.predictions.items()}
-
-
-def prepare_tokenizer(tokenizer: Any, base_model: str, max_length: int, lowercase: bool = False) -> None:
-    """Set the tokenizer to add BOS and EOS to every text, since the head reads the last token, and to pad and truncate."""
-    if lowercase:
-        backend = tokenizer.backend_tokenizer
-        steps = [normalizers.Lowercase(), backend.normalizer]
-        backend.normalizer = normalizers.Sequence([step for step in steps if step])
-    tokenizer.add_bos_token = tokenizer.bos_token is not None
-    tokenizer.add_eos_token = tokenizer.eos_token is not None
-    ensure_padding(tokenizer, base_model)
-    tokenizer.model_max_length = max_length
-    tokenizer.padding_side = "right"
+    def _results(self, result: TrainResult) -> dict[str, dict[str, Any]]:
+        """The content of metrics.json."""
+        reports = {split: predictions.full_report(self.labels[split]) for split, predictions in self.predictions.items()}
+        return {"before": vars(result.before), **reports}
 
 
 def training_labels(arguments: ClassifyArguments, labels: np.ndarray) -> np.ndarray:
@@ -298,11 +254,11 @@ def training_labels(arguments: ClassifyArguments, labels: np.ndarray) -> np.ndar
         return labels
     smooth = (1 - arguments.label_smoothing) * labels + arguments.label_smoothing / labels.shape[1]
     if arguments.balance == "weights":
-        smooth *= (labels @ class_weights(labels))[:, None]
+        smooth *= (labels @ examples.class_weights(labels))[:, None]
     return smooth.astype(np.float32)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     run_recipe(ClassifyRecipe, __doc__, argv)
 
 

@@ -9,7 +9,6 @@ function from its signature. training/judge.py has the answers of a finished run
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,68 +21,39 @@ from transformers import GenerationConfig
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.cli import option, run_main
+from training.data import prompts
 from training.data.conversations import ConversationArguments, check_conversations, read_conversations
 from training.data.datasets import PackedExamples, PaddedExamples, padded_dataloader, sort_by_length, train_dataloader
-from training.data.prompts import (
-    CHAT_TEMPLATES,
-    TokenizedConversations,
-    digest,
-    get_chat_template,
-    render_with_loss_mask,
-    set_up_chat_template,
-    stop_token_id,
-    tokenize_conversations,
-)
 from training.data.samplers import LengthGroupedBatchSampler, MixtureBatchSampler
-from training.data.splits import SPLITS
+from training.engine import pretrained
 from training.engine.arguments import EpochArguments, resolve_epochs
 from training.engine.flops import flops_per_token
 from training.engine.metrics import LMMetrics, evaluate
-from training.engine.pretrained import (
-    TuningArguments,
-    check_tuning,
-    dropout_fields,
-    freeze,
-    load_config_and_tokenizer,
-    load_pretrained,
-    lora_config,
-)
 from training.engine.run_folder import RESPONSES, RESPONSES_PAGE, SCORES
 from training.engine.train import TrainResult
 from training.errors import UserError, printable
 from training.recipe import Recipe, run_recipe
-from training.results.cards import CAUSAL_ADAPTER, MODEL_PLACEHOLDER, CardContent, dataset_name, describe_base
+from training.results import cards, responses
 from training.results.markdown import block, plain
-from training.results.responses import (
-    respond,
-    respond_distributed,
-    response_rows,
-    results_table,
-    score_responses,
-    write_responses,
-)
 
+MIN_LENGTH = 8  # tokens
 NUM_PREVIEWS, PREVIEW_TOKENS, PREVIEW_CHARACTERS = 3, 64, 200
 
 USAGE = f"""from transformers import pipeline
 
-chat = pipeline("text-generation", model="{MODEL_PLACEHOLDER}", trust_remote_code=True)
+chat = pipeline("text-generation", model="{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
 messages = [{{{{"role": "user", "content": {{question}}}}}}]
 print(chat(messages)[0]["generated_text"][-1]["content"])"""
 
-EXAMPLES = f"""The answers to the test split are side by side in [{RESPONSES_PAGE}]({RESPONSES_PAGE}), all of them in \
-[{RESPONSES}]({RESPONSES}).
-
-"""
-
 
 @dataclass
-class InstructArguments(TuningArguments, EpochArguments, ConversationArguments):
+class InstructArguments(pretrained.TuningArguments, EpochArguments, ConversationArguments):
     RESUME_MAY_CHANGE: ClassVar[set[str]] = EpochArguments.RESUME_MAY_CHANGE | {"max_new_tokens", "repetition_penalty"}
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments")
     chat_template: str = option(
         "",
-        f"chat template: {', '.join(CHAT_TEMPLATES)}, or a file with a Jinja template; default: the model's own, else chat",
+        f"chat template: {', '.join(prompts.CHAT_TEMPLATES)}, or a file with a Jinja template; "
+        "default: the model's own, else chat",
     )
     completion_only_loss: bool = option(True, "compute the loss on the answers only, not on the prompts")
     packing: bool = option(False, "pack several conversations into a row, where they do not see each other, instead of padding")
@@ -105,109 +75,102 @@ class InstructRecipe(Recipe[LMMetrics]):
 
     def __init__(self, arguments: InstructArguments, accelerator: Accelerator):
         super().__init__(arguments, accelerator)
-        config, self.tokenizer = load_config_and_tokenizer(
-            arguments.base_model, max(arguments.context_length, 8), arguments.train_last_n_layers
-        )
+        length, num_layers = max(arguments.context_length, MIN_LENGTH), arguments.train_last_n_layers
+        config, self.tokenizer = pretrained.load_config_and_tokenizer(arguments.base_model, length, num_layers)
         self.max_length = arguments.context_length or config.max_position_embeddings
-        template = get_chat_template(arguments.chat_template, self.tokenizer)
-        self.num_new_tokens = set_up_chat_template(self.tokenizer, template, config.max_position_embeddings)
-        accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
+        template = prompts.get_chat_template(arguments.chat_template, self.tokenizer)
+        self.num_new_tokens = prompts.set_up_chat_template(self.tokenizer, template, config.max_position_embeddings)
+        accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self.conversations = read_conversations(arguments, arguments.seed, template.input_mark)
         self._tokenize()
         self._report_data()
         self._prepare_training_rows()
         self.dataloaders = {split: self._evaluation_dataloader(split) for split in self.tokenized if split != "train"}
-        validation = self.tokenized["validation"].conversations
-        by_question = {conversation.prompt[-1]["content"]: conversation for conversation in validation}
+        train, validation = self.tokenized["train"], self.tokenized["validation"].conversations
+        by_question = {conversation.prompt[-1]["content"]: conversation.prompt for conversation in validation}
         self.previewed = list(by_question.values())[:NUM_PREVIEWS]
-        self.data_digest = digest(self.tokenized)
-        partly = arguments.train_last_n_layers >= 0 and not self.num_new_tokens
-        self.flops_per_token = flops_per_token(
-            config,
-            int(self.tokenized["train"].lengths.mean()),
-            frozen=bool(arguments.lora_r),
-            trained_blocks=arguments.train_last_n_layers if partly else None,
-        )
+        self.data_digest = prompts.digest(self.tokenized)
+        length = int(train.lengths.mean())
+        blocks = None if num_layers < 0 or self.num_new_tokens else num_layers
+        self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), trained_blocks=blocks)
         self.test_results: dict[str, dict[str, Any]] = {}
         self.response_rows: list[dict[str, Any]] = []
 
     @staticmethod
     def check(arguments: InstructArguments) -> None:
-        check_tuning(arguments)
-        if 0 < arguments.context_length < 8:
-            raise UserError(f"--context_length must be at least 8, got {arguments.context_length}.")
+        pretrained.check_tuning(arguments)
+        if 0 < arguments.context_length < MIN_LENGTH:
+            raise UserError(f"--context_length must be at least {MIN_LENGTH}, got {arguments.context_length}.")
         check_conversations(arguments)
 
     def _tokenize(self) -> None:
         """Token ids of each split that is not empty; the loss on prompts, if any, is for training only."""
-        self.tokenized: dict[str, TokenizedConversations] = {}
-        for name in SPLITS:
-            if split := self.conversations.splits[name]:
+        self.tokenized: dict[str, prompts.TokenizedConversations] = {}
+        for name, split in self.conversations.splits.items():
+            if split:
                 completion_only_loss = self.arguments.completion_only_loss or name != "train"
-                tokenized = tokenize_conversations(split, self.tokenizer, self.max_length, completion_only_loss)
+                tokenized = prompts.tokenize_conversations(split, self.tokenizer, self.max_length, completion_only_loss)
                 self.tokenized[name] = tokenized
                 if not len(tokenized):
                     raise UserError(
                         f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
                         f"than {self.max_length} tokens (use a larger --context_length), the others contain a special token."
                     )
-        self.stop_token_id = stop_token_id(self.tokenized["train"], self.tokenizer)
+        self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
 
     def _report_data(self) -> None:
         """Print sizes, what was dropped, and an example."""
-        print_, conversations, tokenized = self.accelerator.print, self.conversations, self.tokenized
-        leaked = " and ".join(f"{conversations.leaked[name]:,} of {name}" for name in SPLITS[:2])
+        print_, leaked, tokenized = self.accelerator.print, self.conversations.leaked, self.tokenized
         print_(
             f"Conversations: {self._sizes()}\n"
-            f"Dropped: {conversations.duplicates:,} duplicates; {leaked} that begin with the prompt of a later split; "
+            f"Dropped: {self.conversations.duplicates:,} duplicates; {leaked['train']:,} of train and "
+            f"{leaked['validation']:,} of validation that begin with the prompt of a later split; "
             f"{sum(split.num_too_long for split in tokenized.values()):,} longer than {self.max_length:,} tokens; "
             f"{sum(split.num_special for split in tokenized.values()):,} with a special token in their text"
         )
         print_(f"New tokens: {self.num_new_tokens}. An example, with the tokens of the loss in brackets:\n")
-        print_(printable(render_with_loss_mask(tokenized["train"], 0, self.tokenizer)), "\n")
+        print_(printable(prompts.render_with_loss_mask(tokenized["train"], 0, self.tokenizer)), "\n")
 
     def _sizes(self) -> str:
         return ", ".join(f"{name} {len(split):,}" for name, split in self.tokenized.items())
 
     def _prepare_training_rows(self) -> None:
         """Pack the conversations if the arguments say so, and count the steps of an epoch."""
-        arguments, train = self.arguments, self.tokenized["train"]
-        self.packed = None
+        arguments, examples = self.arguments, self.tokenized["train"].examples
+        self.rows: PackedExamples | PaddedExamples = PaddedExamples(examples)
         if arguments.packing:
-            self.packed = PackedExamples(train.examples, self.max_length, self.tokenizer.pad_token_id)
-            used = f"{self.packed.efficiency:.1%} of the positions hold a token"
-            self.accelerator.print(f"Packed into {len(self.packed):,} rows: {used}")
-        num_rows = len(self.packed or train)
-        if arguments.batch_size > num_rows:
-            raise UserError(f"--batch_size {arguments.batch_size} is more than the {num_rows} training rows: lower it.")
-        self.arguments = resolve_epochs(arguments, num_rows)
+            self.rows = PackedExamples(examples, self.max_length, self.tokenizer.pad_token_id)
+            used = f"{self.rows.efficiency:.1%} of the positions hold a token"
+            self.accelerator.print(f"Packed into {len(self.rows):,} rows: {used}")
+        if arguments.batch_size > len(self.rows):
+            raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(self.rows)} training rows: lower it.")
+        self.arguments = resolve_epochs(arguments, len(self.rows))
 
     def _evaluation_dataloader(self, split: str) -> DataLoader:
         """Every conversation once, the longest first, in batches that all processes can share: empty rows fill them up."""
-        batch_size, processes = 4 * self.arguments.batch_size, self.accelerator.num_processes
-        rows = sort_by_length(self.tokenized[split].lengths)
-        rows += [-1] * (-len(rows) % processes)
-        batch_size = min(batch_size, len(rows))
-        rows += [-1] * (-len(rows) % batch_size)
-        options: dict[str, Any] = {"batch_size": batch_size, "sampler": rows}
-        dataset = PaddedExamples(self.tokenized[split].examples)
-        return self.accelerator.prepare(padded_dataloader(dataset, self.tokenizer.pad_token_id, **options))
+        order = sort_by_length(self.tokenized[split].lengths)
+        order += [-1] * (-len(order) % self.accelerator.num_processes)
+        batch_size = min(4 * self.arguments.batch_size, len(order))
+        order += [-1] * (-len(order) % batch_size)
+        rows = PaddedExamples(self.tokenized[split].examples)
+        dataloader = padded_dataloader(rows, self.tokenizer.pad_token_id, batch_size=batch_size, sampler=order)
+        return self.accelerator.prepare(dataloader)
 
     def build_model(self) -> ScratchGPTForCausalLM:
         """The base model with embeddings for the new tokens, which are always trained, with the matrices they are part of."""
         arguments, tokenizer = self.arguments, self.tokenizer
         set_seed(arguments.seed)
-        model: ScratchGPTForCausalLM = load_pretrained(
+        model: ScratchGPTForCausalLM = pretrained.load_pretrained(
             ScratchGPTForCausalLM,
             arguments.base_model,
-            lora_config(arguments, ["embed_tokens", "lm_head"] if self.num_new_tokens else None),
+            pretrained.lora_config(arguments, ["embed_tokens", "lm_head"] if self.num_new_tokens else None),
             num_tokens=len(tokenizer),
-            **dropout_fields(arguments.dropout),
+            **pretrained.dropout_fields(arguments.dropout),
         )
         if arguments.train_last_n_layers >= 0:
             embeddings = [model.get_input_embeddings()] if self.num_new_tokens else []
-            freeze(model, arguments.train_last_n_layers, model.lm_head, *embeddings)
+            pretrained.freeze(model, arguments.train_last_n_layers, model.lm_head, *embeddings)
         model.generation_config = GenerationConfig(
             do_sample=False,
             repetition_penalty=arguments.repetition_penalty,  # Keskar et al., 2019, "CTRL"
@@ -220,21 +183,21 @@ class InstructRecipe(Recipe[LMMetrics]):
         return model
 
     def train_dataloader(self) -> DataLoader:
-        arguments, train = self.arguments, self.tokenized["train"]
-        size, num_batches = arguments.batch_size, arguments.max_steps * arguments.gradient_accumulation_steps
-        if self.packed is not None:
-            return train_dataloader([self.packed], MixtureBatchSampler([len(self.packed)], size, num_batches, arguments.seed))
-        sampler = LengthGroupedBatchSampler(train.lengths, size, num_batches, arguments.seed)
-        return padded_dataloader(PaddedExamples(train.examples), self.tokenizer.pad_token_id, batch_sampler=sampler)
+        size, seed = self.arguments.batch_size, self.arguments.seed
+        num_batches = self.arguments.max_steps * self.arguments.gradient_accumulation_steps
+        if self.arguments.packing:
+            return train_dataloader([self.rows], MixtureBatchSampler([len(self.rows)], size, num_batches, seed))
+        sampler = LengthGroupedBatchSampler(self.tokenized["train"].lengths, size, num_batches, seed)
+        return padded_dataloader(self.rows, self.tokenizer.pad_token_id, batch_sampler=sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:
         return evaluate(self.accelerator, model, self.dataloaders[split], self.tokenized[split].examples.num_bytes)
 
     def preview(self, model: Any) -> list[str]:
-        prompts = [conversation.prompt for conversation in self.previewed]
         max_new_tokens = min(PREVIEW_TOKENS, model.generation_config.max_new_tokens)
-        answers = respond(model, self.tokenizer, prompts, len(prompts), max_new_tokens)
-        pairs = [(prompt[-1]["content"], str(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = responses.respond(model, self.tokenizer, self.previewed, len(self.previewed), max_new_tokens)
+        questions = (prompt[-1]["content"] for prompt in self.previewed)
+        pairs = zip(questions, map(str, answers), strict=True)
         return [f"[{plain(question, PREVIEW_CHARACTERS)}] {plain(answer, PREVIEW_CHARACTERS)}" for question, answer in pairs]
 
     def evaluate_test(self, model: Any) -> None:
@@ -243,39 +206,38 @@ class InstructRecipe(Recipe[LMMetrics]):
             return
         accelerator, conversations = self.accelerator, self.tokenized["test"].conversations
         metrics = self.evaluate(model, "test")
-        base: Any = self.build_model()
-        answers = {}
-        for name, answering in (("Answering", model), ("Answering (base)", base.to(accelerator.device))):
-            answers[name] = respond_distributed(
-                accelerator,
-                answering,
-                self.tokenizer,
-                [conversation.prompt for conversation in conversations],
-                name,
-                batch_size=2 * self.arguments.batch_size,
-                max_new_tokens=model.generation_config.max_new_tokens,
-            )
-        tuned, untuned = answers.values()
-        scores, base_scores = (score_responses(responses, conversations) for responses in (tuned, untuned))
+        base = self.build_model().to(accelerator.device)
+        questions = [conversation.prompt for conversation in conversations]
+        options = {"batch_size": 2 * self.arguments.batch_size, "max_new_tokens": model.generation_config.max_new_tokens}
+        tuned, untuned = (
+            responses.respond_distributed(accelerator, answering, self.tokenizer, questions, name, **options)
+            for name, answering in (("Answering", model), ("Answering (base)", base))
+        )
+        scores, base_scores = (responses.score_responses(answers, conversations) for answers in (tuned, untuned))
         self.test_results = {"test": {**vars(metrics), **vars(scores)}, "base": vars(base_scores)}
-        self.response_rows = response_rows(conversations, untuned, tuned)
+        self.response_rows = responses.response_rows(conversations, untuned, tuned)
         accelerator.print(f"Test split, evaluated once, at the end: {metrics}\nAnswers: {scores}; of the base: {base_scores}\n")
 
     def write_results(self, directory: Path, result: TrainResult[LMMetrics]) -> None:
         (directory / SCORES).write_text(json.dumps(self._results(result), indent=2), encoding="utf-8")
         if self.response_rows:
-            write_responses(directory, self.response_rows)
+            responses.write_responses(directory, self.response_rows)
 
-    def card(self, result: TrainResult[LMMetrics]) -> CardContent:
-        results, dataset = self._results(result), dataset_name(self.arguments.dataset)
-        preview = block("\n\n".join(result.preview_after))
-        return CardContent(
-            introduction=f"A small GPT, {describe_base(self.arguments.base_model)} to follow instructions. It answers in the "
-            f"style of {dataset}; its statements are not reliable.",
-            usage=USAGE.format(question=repr(self.previewed[0].prompt[-1]["content"])),
-            adapter_usage=CAUSAL_ADAPTER.format(vocab_size=len(self.tokenizer)),
-            results=results_table(results),
-            examples=f"{EXAMPLES if self.response_rows else ''}## Answers\n\nHeld-out prompts in brackets:\n\n{preview}",
+    def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
+        results, dataset = self._results(result), cards.dataset_name(self.arguments.dataset)
+        examples = "## Answers\n\nHeld-out prompts in brackets:\n\n" + block("\n\n".join(result.preview_after))
+        if self.response_rows:
+            examples = (
+                f"The answers to the test split are side by side in [{RESPONSES_PAGE}]({RESPONSES_PAGE}), all of them in "
+                f"[{RESPONSES}]({RESPONSES}).\n\n{examples}"
+            )
+        return cards.CardContent(
+            introduction=f"A small GPT, {cards.describe_base(self.arguments.base_model)} to follow instructions. It answers in "
+            f"the style of {dataset}; its statements are not reliable.",
+            usage=USAGE.format(question=repr(self.previewed[0][-1]["content"])),
+            adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=len(self.tokenizer)),
+            results=responses.results_table(results),
+            examples=examples,
             task="text-generation",
             metrics=results["test" if "test" in results else "validation"],
             data={"Conversations": f"{dataset}: {self._sizes()}"},
@@ -285,7 +247,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         return {"before": vars(result.before), "validation": vars(result.after), **self.test_results}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     run_recipe(InstructRecipe, __doc__, argv)
 
 

@@ -9,9 +9,7 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in five and a half minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,7 +22,7 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.cli import config_fields, model_config, model_option, option, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import PackedExamples, TokenizedExamples, Windows, evaluation_dataloader, train_dataloader
+from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents, train_tokenizer
@@ -37,27 +35,15 @@ from training.engine.report import make_prompts, sample
 from training.engine.train import TrainResult
 from training.errors import UserError
 from training.recipe import Recipe, run_recipe
-from training.results.cards import CAUSAL_ADAPTER, MODEL_PLACEHOLDER, CardContent, dataset_name, describe_base
+from training.results import cards
 from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 
 USAGE = f"""from transformers import pipeline
 
-generate = pipeline("text-generation", model="{MODEL_PLACEHOLDER}", trust_remote_code=True)
+generate = pipeline("text-generation", model="{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
 print(generate({{prompt}}, max_new_tokens=64)[0]["generated_text"])"""
-
-EXAMPLES = """## Samples
-
-Prompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.
-
-Before training:
-
-{before}
-
-After training:
-
-{after}"""
 
 
 @dataclass
@@ -92,21 +78,10 @@ class PretrainRecipe(Recipe[LMMetrics]):
     def __init__(self, arguments: PretrainArguments, accelerator: Accelerator):
         super().__init__(arguments, accelerator)
         self.config, tokenizer = starting_point(arguments)
-        accelerator.print(f"Reading {dataset_name(arguments.dataset)}")
+        accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self._read_and_tokenize(tokenizer)
-        pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
-        self.sources = [self._windows(examples, pad_token_id) for examples in self.train_examples]
-        self.dataloaders = {
-            split: accelerator.prepare(
-                evaluation_dataloader(
-                    Windows(examples, arguments.context_length, pad_token_id, split),
-                    arguments.batch_size,
-                    accelerator.num_processes,
-                )
-            )
-            for split, examples in self.held_out.items()
-        }
+        self._make_windows()
         self._report_data()
         if not arguments.base_model:
             self.config.vocab_size = len(self.tokenizer)
@@ -131,7 +106,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         if arguments.dataset_weights and len(arguments.dataset_weights) != len(arguments.dataset):
             counts = f"{len(arguments.dataset_weights)} weights for {len(arguments.dataset)} sources"
             raise UserError(f"--dataset_weights has {counts}: pass one per source.")
-        if not all(0 < weight < float("inf") for weight in (1, *arguments.dataset_weights)):
+        if not all(0 < weight < float("inf") for weight in arguments.dataset_weights):
             weights = " ".join(map(str, arguments.dataset_weights))
             raise UserError(f"--dataset_weights must be positive numbers, got {weights}.")
         check_corpora(arguments)
@@ -143,29 +118,34 @@ class PretrainRecipe(Recipe[LMMetrics]):
         splits = split_corpora(arguments, corpora, arguments.seed)
         self.texts = {name: concatenate_datasets([split[name] for split in splits]) for name in SPLITS}
         self.num_duplicates = sum(corpus.duplicates + corpus.near_duplicates for corpus in corpora)
-        self.tokenizer = tokenizer or train_tokenizer(
-            self.texts["train"], arguments.vocab_size, arguments.tokenizer, arguments.context_length
-        )
+        size, length = arguments.vocab_size, arguments.context_length
+        self.tokenizer = tokenizer or train_tokenizer(self.texts["train"], size, arguments.tokenizer, length)
         pairs = zip(splits, corpora, strict=True)
         self.train_examples = [tokenize_documents(split["train"], self.tokenizer, corpus.name) for split, corpus in pairs]
-        self.held_out = {
-            name: tokenize_documents(self.texts[name], self.tokenizer, f"the {name} text")
-            for name in SPLITS[1:]
-            if len(self.texts[name])
-        }
+        held_out = {name: self.texts[name] for name in SPLITS[1:] if len(self.texts[name])}
+        self.held_out = {name: tokenize_documents(held_out[name], self.tokenizer, f"the {name} text") for name in held_out}
 
-    def _windows(self, examples: TokenizedExamples, pad_token_id: int) -> Windows | PackedExamples:
-        """The training windows of one source."""
-        arguments = self.arguments
-        if arguments.windows == "packed":
-            return PackedExamples(examples, arguments.context_length, pad_token_id)
+    def _make_windows(self) -> None:
+        """Training windows of each source, and dataloaders of the held-out windows."""
+        arguments, accelerator, length = self.arguments, self.accelerator, self.arguments.context_length
+        pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
-        return Windows(examples, arguments.context_length, pad_token_id, "training", stride)
+        self.sources: list[Windows | PackedExamples] = [
+            PackedExamples(examples, length, pad_token_id)
+            if arguments.windows == "packed"
+            else Windows(examples, length, pad_token_id, "training", stride)
+            for examples in self.train_examples
+        ]
+        self.dataloaders = {}
+        for split, examples in self.held_out.items():
+            windows = Windows(examples, length, pad_token_id, split)
+            dataloader = evaluation_dataloader(windows, arguments.batch_size, accelerator.num_processes)
+            self.dataloaders[split] = accelerator.prepare(dataloader)
 
     def _report_data(self) -> None:
         """Print the sizes of the data; refuse a batch that is larger than all of it."""
         arguments, print_ = self.arguments, self.accelerator.print
-        if arguments.batch_size > (num_windows := sum(len(source) for source in self.sources)):
+        if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
             raise UserError(
                 f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: lower it, "
                 "use more text, or a shorter --context_length."
@@ -195,20 +175,17 @@ class PretrainRecipe(Recipe[LMMetrics]):
 
     def train_dataloader(self) -> DataLoader:
         arguments = self.arguments
-        sampler = MixtureBatchSampler(
-            [len(source) for source in self.sources],
-            arguments.batch_size,
-            arguments.max_steps * arguments.gradient_accumulation_steps,
-            arguments.seed,
-            mixture(arguments, [len(examples.ids) for examples in self.train_examples]),
-            with_replacement=arguments.windows == "random",
-        )
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        probabilities = mixture(arguments, [len(examples.ids) for examples in self.train_examples])
+        sizes = [len(source) for source in self.sources]
+        with_replacement = arguments.windows == "random"
+        sampler = MixtureBatchSampler(sizes, arguments.batch_size, num_batches, arguments.seed, probabilities, with_replacement)
         return train_dataloader(self.sources, sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:
         return evaluate(self.accelerator, model, self.dataloaders[split], self.held_out[split].num_bytes)
 
-    def preview(self, model: ScratchGPTForCausalLM) -> list[str]:
+    def preview(self, model: Any) -> list[str]:
         return sample(model, self.prompts, SAMPLE_TOKENS, self.tokenizer)
 
     def evaluate_test(self, model: Any) -> None:
@@ -216,26 +193,24 @@ class PretrainRecipe(Recipe[LMMetrics]):
             self.test = self.evaluate(model, "test")
             self.accelerator.print(f"Test text, evaluated once, at the end: {self.test}\n")
 
-    def write_results(self, directory: Path, result: TrainResult[LMMetrics]) -> None:
-        pass  # the card and the curve hold everything
-
-    def card(self, result: TrainResult[LMMetrics]) -> CardContent:
-        arguments, metrics = self.arguments, {"before training": result.before, "after training": result.after}
+    def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
+        arguments, metrics = self.arguments, {"before training": vars(result.before), "after training": vars(result.after)}
         if self.test:
-            metrics["after training, on the test text"] = self.test
-        dataset = dataset_name(arguments.dataset)
+            metrics["after training, on the test text"] = vars(self.test)
+        corpus = f"documents: {len(self.texts['train']):,}, tokens: {self.num_tokens:,}"
         prompt = self.tokenizer.decode(self.prompts[0], skip_special_tokens=True)
         before, after = (block("\n\n".join(samples)) for samples in (result.preview_before, result.preview_after))
-        return CardContent(
-            introduction=f"A small GPT, {describe_base(arguments.base_model)}. It continues text in the style of its training "
-            "data; it knows nothing else, and its statements are not reliable.",
+        return cards.CardContent(
+            introduction=f"A small GPT, {cards.describe_base(arguments.base_model)}. It continues text in the style of its "
+            "training data; it knows nothing else, and its statements are not reliable.",
             usage=USAGE.format(prompt=repr(prompt)),
-            adapter_usage=CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
-            results=metrics_table(metrics),
-            examples=EXAMPLES.format(before=before, after=after),
+            adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
+            results=f"On held-out text:\n\n{cards.losses_table(metrics)}",
+            examples="## Samples\n\nPrompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.\n\n"
+            f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",
-            metrics=asdict(self.test or result.after),
-            data={"Corpus": f"{dataset}: documents: {len(self.texts['train']):,}, tokens: {self.num_tokens:,}"},
+            metrics=vars(self.test or result.after),
+            data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}"},
             settings={"model": config_fields(self.config)},
         )
 
@@ -255,14 +230,7 @@ def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] 
     return [weight / sum(weights) for weight in weights]
 
 
-def metrics_table(metrics: dict[str, LMMetrics]) -> str:
-    """Metrics on held-out text as Markdown, a row per name."""
-    rows = [f"| {name} | {row.loss:.3f} | {row.perplexity:,.1f} | {row.bits_per_byte:.3f} |" for name, row in metrics.items()]
-    head = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
-    return "\n".join(["On held-out text:", "", *head, *rows])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     run_recipe(PretrainRecipe, __doc__, argv)
 
 

@@ -57,9 +57,8 @@ class Recipe(Task[Metrics]):
     def evaluate_test(self, model: Any) -> None:
         """Evaluate the final model on the test split, if there is one, and print and keep the metrics."""
 
-    @abstractmethod
     def write_results(self, directory: Path, result: TrainResult[Metrics]) -> None:
-        """Write metrics, pictures and examples beside the model. Only the main process calls it."""
+        """Write metrics, pictures and examples that the card does not hold. Only the main process calls it."""
 
     @abstractmethod
     def card(self, result: TrainResult[Metrics]) -> CardContent:

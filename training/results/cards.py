@@ -17,9 +17,8 @@ from modeling_scratchgpt.hub import is_hub_id
 from training.data.sources import is_dataset_id, short_name
 from training.engine.pretrained import LoraArguments
 from training.engine.run_folder import ADAPTER, CARD, CURVE
-from training.results.markdown import block, code, plain
+from training.results.markdown import block, code, plain, table
 
-PIPE = r"\|"  # in a cell of a table
 # In snippets, until the model has a repository on the Hub.
 MODEL_PLACEHOLDER, BASE_PLACEHOLDER = "PATH_OR_HUB_ID", "PATH_OR_HUB_ID_OF_THE_BASE"
 
@@ -39,48 +38,29 @@ LIMITATIONS = (
 
 @dataclass(frozen=True)
 class CardContent:
-    """A recipe's part of a card.
+    """A recipe's part of a card."""
 
-    Attributes:
-        introduction: what the model is and does.
-        usage, adapter_usage: Python programs that use it, with placeholders for where it is.
-        results: metrics, as Markdown.
-        examples: sections with examples, as Markdown.
-        task: the pipeline tag.
-        metrics: metrics on held-out data, for the metadata.
-        data: a row of the table of how it was trained.
-        settings: other settings, such as the model's config.
-    """
-
-    introduction: str
-    usage: str
-    adapter_usage: str
-    results: str
-    examples: str
-    task: str
-    metrics: dict[str, float]
-    data: dict[str, str]
-    settings: dict[str, Any] = field(default_factory=dict)
+    introduction: str  # what the model is and does
+    usage: str  # a program that uses it, with a placeholder for where it is
+    adapter_usage: str  # the same for the adapter
+    results: str  # metrics, as Markdown
+    examples: str  # sections with examples, as Markdown
+    task: str  # the pipeline tag
+    metrics: dict[str, float]  # on held-out data, for the metadata
+    data: dict[str, str]  # a row of the table of how it was trained
+    settings: dict[str, Any] = field(default_factory=dict)  # besides the arguments, such as the model's config
 
 
 def write_card(directory: Path, arguments: Any, content: CardContent, facts: dict[str, str]) -> None:
-    """Write the card of a model, and that of its adapter if there is one.
-
-    Args:
-        arguments: of the run.
-        facts: rows of the table of how it was trained, besides the data.
-    """
-    facts = {**content.data, **facts}
-    rows = "\n".join(f"| {name} | {value.replace('|', PIPE)} |" for name, value in facts.items())
-    name = plain(Path(arguments.output_dir).resolve().name, 100)
-    for location, library, program in (
-        (directory, "transformers", content.usage),
-        (directory / ADAPTER, "peft", content.adapter_usage),
-    ):
+    """Write the card of a model, and that of its adapter if there is one; `facts` are rows of its table about the training."""
+    training = table("| | |", ((name, value.replace("|", r"\|")) for name, value in {**content.data, **facts}.items()))
+    programs = {directory: ("transformers", content.usage), directory / ADAPTER: ("peft", content.adapter_usage)}
+    for location, (library, program) in programs.items():
         if location.is_dir():
+            metadata = _metadata(arguments, content, library)
             sections = [
-                f"---\n{_metadata(arguments, content, library).to_yaml()}\n---",
-                f"# {name}",
+                f"---\n{metadata.to_yaml()}\n---",
+                f"# {metadata.model_name}",
                 content.introduction,
                 block(program, "python"),
                 "## Evaluation",
@@ -89,7 +69,7 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
                 "## Limitations",
                 LIMITATIONS,
                 "## Training",
-                f"| | |\n|---|---|\n{rows}",
+                training,
                 f"<details><summary>All settings</summary>\n\n{block(_settings(arguments, content), 'yaml')}\n\n</details>",
             ]
             ModelCard("\n\n".join(sections) + "\n").save(location / CARD)
@@ -97,6 +77,7 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
 
 def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardData:
     base_model, datasets = arguments.base_model, arguments.dataset
+    held_out: Any = {"task_type": content.task, "dataset_type": "text", "dataset_name": f"{dataset_name(datasets)} (held out)"}
     return ModelCardData(
         library_name=library,
         tags=["scratchgpt", "lora"] if library == "peft" else ["scratchgpt"],
@@ -107,16 +88,18 @@ def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardDa
         base_model=(base_model if not base_model or is_hub_id(base_model) else Path(base_model).resolve().name) or None,
         model_name=plain(Path(arguments.output_dir).resolve().name, 100),
         eval_results=[
-            EvalResult(
-                task_type=content.task,
-                dataset_type="text",
-                dataset_name=f"{dataset_name(datasets)} (held out)",
-                metric_type=metric,
-                metric_value=round(value, 4),
-            )
-            for metric, value in content.metrics.items()
+            EvalResult(**held_out, metric_type=name, metric_value=round(value, 4)) for name, value in content.metrics.items()
         ],
     )
+
+
+def losses_table(metrics: dict[str, dict[str, float]]) -> str:
+    """Metrics of a language model as Markdown, a row per name."""
+    rows = (
+        (name, f"{row['loss']:.3f}", f"{row['perplexity']:,.1f}", f"{row['bits_per_byte']:.3f}")
+        for name, row in metrics.items()
+    )
+    return table("| | loss (nats per token) | perplexity | bits per byte |", rows)
 
 
 def format_command(program: str, argv: Sequence[str]) -> str:
@@ -140,10 +123,8 @@ def describe_base(base_model: str) -> str:
 
 def dataset_name(datasets: list[str]) -> str:
     """The names of the training data, without the directories of this machine."""
-    names = (
-        "the docstrings of Python and its libraries" if name == "docs" else plain(short_name(name), 100) for name in datasets
-    )
-    return ", ".join(names)
+    docs = "the docstrings of Python and its libraries"
+    return ", ".join(docs if name == "docs" else plain(short_name(name), 100) for name in datasets)
 
 
 def without_directories(value: Any) -> Any:

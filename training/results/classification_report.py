@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
-from training.results.markdown import cell, plain
+from training.results.markdown import cell, plain, table
 from training.results.scores import Predictions
 
 MAX_MISTAKES = 500
@@ -61,11 +61,9 @@ def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Pre
         errors = np.abs(predictions.probabilities - labels).max(-1)
         wrong = np.flatnonzero((predictions.decisions != labels).any(-1))
     summary = f"{len(wrong):,} of {len(examples):,} texts, the worst first" if len(wrong) else "none"
-    lines = [f"Mistakes: {summary}.", "", "| predicted | true | text |", "|---|---|---|"]
-    for index in wrong[np.argsort(-errors[wrong], kind="stable")][:MAX_MISTAKES]:
-        cells = format_prediction(predictions, index), format_label(examples[index]), examples[index].text
-        lines.append(f"| {' | '.join(cell(text) for text in cells)} |")
-    return "\n".join(lines) + "\n"
+    worst = wrong[np.argsort(-errors[wrong], kind="stable")][:MAX_MISTAKES]
+    rows = ((format_prediction(predictions, index), format_label(examples[index]), examples[index].text) for index in worst)
+    return f"Mistakes: {summary}.\n\n{table('| predicted | true | text |', (map(cell, row) for row in rows))}\n"
 
 
 def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -> None:
@@ -74,10 +72,8 @@ def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -
     side = 3 + 0.45 * min(len(names), MAX_LABELS)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    {REGRESSION: _draw_scatter, SINGLE: _draw_confusion_matrix, MULTI: _draw_bars}[predictions.problem_type](
-        axes, labels, predictions, names
-    )
+    draw = {REGRESSION: _draw_scatter, SINGLE: _draw_confusion_matrix, MULTI: _draw_bars}[predictions.problem_type]
+    draw(figure.subplots(), labels, predictions, names)
     with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
         figure.savefig(path, dpi=120)
 
@@ -93,10 +89,8 @@ def _draw_scatter(axes: Any, labels: np.ndarray, predictions: Predictions, names
 def _draw_confusion_matrix(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
     is_readable = len(names) <= MAX_LABELS
     display = ConfusionMatrixDisplay(predictions.confusion_matrix(labels), display_labels=names if is_readable else None)
-    rotation = 45 if max(map(len, names)) > 5 else 0
-    display.plot(
-        ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=rotation, values_format=",d"
-    )
+    angle = 45 if max(map(len, names)) > 5 else 0
+    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=angle, values_format=",d")
     if not is_readable:
         axes.set(xticks=[], yticks=[])
     axes.set(xlabel="predicted", ylabel="true")
@@ -113,24 +107,22 @@ def _draw_bars(axes: Any, labels: np.ndarray, predictions: Predictions, names: l
     axes.legend()
 
 
-def results_table(before: Any, results: dict[str, dict[str, Any]], problem_type: str) -> str:
-    """The metrics of each split side by side, then those of each label, as Markdown.
-
-    Args:
-        before: metrics on the validation split before training.
-        results: the full report of each split, in order.
-    """
-    columns = {"validation, before": vars(before), **results}
+def results_table(results: dict[str, dict[str, Any]], problem_type: str) -> str:
+    """The content of metrics.json as Markdown: the metrics of all splits side by side, then those of each label of the last."""
     last_split, last = list(results.items())[-1]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in [key for key, value in last.items() if isinstance(value, float)]:
-        cells = (f"{column[row]:.4f}" if row in column else "" for column in columns.values())
-        lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
+    columns = {"validation, before" if name == "before" else name: metrics for name, metrics in results.items()}
+    rows = (
+        [name.replace("_", " "), *(f"{column[name]:.4f}" if name in column else "" for column in columns.values())]
+        for name, value in last.items()
+        if isinstance(value, float)
+    )
     test = "; the test split once, at the end." if "test" in results else "."
-    lines += ["", f"The loss is in {UNITS[problem_type]}. The validation split was used to follow training{test}"]
+    remark = f"The loss is in {UNITS[problem_type]}. The validation split was used to follow training{test}"
+    parts = [table(f"| | {' | '.join(columns)} |", rows), remark]
     if labels := last.get("labels"):
-        lines += ["", f"| {last_split} | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
-        for name, scores in labels.items():
-            numbers = " | ".join(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1"))
-            lines.append(f"| {cell(name)} | {numbers} | {scores['examples']:,} |")
-    return "\n".join(lines)
+        rows = (
+            [cell(name), *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['examples']:,}"]
+            for name, scores in labels.items()
+        )
+        parts.append(table(f"| {last_split} | precision | recall | F1 | examples |", rows))
+    return "\n\n".join(parts)

@@ -1,6 +1,7 @@
 """Texts from elsewhere in Markdown: shown verbatim, so that nothing in them is markup."""
 
 import re
+from collections.abc import Iterable
 
 from training.errors import printable
 
@@ -29,3 +30,8 @@ def block(text: str, language: str = "text") -> str:
 def cell(text: str) -> str:
     """A text as inline code in a cell of a table."""
     return code(text.replace("|", "\\|"))
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table from its first line and the cells of the others, all of which are Markdown."""
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)])

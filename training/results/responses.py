@@ -25,7 +25,8 @@ from modeling_scratchgpt.atomic import atomic_file
 from training.data.conversations import Conversation, Message
 from training.engine.run_folder import RESPONSES, RESPONSES_PAGE
 from training.errors import printable
-from training.results.markdown import MAX_TEXT, block, code
+from training.results.cards import losses_table
+from training.results.markdown import MAX_TEXT, block, code, table
 
 MAX_ON_PAGE = 100
 FIRST_STAGE = 16  # tokens
@@ -78,13 +79,11 @@ def respond(
     max_new_tokens: int,
     progress: str = "",
 ) -> list[Response]:
-    """The model's answers, in the order of the prompts.
+    """The model's answers, in the order of the prompts, each of which ends with a message of the user.
 
     Args:
         model: the `eos_token_id` of its generation config ends an answer.
         tokenizer: with a chat template and a padding token.
-        prompts: messages, the last of which is the user's.
-        batch_size: prompts per batch.
         max_new_tokens: longer answers are truncated, as are those that reach the model's last position.
         progress: description of a progress bar; no bar if empty.
     """
@@ -95,8 +94,7 @@ def respond(
     starts = [len(ids) for ids in rows]
     limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
     unfinished, stage = list(range(len(rows))), FIRST_STAGE
-    total = sum(limits) - sum(starts)
-    with tqdm(total=total, desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
+    with tqdm(total=sum(limits) - sum(starts), desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
         while unfinished:
             unfinished.sort(key=lambda index: -len(rows[index]))
             for first in range(0, len(unfinished), batch_size):
@@ -130,12 +128,7 @@ def _response(tokenizer: Any, ids: list[int], stop_token_id: int) -> Response:
 
 
 def respond_distributed(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[Message]],
-    progress: str,
-    **options: Any,
+    accelerator: Accelerator, model: Any, tokenizer: Any, prompts: list[list[Message]], progress: str, **options: Any
 ) -> list[Response]:
     """`respond`, with the prompts divided over the processes; all of them return all answers."""
     with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as indices:
@@ -226,18 +219,14 @@ def _list_item(name: str, text: str, remark: str = "") -> str:
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:
     """The content of metrics.json as Markdown: losses, then the metrics of the answers and the judge's grades, if any."""
-    lines = ["| | loss (nats per token) | perplexity | bits per byte |", "|---|---|---|---|"]
-    for name, title in {"before": "validation, before", "validation": "validation", "test": "test"}.items():
-        if row := results.get(name):
-            lines.append(f"| {title} | {row['loss']:.3f} | {row['perplexity']:,.1f} | {row['bits_per_byte']:.3f} |")
-    lines += ["", "The loss is that of the answers only. The validation split was used to follow training."]
+    titles = {"before": "validation, before", "validation": "validation", "test": "test"}
+    remark = "The loss is that of the answers only. The validation split was used to follow training."
+    parts = [losses_table({title: results[name] for name, title in titles.items() if name in results}), remark]
     if "test" in results:
-        lines[-1] += " The test split was used once, at the end."
-        lines += ["", "| answers to the test split | finished | exact match | chrF |", "|---|---|---|---|"]
-        for name, title in {"base": "the base", "test": "this model"}.items():
-            row = results[name]
-            lines.append(f"| {title} | {row['finished']:.1%} | {row['exact_match']:.1%} | {row['chrf']:.1f} |")
+        parts[-1] += " The test split was used once, at the end."
+        answers = {"the base": results["base"], "this model": results["test"]}.items()
+        rows = ((name, f"{row['finished']:.1%}", f"{row['exact_match']:.1%}", f"{row['chrf']:.1f}") for name, row in answers)
+        parts.append(table("| answers to the test split | finished | exact match | chrF |", rows))
         if row := results.get("judge"):
-            verdicts = Verdicts(row["mean"], row["graded"], row["malformed"])
-            lines += ["", f"Judge {code(row['model'])}: {verdicts}."]
-    return "\n".join(lines)
+            parts.append(f"Judge {code(row['model'])}: {Verdicts(row['mean'], row['graded'], row['malformed'])}.")
+    return "\n\n".join(parts)

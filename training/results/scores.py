@@ -49,18 +49,11 @@ class RegressionScores:
 
 @dataclass(frozen=True)
 class Predictions:
-    """
-    Predictions of a model for texts.
+    """Predictions of a model for N texts."""
 
-    Attributes:
-        logits: (N, C), the output of the model.
-        names: C, of the labels or of the numbers.
-        problem_type: as in transformers.
-    """
-
-    logits: np.ndarray
-    names: list[str]
-    problem_type: str
+    logits: np.ndarray  # (N, C), the output of the model
+    names: list[str]  # C, of the labels or of the numbers
+    problem_type: str  # as in transformers
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -85,12 +78,10 @@ class Predictions:
         logits, truth = (torch.from_numpy(numbers).double() for numbers in (self.logits, labels))
         loss = functions[self.problem_type](logits, truth).item()  # without class weights and label smoothing
         if self.problem_type == REGRESSION:
-            return RegressionScores(
-                loss, float(np.abs(self.logits - labels).mean()), float(metrics.r2_score(labels, self.logits))
-            )
-        return ClassificationScores(
-            loss, float((self.decisions == labels).all(-1).mean()), float(self.f1_scores(labels)[2].mean())
-        )
+            error = np.abs(self.logits - labels).mean()
+            return RegressionScores(loss, float(error), float(metrics.r2_score(labels, self.logits)))
+        accuracy = (self.decisions == labels).all(-1).mean()
+        return ClassificationScores(loss, float(accuracy), float(self.f1_scores(labels)[2].mean()))
 
     def full_report(self, labels: np.ndarray) -> dict[str, Any]:
         """All metrics, for `metrics.json` and the card."""
@@ -108,8 +99,7 @@ class Predictions:
             confidences = np.maximum(self.probabilities, 1 - self.probabilities)
             report["micro_f1"] = float(metrics.f1_score(labels, self.decisions, average="micro", zero_division=0))
         report["expected_calibration_error"] = calibration_error(confidences.ravel(), right.ravel())
-        varying = [column for column in range(len(self.names)) if 0 < labels[:, column].sum() < len(labels)]
-        if len(varying) == len(self.names):
+        if all(0 < count < len(labels) for count in labels.sum(0)):
             report["roc_auc"] = float(metrics.roc_auc_score(labels, self.probabilities, average="macro"))
         columns = dict(zip(("precision", "recall", "f1"), self.f1_scores(labels), strict=True))
         report["labels"] = {
@@ -128,11 +118,8 @@ class Predictions:
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: the mean gap between confidence and accuracy, over 15 bins of equal width (Guo et al., 2017).
-
-    Args:
-        confidences, right: (N,), of each decision.
-    """
+    """Expected calibration error of N decisions: the mean gap between confidence (N,) and accuracy, over 15 bins of equal width
+    (Guo et al., 2017)."""
     bins = np.minimum((confidences * NUM_BINS).astype(int), NUM_BINS - 1)
     gaps = np.bincount(bins, weights=confidences - right, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(confidences))
@@ -140,18 +127,13 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
 
 @torch.no_grad()
 def predict(accelerator: Accelerator, model: nn.Module, dataloader: DataLoader, order: list[int]) -> np.ndarray:
-    """The logits of the model (N, C), in the order of the texts.
+    """The logits of the model (N, C), in the order of the texts; `order` has their indices in the order of the dataloader.
 
-    Args:
-        accelerator, model, dataloader: prepared by Accelerate.
-        order: the indices of the texts in the order of the dataloader.
+    Model and dataloader are prepared by Accelerate.
     """
     model.eval()
     parts = []
     for batch in tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         parts.append(accelerator.gather_for_metrics(logits.float()).cpu())
-    gathered = torch.cat(parts).numpy()
-    result = np.empty_like(gathered)
-    result[order] = gathered
-    return result
+    return torch.cat(parts).numpy()[np.argsort(order)]
