@@ -124,8 +124,8 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
     if not path.is_file():
         raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
     try:
-        text = _read_text(path).replace(MODEL_PLACEHOLDER, repository)
-        card = ModelCard(text.replace(BASE_PLACEHOLDER, base_model) if base_model else text)
+        text = _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER)  # first: it contains the other
+        card = ModelCard(text.replace(MODEL_PLACEHOLDER, repository))
         if license:
             card.data["license"] = license
         metadata = card.data.to_dict()
