@@ -183,7 +183,7 @@ def test_nanogpts_checkpoint(bias, tmp_path, monkeypatch, capsys):
     assert ours.config.attention_bias == ours.config.mlp_bias == bias
 
 
-def test_nanogpts_characters_become_the_tokenizer_without_running_code(tmp_path, monkeypatch, capsys):
+def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, monkeypatch, capsys):
     characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
     content, _ = nanogpt(False)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -206,14 +206,13 @@ def test_nanogpts_characters_become_the_tokenizer_without_running_code(tmp_path,
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_plain_pickle_is_read_and_another_is_refused(protocol):
+def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
     assert reading.parse_plain_pickle(pickle.dumps(table, protocol)) == table
     with pytest.raises(ValueError, match="it contains more than dictionaries, strings and integers"):
         reading.parse_plain_pickle(pickle.dumps({"stoi": 0.5}, protocol))
-    with pytest.raises(ValueError, match="it would allocate memory for 2147483647 objects"):
-        reading.parse_plain_pickle(b"\x80\x02K\x01r\xff\xff\xff\x7f.")
+    assert reading.parse_plain_pickle(b"\x80\x02K\x01r\xff\xff\xff\x7f.") == 1  # without memory for 2**31 memo entries
 
 
 class Explosive:
