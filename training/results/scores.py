@@ -97,7 +97,7 @@ class Predictions:
             report["confusion_matrix"] = self.confusion_matrix(labels).tolist()
         else:
             confidences = np.maximum(self.probabilities, 1 - self.probabilities)
-            report["micro_f1"] = float(metrics.f1_score(labels, self.decisions, average="micro", zero_division=0))
+            report["micro_f1"] = float(self.f1_scores(labels, average="micro")[2])
         report["expected_calibration_error"] = calibration_error(confidences.ravel(), right.ravel())
         if all(0 < count < len(labels) for count in labels.sum(0)):
             report["roc_auc"] = float(metrics.roc_auc_score(labels, self.probabilities, average="macro"))
@@ -112,9 +112,11 @@ class Predictions:
         """Counts (C, C): true labels in rows, predicted ones in columns."""
         return metrics.confusion_matrix(labels.argmax(-1), self.decisions.argmax(-1), labels=range(len(self.names)))
 
-    def f1_scores(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def f1_scores(self, labels: np.ndarray, average: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Precision, recall and F1 of each label, (C,) each."""
-        return metrics.precision_recall_fscore_support(labels, self.decisions, average=None, zero_division=0)[:3]
+        single = [1] if len(self.names) == 1 else None  # scikit-learn would also score the absence of a single label
+        scores = metrics.precision_recall_fscore_support
+        return scores(labels, self.decisions, labels=single, average=average, zero_division=0)[:3]
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:

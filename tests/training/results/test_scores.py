@@ -59,6 +59,9 @@ def test_metrics_of_several_labels_per_text_by_hand():
     assert found["labels"]["y"]["recall"] == 0.5
     assert found["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert found["roc_auc"] == pytest.approx((1 + 1 / 2) / 2)
+    alone = Predictions(logits[:, :1], ["x"], MULTI).full_report(labels[:, :1])
+    assert alone["labels"] == {"x": found["labels"]["x"]}
+    assert alone["micro_f1"] == alone["macro_f1"] == found["labels"]["x"]["f1"]
 
 
 def test_metrics_of_a_regression_by_hand():
