@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from filecmp import cmpfiles
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import modeling_scratchgpt
 from training.engine.run_folder import CARD, CURVE, METRICS, MISTAKES, PREDICTIONS, RESPONSES, RESPONSES_PAGE, SCORES
-from training.errors import UserError, one_line
+from training.errors import UserError, explain_errors
 from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER
 from training.sharing.leaks import SECRET_NAMES, Files
 
@@ -87,12 +88,10 @@ def check_repo_id(name: Any, source: str, remedy: str = "pass USER/NAME") -> Non
     Raises:
         UserError: `source`, which gives the name, needs another one.
     """
-    try:
+    with explain_errors(f"{source} {name!r:.80} is not a Hub id", HFValidationError, f": {remedy}"):
         validate_repo_id(name)
         if "/" not in name:
             raise HFValidationError("the user is missing")
-    except HFValidationError as error:
-        raise UserError(f"{source} {name!r:.80} is not a Hub id ({one_line(error)}): {remedy}.") from error
 
 
 def model_files(directory: Path, trust_remote_code: bool, config: str = CONFIG) -> dict[str, Path]:
@@ -123,7 +122,8 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
     path = directory / CARD
     if not path.is_file():
         raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
-    try:
+    invalid = (ValueError, TypeError, RecursionError, yaml.YAMLError)
+    with explain_errors(f"{path}: its metadata is not that of a model card", invalid):
         text = _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER)  # first: it contains the other
         card = ModelCard(text.replace(MODEL_PLACEHOLDER, repository))
         if license:
@@ -135,8 +135,6 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
             check_repo_id(base, f"{path}: base_model", "upload the base model and pass --base_model USER/NAME")
             card.data["base_model"] = base
         return str(card).encode()
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: its metadata is not that of a model card ({one_line(error)}).") from error
 
 
 def prepare_adapter_config(directory: Path, base_model: str) -> bytes:
@@ -154,14 +152,11 @@ def check_weights(directory: Path, files: Files) -> None:
     if not weights:
         raise UserError(f"{directory} has no safetensors weights: save the model again, with `save_pretrained`.")
     for path in weights:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.offset_keys():
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise UserError(f"{path}: {name} has values that are not finite: this model is broken.")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
+        with _reading(path), safe_open(path, framework="pt") as tensors:
+            for name in tensors.offset_keys():
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise UserError(f"{path}: {name} has values that are not finite: this model is broken.")
 
 
 def check_loads(directory: Path, files: Files) -> None:
@@ -202,20 +197,21 @@ def _check_regular_file(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with explain_errors(f"{path} is not JSON", (ValueError, RecursionError), ": save the model again"):
         content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({one_line(error)}): save the model again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: save the model again.")
     return content
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with _reading(path):
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    """Explain the errors of reading a file."""
+    return explain_errors(f"{path} cannot be read", (OSError, ValueError, SafetensorError))
 
 
 def _code_files(directory: Path, trust_remote_code: bool) -> dict[str, Path]:
@@ -235,10 +231,8 @@ def _code_files(directory: Path, trust_remote_code: bool) -> dict[str, Path]:
         if not re.fullmatch(r"\w{1,100}", module) or not path.exists():
             raise UserError(f"{path} is missing, although the config of the model names it: save the model again.")
         _check_regular_file(path)
-        try:
+        with _reading(path):
             pending |= set(get_relative_imports(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
         found.add(path)
     package = Path(modeling_scratchgpt.__file__).parent
     _, differing, unknown = cmpfiles(directory, package, [path.name for path in found], shallow=False)
