@@ -127,7 +127,6 @@ def test_adapter(model, tmp_path, seeds):
 
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_conversion_from_gpt2(tmp_path, seeds):
-    torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
 
     def use(directory: Path) -> None:

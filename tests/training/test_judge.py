@@ -33,7 +33,6 @@ def make_judge(folder: str, verdict: str) -> str:
     tokenizer = ScratchGPTTokenizer.train([REQUEST] * 9 + ["I think it is 73."] * 9, vocab_size=500)
     set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 1024)
     requests = [REQUEST.format(question=row["prompt"][0]["content"], **row) for row in ROWS]
-    torch.manual_seed(0)
     shape = {"max_position_embeddings": 1024, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ScratchGPTForCausalLM(ScratchGPTConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
