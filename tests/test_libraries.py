@@ -66,12 +66,10 @@ def test_trl_sft_on_completions(tiny_model, tokenizer, tmp_path):
         assert tokenizer.decode(output[0]) == prompt + completion + tokenizer.eos_token
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_trl_packing(tiny_model, tokenizer, tmp_path, attention):
+def test_trl_packing(tiny_model, tokenizer, tmp_path):
     """TRL packs documents into one row without a mask, for flash attention; here the positions keep them separate."""
     from trl import SFTConfig, SFTTrainer
 
-    tiny_model.set_attn_implementation(attention)
     texts = [prompt + completion for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,

@@ -202,10 +202,7 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
         ([folder, "--stride", 65], "--stride 65 would skip tokens: it must be at most 64"),
         ([folder, "--stride", -1], "--stride must be at least 0, got -1"),
         ([folder, "--split", "test"], "--split test: pass the --test_fraction of the training run"),
-        (
-            [folder, "--split", "train", "--validation_fraction", 1],
-            "--validation_fraction must be above 0 and below 1, got 1.0",
-        ),
+        ([folder, "--validation_fraction", 1], "--validation_fraction must be above 0 and below 1, got 1.0"),
         ([folder, "--dataset", empty], "no text"),
         ([folder, "--dataset", missing], "missing"),
     ):

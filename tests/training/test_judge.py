@@ -38,9 +38,8 @@ def make_judge(folder: str, verdict: str) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
         messages = [{"role": "user", "content": requests[step % 2]}, {"role": "assistant", "content": verdict}]
-        batch = tokenizer.apply_chat_template(
-            messages, return_assistant_tokens_mask=True, return_dict=True, return_tensors="pt"
-        )
+        options = {"return_assistant_tokens_mask": True, "return_dict": True, "return_tensors": "pt"}
+        batch = tokenizer.apply_chat_template(messages, **options)
         labels = batch["input_ids"].masked_fill(batch["assistant_masks"] == 0, -100)
         model(batch["input_ids"], labels=labels).loss.backward()
         optimizer.step()
@@ -232,10 +231,7 @@ def test_the_grades_of_a_run_are_in_its_files_and_its_card(answering, tune, caps
         (["--base_url", "http://x", "--model", "m"], "--run is missing"),
         (["/nowhere", "--base_url", "http://x"], "--model is missing"),
         (["/nowhere", "--model", "m"], "--base_url is missing"),
-        (
-            ["/nowhere", "--base_url", "file:///etc/passwd", "--model", "m"],
-            "--base_url file:///etc/passwd must begin with http",
-        ),
+        (["/nowhere", "--base_url", "file:///x", "--model", "m"], "--base_url file:///x must begin with http"),
         (["/nowhere", "--base_url", "http://127.0.0.1:9", "--model", "m"], "/nowhere has no answers of a finished run"),
     ],
 )
