@@ -82,7 +82,8 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, save, tmp_path, convert
     assert "Qwen3ForCausalLM of transformers" in convert(tmp_path / "qwen3", tmp_path / "again")
     for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
-    assert difference(ours.float(), reference.float()) < 1e-5
+    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")  # its rotary frequencies are not in bfloat16
+    assert difference(again.float(), reference.float()) < 1e-5
 
 
 def test_a_classifier_is_not_exported(tmp_path, refused):

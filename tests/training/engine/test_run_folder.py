@@ -34,8 +34,8 @@ def test_a_directory_in_use_is_refused_with_the_remedy(tmp_path, file, message):
 
 
 def test_a_run_is_started_in_a_new_or_empty_directory_and_resumed_unless_it_has_finished(tmp_path):
-    folder(tmp_path / "new" / "deep").check(resume=False)
     folder(tmp_path).check(resume=False)
+    folder(tmp_path / "new" / "deep").check(resume=False)
     folder(tmp_path / "new").check(resume=True)
     (tmp_path / "metrics.jsonl").write_text("")
     folder(tmp_path).check(resume=True)
