@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores
 # No test uses the network: inputs are made by the test, or are in the directory of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import json
+import multiprocessing
 import re
 import socket
 import subprocess
@@ -16,63 +16,55 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import datasets
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from packaging.version import Version
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
+ROOT = Path(__file__).parents[1]
 IS_CURRENT = Version(transformers.__version__) >= Version("5.23")  # older versions lack what some tests need
+Model = TypeVar("Model", bound=torch.nn.Module)
 MODERN: dict[str, Any] = {
-    "position_embedding_type": "rotary",
-    "norm_type": "rmsnorm",
-    "qk_norm": True,
-    "mlp_type": "gated",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "num_key_value_heads": 2,
-}
+    "position_embedding_type": "rotary", "norm_type": "rmsnorm", "qk_norm": True, "mlp_type": "gated",
+    "attention_bias": False, "mlp_bias": False, "num_key_value_heads": 2,
+}  # fmt: skip
 TINY: dict[str, Any] = {
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+    "vocab_size": 300, "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
 
 
 # The beginning of a program that runs in its own process, where the packages of this project cannot be imported.
 WITHOUT_THE_PACKAGE = """
-import importlib.abc, json, sys
-
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_scratchgpt", "training"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Hidden())
-try:
-    import modeling_scratchgpt
-    sys.exit("the package can be imported")
-except ModuleNotFoundError:
-    pass
+import json, sys
+sys.modules["modeling_scratchgpt"] = sys.modules["training"] = None  # importing them raises ModuleNotFoundError
 """
+# `Processes` are forked from one that has imported the libraries, but nothing of this project: they start within a second.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([
+    "accelerate", "datasets", "matplotlib.pyplot", "peft", "sacrebleu", "sklearn.metrics", "transformers.pipelines",
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+])  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """A new cache for this test run."""
-    import datasets
-
+    """A new cache for this test run, and for the processes that it starts."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -84,41 +76,59 @@ def real_data() -> Path:
     return Path(folder)
 
 
-# The processes end by os._exit: in Python's own teardown, a gloo thread that holds Python objects sometimes aborts.
-EACH_CASE = """
-import json, os, runpy, sys
-import torch
-import torch.distributed as dist
-
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
-program, cases = sys.argv[1:]
-for words in json.loads(cases):
-    print(*words, file=sys.stderr, flush=True)
-    sys.argv[1:] = words
-    runpy.run_path(program)
-    dist.barrier()
-print("DONE", flush=True)
-os._exit(0)
-"""
+def shaken(model: Model, amount: float = 0.1) -> Model:
+    """Perturb all parameters, as training would: biases and norms too, and far enough for every part to matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
+    return model.eval()
 
 
-def on_two_processes(program: str, folder: Path, *cases: Sequence[object], **environment: str) -> None:
-    """Run a program with the arguments of each case under torchrun, in two CPU processes that must both succeed."""
+class Processes:
+    """New processes that call a function with the arguments of each case; several form a group (gloo), as under torchrun."""
+
+    def __init__(self, function: Callable, log: Path, *cases: Sequence[object], count: int = 1, **environment: str):
+        self.log, self.processes = log, []
+        for rank in range(count):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count} if count > 1 else {}
+            variables = environment | {name: str(value) for name, value in group.items()}
+            self.processes.append(FORKSERVER.Process(target=call, args=(function, log, cases, variables), daemon=True))
+            self.processes[-1].start()
+
+    def wait(self, code: int = 0) -> str:
+        """Wait for the end of all processes, which must have this exit code, and return what they have printed."""
+        for process in self.processes:
+            process.join(200)
+        printed = self.log.read_text()
+        assert [process.exitcode for process in self.processes] == [code] * len(self.processes), printed
+        return printed
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+
+def call(function: Callable, log: Path, cases: Sequence[Sequence[object]], variables: dict[str, str]) -> None:
+    """What a new process does."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    if "RANK" in variables:
+        rank, count = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{log}.store", rank=rank, world_size=count)
+    for case in cases:
+        print(*case, file=sys.stderr, flush=True)
+        function(*case)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def on_two_processes(function: Callable, folder: Path, *cases: Sequence[object], **environment: str) -> str:
+    """Call a function in two CPU processes of one group that must both succeed, and return what they have printed."""
     assert cases
-    (folder / "program.py").write_text(f"import sys\nimport torch\nimport torch.distributed as dist\n{program}")
-    (folder / "each_case.py").write_text(EACH_CASE)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    words = [str(folder / "program.py"), json.dumps([[str(word) for word in case] for case in cases])]
-    process = subprocess.run(
-        [sys.executable, *torchrun, str(folder / "each_case.py"), *words],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("DONE") == 2
+    return Processes(function, folder / "log", *cases, count=2, **environment).wait()
 
 
 @pytest.fixture
@@ -149,17 +159,12 @@ def tiny_config(request) -> ScratchGPTConfig:
 @pytest.fixture
 def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
     """A model whose weights are far enough from zero for every part to matter."""
-    torch.manual_seed(0)
-    model = ScratchGPTForCausalLM(tiny_config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(ScratchGPTForCausalLM(tiny_config), 0.2)
 
 
 def server_program() -> str:
     """The program that starts `transformers serve`, from the README."""
-    (program,) = re.findall(r'python -c "([^"]*)" serve &', (Path(__file__).parents[1] / "training" / "README.md").read_text())
+    (program,) = re.findall(r'python -c "([^"]*)" serve &', (ROOT / "training" / "README.md").read_text())
     return program
 
 
@@ -190,9 +195,5 @@ def server(tmp_path_factory):
                 time.sleep(0.2)
         yield address
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()

@@ -236,16 +236,11 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return self._send(200, [self._entry(path, digest) for path, digest in files.items()])
         if what == "preupload":
-            request = json.loads(self.body)["files"]
-            answers = [
-                {
-                    "path": it["path"],
-                    "uploadMode": "lfs" if it["path"].endswith(LARGE) else "regular",
-                    "shouldIgnore": False,
-                    "oid": self._entry(it["path"], files[it["path"]])["oid"] if it["path"] in files else None,
-                }
-                for it in request
-            ]
+            answers = []
+            for path in (it["path"] for it in json.loads(self.body)["files"]):
+                known = self._entry(path, files[path])["oid"] if path in files else None
+                mode = "lfs" if path.endswith(LARGE) else "regular"
+                answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known})
             return self._send(200, {"files": answers})
         home = f"{self.server.address}/{'spaces/' if kinds == 'spaces' else ''}{name}"
         return self._commit(repository, revision, oid, dict(files), home)

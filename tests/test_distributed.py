@@ -1,59 +1,62 @@
 """Two processes on a CPU (gloo): tensor parallelism and FSDP2 give what one process gives."""
 
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import IS_CURRENT, on_two_processes
 
-PROGRAM = """
-from torch.distributed.fsdp import fully_shard
-from modeling_scratchgpt import ScratchGPTForCausalLM
+IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
 
-kind, folder = sys.argv[1:]
-ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
 
-def gradient(model, name):
-    tensor = model.get_parameter(name).grad
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-one = ScratchGPTForCausalLM.from_pretrained(folder)
-if kind == "tensor parallel":
+
+def compare_tensor_parallel(one: ScratchGPTForCausalLM, folder: str) -> ScratchGPTForCausalLM:
     two = ScratchGPTForCausalLM.from_pretrained(folder, tp_plan="auto")
     name = "model.layers.0.self_attn.q_proj.weight"
     part = two.get_parameter(name)
     part = part.to_local() if hasattr(part, "to_local") else part
     assert part.numel() * 2 == one.get_parameter(name).numel()
     with torch.no_grad():
-        torch.testing.assert_close(two(ids).logits, one(ids).logits, atol=1e-5, rtol=1e-4)
-    for model in (one, two):
-        model.train()
-        model.loss = model(ids, labels=ids).loss
-        model.loss.backward()
-    torch.testing.assert_close(two.loss, one.loss)
-    for name in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"):
-        torch.testing.assert_close(gradient(two, name), one.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
-else:
+        torch.testing.assert_close(two(IDS).logits, one(IDS).logits, atol=1e-5, rtol=1e-4)
+    losses = [model.train()(IDS, labels=IDS).loss for model in (one, two)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    return two
+
+
+def compare_fsdp2(one: ScratchGPTForCausalLM, folder: str) -> ScratchGPTForCausalLM:
     two = ScratchGPTForCausalLM.from_pretrained(folder)
-    for layer in two.model.layers:
-        fully_shard(layer)
-    fully_shard(two)
-    one.train(), two.train()
-    whole = one(ids, labels=ids).loss
-    whole.backward()
-    rows = ids.chunk(2)[dist.get_rank()]
-    count = (ids.shape[1] - 1) * ids.shape[0]
-    loss = two(rows, labels=rows, num_items_in_batch=count).loss
+    for module in (*two.model.layers, two):
+        fully_shard(module)
+    expected = one.train()(IDS, labels=IDS).loss
+    expected.backward()
+    rows = IDS.chunk(2)[dist.get_rank()]
+    loss = two.train()(rows, labels=rows, num_items_in_batch=IDS[:, 1:].numel()).loss
     (loss * 2).backward()  # gradients are averaged over the two
     dist.all_reduce(loss.detach_())
-    torch.testing.assert_close(loss, whole.detach())
+    torch.testing.assert_close(loss, expected.detach())
+    return two
+
+
+def compare(kind: str, folder: str) -> None:
+    one = ScratchGPTForCausalLM.from_pretrained(folder)
+    two = (compare_fsdp2 if kind == "fsdp2" else compare_tensor_parallel)(one, folder)
     for name in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"):
-        torch.testing.assert_close(gradient(two, name), one.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (one, two)]
-    for optimizer in optimizers:
-        optimizer.step()
-    name = "model.layers.0.mlp.down_proj.weight"
-    torch.testing.assert_close(two.get_parameter(name).full_tensor(), one.get_parameter(name), atol=1e-5, rtol=1e-4)
-"""
+        gradient = whole(two.get_parameter(name).grad)
+        torch.testing.assert_close(gradient, one.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+    if kind == "fsdp2":
+        for model in (one, two):
+            torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+        name = "model.layers.0.mlp.down_proj.weight"
+        torch.testing.assert_close(whole(two.get_parameter(name)), one.get_parameter(name), atol=1e-5, rtol=1e-4)
 
 
 def test_two_processes_compute_what_one_computes(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     kinds = ["fsdp2", *(["tensor parallel"] if IS_CURRENT else [])]  # it takes transformers 5.23
-    on_two_processes(PROGRAM, tmp_path, *((kind, tmp_path / "model") for kind in kinds))
+    on_two_processes(compare, tmp_path, *((kind, tmp_path / "model") for kind in kinds))

@@ -10,11 +10,11 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
+
 FOLDERS = ("benchmarks", "modeling_scratchgpt", "space", "training")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))])
 PROGRAMS = [path for path in SOURCES if "benchmarks" not in path.parts and "\ndef main(" in path.read_text("utf-8")]

@@ -15,10 +15,9 @@ from .conftest import TINY
 from .test_ecosystem import trainer_options
 
 PAIRS = [
-    ("to be or not to be,", " that is the question"),
-    ("whether 'tis nobler in the mind", " to suffer"),
+    ("to be or not to be,", " that is the question"), ("whether 'tis nobler in the mind", " to suffer"),
     ("to die,", " to sleep"),
-]
+]  # fmt: skip
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -67,12 +66,10 @@ def test_trl_sft_on_completions(tiny_model, tokenizer, tmp_path):
         assert tokenizer.decode(output[0]) == prompt + completion + tokenizer.eos_token
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_trl_packing(tiny_model, tokenizer, tmp_path, attention):
+def test_trl_packing(tiny_model, tokenizer, tmp_path):
     """TRL packs documents into one row without a mask, for flash attention; here the positions keep them separate."""
     from trl import SFTConfig, SFTTrainer
 
-    tiny_model.set_attn_implementation(attention)
     texts = [prompt + completion for prompt, completion in PAIRS]
     trainer = SFTTrainer(
         model=tiny_model,
@@ -126,20 +123,13 @@ def test_trl_dpo(folder, tmp_path):
 
 
 CHOICE_TASK = {
-    "task": "choice",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "{{answer}}",
-    "metric_list": [{"metric": "acc"}],
-}
+    "task": "choice", "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}],
+    "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+}  # fmt: skip
 TEXT_TASK = {
-    "task": "text",
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{text}}",
-    "metric_list": [{"metric": "bits_per_byte"}],
-}
+    "task": "text", "output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}],
+    "doc_to_text": "", "doc_to_target": "{{text}}",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -205,7 +195,6 @@ def ask(address: str, request: dict) -> bytes:
 @pytest.fixture
 def memorized(tiny_config, tokenizer, tmp_path) -> tuple[ScratchGPTForCausalLM, str]:
     """A model that has memorized one line, and its directory."""
-    torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
     ids = tokenizer("\n".join(PAIRS[0]) + tokenizer.eos_token, return_tensors="pt")["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

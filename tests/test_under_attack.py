@@ -36,7 +36,7 @@ UNUSUAL = [
     *("", "x", "🙂", "\ud800", "../..", [], [[]], {}, {"x": []}),
 ]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3000)]
-SEEDS = [pytest.param(range(60), id="some"), pytest.param(range(60, 3000), id="many", marks=SLOW)]
+SEEDS = [pytest.param(range(40), id="some"), pytest.param(range(40, 3000), id="many", marks=SLOW)]
 
 
 def corrupt(content: bytes, draw: random.Random) -> bytes:
@@ -127,7 +127,6 @@ def test_adapter(model, tmp_path, seeds):
 
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_conversion_from_gpt2(tmp_path, seeds):
-    torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
 
     def use(directory: Path) -> None:

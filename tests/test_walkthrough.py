@@ -2,17 +2,19 @@
 
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
+
 WALKTHROUGH = ROOT / "examples" / "walkthrough.ipynb"
 
 SHORT = """
 docstrings.DOCS_LIBRARIES = ("numpy",)
+standard_library = Path(docstrings.sysconfig.get_paths()["stdlib"])
+docstrings.SKIPPED_DIRECTORIES |= {path.name for path in standard_library.iterdir() if path.is_dir()}
 VOCAB_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 512, 64, 8
 PRETRAINING_STEPS, LORA_STEPS, CLASSIFIER_STEPS, INSTRUCTION_STEPS = 16, 8, 4, 12
 """

@@ -17,26 +17,16 @@ def test_presets_have_gpt2s_sizes(preset, parameters):
     assert model.num_parameters() == parameters
 
 
-def test_default_is_the_smallest_gpt2():
+def test_the_default_is_the_smallest_preset_and_presets_can_be_overridden():
     assert ScratchGPTConfig().to_dict() == ScratchGPTConfig.from_preset("124M").to_dict()
-
-
-def test_a_preset_can_be_overridden():
     config = ScratchGPTConfig.from_preset("355M", hidden_size=512, norm_type="rmsnorm")
     assert (config.hidden_size, config.head_dim, config.num_hidden_layers, config.norm_type) == (512, 32, 24, "rmsnorm")
 
 
 def test_gpt2s_names_are_aliases():
     old = ScratchGPTConfig(n_embd=64, n_layer=3, n_head=4, n_positions=128, n_inner=100, activation_function="relu")
-    new = ScratchGPTConfig(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        intermediate_size=100,
-        hidden_act="relu",
-    )
-    assert old.to_dict() == new.to_dict()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+    assert old.to_dict() == ScratchGPTConfig(**sizes, intermediate_size=100, hidden_act="relu").to_dict()
     assert old.n_embd == old.hidden_size == 64
     assert ScratchGPTConfig(n_embd=64, n_head=4).intermediate_size == 256  # derived from the old name too
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -14,47 +13,22 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from modeling_scratchgpt import (
-    ScratchGPTConfig,
-    ScratchGPTForCausalLM,
-    ScratchGPTForSequenceClassification,
-    ScratchGPTTokenizer,
-)
-from modeling_scratchgpt.convert import __main__ as convert
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.convert import reading
 from modeling_scratchgpt.convert.tensorflow import crc32c, read_tensorflow_checkpoint
-from tests.conftest import MODERN, TINY
-from tests.modeling_scratchgpt.test_interchange import GPT2, QWEN3, difference, shaken
+from tests.conftest import TINY, shaken
+from tests.modeling_scratchgpt.test_interchange import GPT2, difference
 
 
-def run(monkeypatch, capsys, *words: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
-    convert.main()
-    return capsys.readouterr().out
-
-
-def refused(monkeypatch, capsys, *words: object) -> str:
-    """Run the command, expect an error of one line, and check that nothing was written."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, capsys, *words)
-    assert caught.value.code == 2
-    assert not Path(words[1]).exists()
-    assert not list(Path(words[1]).parent.glob(".writing-*"))
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1, message
-    return message
-
-
-def test_a_gpt2_directory_becomes_a_complete_scratchgpt(real_data, tmp_path, monkeypatch, capsys):
+def test_a_gpt2_directory_becomes_a_complete_scratchgpt(real_data, tmp_path, convert):
     files = real_data / "gpt2-tokenizer"
     theirs = shaken(GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=3))).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "gpt2")
     shutil.copy(files / "encoder.json", tmp_path / "gpt2" / "vocab.json")
     shutil.copy(files / "vocab.bpe", tmp_path / "gpt2" / "merges.txt")
-    output = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "new" / "ours")
+    output = convert(tmp_path / "gpt2", tmp_path / "new" / "ours")
     assert "GPT2LMHeadModel of transformers; 1," in output
     assert "Tokenizer: 50,257 tokens" in output
     assert "Largest difference from GPT2LMHeadModel in transformers: " in output
@@ -71,18 +45,9 @@ def test_a_gpt2_directory_becomes_a_complete_scratchgpt(real_data, tmp_path, mon
     assert tokenizer.eos_token_id == ours.config.eos_token_id == 50256
 
 
-def test_a_qwen3_directory(tmp_path, monkeypatch, capsys):
-    theirs = shaken(Qwen3ForCausalLM(Qwen3Config(**QWEN3)))
-    theirs.save_pretrained(tmp_path / "qwen3")
-    output = run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "ours")
-    assert "Qwen3ForCausalLM of transformers" in output
-    assert "No tokenizer: " in output
-    assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
-
-
-def test_openais_checkpoint(real_data, tmp_path, monkeypatch, capsys):
+def test_openais_checkpoint(real_data, tmp_path, convert):
     source = real_data / "openai-tf-toy"
-    output = run(monkeypatch, capsys, source, tmp_path / "ours")
+    output = convert(source, tmp_path / "ours")
     assert "OpenAI's checkpoint for TensorFlow" in output
     assert "No tokenizer: " in output  # the merges of the toy produce tokens that are not in its vocabulary
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
@@ -127,14 +92,14 @@ def sorting_gpt(real_data: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_mingpts_sorter_sorts(ending, real_data, tmp_path, monkeypatch, capsys):
+def test_mingpts_sorter_sorts(ending, real_data, tmp_path, convert, refused):
     state, activations = sorting_gpt(real_data)
     file = tmp_path / f"model.{ending}"
     torch.save(state, file) if ending == "pt" else save_file(state, file)
-    message = refused(monkeypatch, capsys, file, tmp_path / "ours")
+    message = refused(file, tmp_path / "ours")
     assert f"{file} does not contain its number of heads: pass --num_attention_heads" in message
-    assert "does not divide the width" in refused(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 5)
-    output = run(monkeypatch, capsys, file, tmp_path / "ours", "--num_attention_heads", 3)
+    assert "does not divide the width" in refused(file, tmp_path / "ours", "--num_attention_heads", 5)
+    output = convert(file, tmp_path / "ours", "--num_attention_heads", 3)
     assert "85,728 parameters" in output
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
@@ -172,18 +137,18 @@ def nanogpt(bias: bool, vocab_size: int = 90) -> tuple[dict, GPT2LMHeadModel]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpts_checkpoint(bias, tmp_path, monkeypatch, capsys):
+def test_nanogpts_checkpoint(bias, tmp_path, convert):
     content, theirs = nanogpt(bias)
     (tmp_path / "out").mkdir()
     torch.save(content, tmp_path / "out" / "ckpt.pt")
-    output = run(monkeypatch, capsys, tmp_path / "out", tmp_path / "ours")
+    output = convert(tmp_path / "out", tmp_path / "ours")
     assert "nanoGPT's checkpoint" in output
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     assert difference(ours, theirs) < 1e-5
     assert ours.config.attention_bias == ours.config.mlp_bias == bias
 
 
-def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, monkeypatch, capsys):
+def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, convert, refused):
     characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
     content, _ = nanogpt(False)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -193,14 +158,14 @@ def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, m
         "stoi": {text: index for index, text in enumerate(characters)},
     }
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
-    assert f"Tokenizer: {len(characters)} tokens" in run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    assert f"Tokenizer: {len(characters)} tokens" in convert(tmp_path / "ckpt.pt", tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     ids = tokenizer("to be,\nor not")["input_ids"]
     assert ids == [characters.index(character) for character in "to be,\nor not"]
     assert tokenizer.decode(ids) == "to be,\nor not"
 
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": Explosive(tmp_path / "ran")}))
-    message = refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "again")
+    message = refused(tmp_path / "ckpt.pt", tmp_path / "again")
     assert "meta.pkl is not nanoGPT's table of characters" in message
     assert not (tmp_path / "ran").exists()
 
@@ -225,14 +190,14 @@ class Explosive:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_pickle_with_code_is_refused(tmp_path, refused):
     torch.save({"model": Explosive(tmp_path / "ran")}, tmp_path / "model.pt")
-    message = refused(monkeypatch, capsys, tmp_path / "model.pt", tmp_path / "ours", "--num_attention_heads", 3)
+    message = refused(tmp_path / "model.pt", tmp_path / "ours", "--num_attention_heads", 3)
     assert "contains more than weights, which could run code" in message
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_files_are_named(real_data, tmp_path, monkeypatch, capsys):
+def test_damaged_files_are_named(real_data, tmp_path, refused):
     state, _ = sorting_gpt(real_data)
     heads = ("--num_attention_heads", 3)
 
@@ -248,22 +213,20 @@ def test_damaged_files_are_named(real_data, tmp_path, monkeypatch, capsys):
         (saved("shape.pt", **{key: torch.ones(7)}), "transformer.h.1.mlp.c_fc.bias is (7,), expected (192,)"),
         (saved("other.pt", transformer__wte__weight=None), "'transformer.wte.weight' is missing"),
     ):
-        assert expected in refused(monkeypatch, capsys, file, tmp_path / "ours", *heads)
+        assert expected in refused(file, tmp_path / "ours", *heads)
     whole = (tmp_path / "missing.pt").read_bytes()
     (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
-    assert "short.pt is damaged" in refused(monkeypatch, capsys, tmp_path / "short.pt", tmp_path / "ours", *heads)
+    assert "short.pt is damaged" in refused(tmp_path / "short.pt", tmp_path / "ours", *heads)
     save_file(state, tmp_path / "short.safetensors")
     os.truncate(tmp_path / "short.safetensors", 9000)
-    assert "short.safetensors is damaged" in refused(
-        monkeypatch, capsys, tmp_path / "short.safetensors", tmp_path / "ours", *heads
-    )
+    assert "short.safetensors is damaged" in refused(tmp_path / "short.safetensors", tmp_path / "ours", *heads)
     (tmp_path / "text.pt").write_text("hello")
-    assert "text.pt is" in refused(monkeypatch, capsys, tmp_path / "text.pt", tmp_path / "ours", *heads)
-    assert "nowhere" in refused(monkeypatch, capsys, tmp_path / "nowhere", tmp_path / "ours")
+    assert "text.pt is" in refused(tmp_path / "text.pt", tmp_path / "ours", *heads)
+    assert "nowhere" in refused(tmp_path / "nowhere", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("tensor_file", ["data", "index"])
-def test_a_damaged_tensorflow_checkpoint_is_named(tensor_file, real_data, tmp_path, monkeypatch, capsys):
+def test_a_damaged_tensorflow_checkpoint_is_named(tensor_file, real_data, tmp_path, refused):
     source = tmp_path / "toy"
     shutil.copytree(real_data / "openai-tf-toy", source)
     (path,) = [path for path in source.glob("model.ckpt.*") if f".{tensor_file}" in path.name]
@@ -272,14 +235,14 @@ def test_a_damaged_tensorflow_checkpoint_is_named(tensor_file, real_data, tmp_pa
     os.chmod(path, 0o644)
     for damaged in (whole[:100], whole[:1200], b"", whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
         path.write_bytes(damaged)
-        message = refused(monkeypatch, capsys, source, tmp_path / "ours")
+        message = refused(source, tmp_path / "ours")
         assert "model.ckpt" in message
         assert "model/" in message or tensor_file == "index"
     path.unlink()
-    refused(monkeypatch, capsys, source, tmp_path / "ours")
+    refused(source, tmp_path / "ours")
 
 
-def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
+def test_a_damaged_gpt2_folder_is_named(tmp_path, refused):
     shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
     file = tmp_path / "gpt2" / "model.safetensors"
     state = load_file(file)
@@ -289,114 +252,22 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, monkeypatch, capsys):
         ({**state, "transformer.h.1.ln_1.weight": torch.ones(3)}, "model.layers.1.input_layernorm.weight"),
     ):
         save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, {"format": "pt"})
-        message = refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+        message = refused(tmp_path / "gpt2", tmp_path / "ours")
         assert expected in message
         assert str(tmp_path / "gpt2") in message
     os.truncate(file, 5000)
-    assert "model.safetensors is damaged" in refused(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
-    assert "exists: pass" in refused_existing(monkeypatch, capsys, tmp_path / "gpt2")
+    assert "model.safetensors is damaged" in refused(tmp_path / "gpt2", tmp_path / "ours")
+    assert "exists: pass" in refused(tmp_path / "gpt2", tmp_path / "gpt2")
 
 
-def refused_existing(monkeypatch, capsys, folder: Path) -> str:
-    before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, folder, folder)
-    assert sorted(path.name for path in folder.iterdir()) == before
-    return capsys.readouterr().err
-
-
-# --to gpt2, --to qwen3 -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_a_round_trip_through_gpt2_loses_nothing(tie, tmp_path, monkeypatch, capsys):
-    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, tie_word_embeddings=tie, hidden_dropout=0.1)))
-    ours.generation_config.update(do_sample=True, top_k=7)
-    ours.save_pretrained(tmp_path / "ours")
-    text = ["to be, or not to be"] * 9
-    tokenizer = ScratchGPTTokenizer.train(text, 270)
-    tokenizer.save_pretrained(tmp_path / "ours")
-    output = run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
-    assert "a complete GPT2LMHeadModel" in output
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    assert type(reference) is GPT2LMHeadModel
-    assert difference(ours, reference) < 1e-5
-    assert reference.generation_config.top_k == 7
-    other = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    assert not isinstance(other, ScratchGPTTokenizer)
-    assert other(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
-    assert other.special_tokens_map == tokenizer.special_tokens_map
-    assert not list((tmp_path / "gpt2").glob("*.py"))
-
-    run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "again")
-    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "again")
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    ignored = {"_name_or_path", "auto_map", "transformers_version", "architectures", "dtype"}
-    first, second = ({k: v for k, v in model.config.to_dict().items() if k not in ignored} for model in (ours, again))
-    assert first == second
-
-
-def test_without_biases_gpt2_gets_zeros(tmp_path, monkeypatch, capsys):
-    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, attention_bias=False, mlp_bias=False)))
-    ours.save_pretrained(tmp_path / "ours")
-    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
-    assert difference(ours, GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_round_trip_through_qwen3_loses_nothing(dtype, tmp_path, monkeypatch, capsys):
-    ours = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN))).to(dtype)
-    ours.save_pretrained(tmp_path / "ours")
-    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "qwen3", "--to", "qwen3")
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
-    assert type(reference) is Qwen3ForCausalLM
-    assert reference.dtype == dtype
-    again = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
-    assert difference(again.float(), reference.float()) < 1e-5
-    run(monkeypatch, capsys, tmp_path / "qwen3", tmp_path / "again")
-    for name, tensor in ScratchGPTForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
-        assert torch.equal(tensor, ours.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(("target", "fields"), [("gpt2", {}), ("qwen3", MODERN), ("gguf", MODERN), ("onnx", MODERN)])
-def test_a_model_trained_with_dropout_is_exported(target, fields, tmp_path, monkeypatch, capsys):
-    """Dropout affects only training."""
-    dropouts = dict.fromkeys(("hidden_dropout", "embedding_dropout", "attention_dropout"), 0.1)
-    words = ScratchGPTTokenizer.train(["to be or not to be"] * 9, 280)
-    shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields, **dropouts}))).save_pretrained(tmp_path / "ours")
-    words.save_pretrained(tmp_path / "ours")
-    assert "Largest difference from" in run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
-
-
-def test_a_classifier_is_not_exported(tmp_path, monkeypatch, capsys):
-    ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
-    output = refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", "onnx")
-    assert "is a ScratchGPTForSequenceClassification: --to takes a language model" in output
-
-
-def test_missing_sources_and_other_files_are_refused(tmp_path, monkeypatch, capsys):
+def test_missing_sources_and_other_files_are_refused(tmp_path, refused):
     (tmp_path / "model.json").write_text("{}")
-    output = refused(monkeypatch, capsys, tmp_path / "model.json", tmp_path / "out")
+    output = refused(tmp_path / "model.json", tmp_path / "out")
     assert "is damaged, not a file of weights, or exceeds the memory (neither PyTorch nor safetensors)" in output
-    output = refused(monkeypatch, capsys, tmp_path / "nothing", tmp_path / "out")
+    output = refused(tmp_path / "nothing", tmp_path / "out")
     assert "nothing does not exist, and is not the id of a repository on the Hub" in output
-    output = refused(monkeypatch, capsys, "someone/nothing", tmp_path / "out")
+    output = refused("someone/nothing", tmp_path / "out")
     assert "someone/nothing does not exist here, and the Hub did not provide it (" in output
-
-
-@pytest.mark.parametrize(
-    ("fields", "target", "expected"),
-    [
-        (MODERN, "gpt2", "position_embedding_type is 'rotary', but a gpt2 model has only 'learned'"),
-        ({}, "qwen3", "position_embedding_type is 'learned', but a qwen3 model has only 'rotary'"),
-        ({"num_key_value_heads": 2}, "gpt2", "num_key_value_heads is 2, but a gpt2 model has only 4"),
-        ({**MODERN, "qk_norm": False}, "qwen3", "qk_norm is False, but a qwen3 model has only True"),
-    ],
-)
-def test_fields_that_the_target_does_not_support_are_refused_by_name(fields, target, expected, tmp_path, monkeypatch, capsys):
-    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **fields)).save_pretrained(tmp_path / "ours")
-    assert expected in refused(monkeypatch, capsys, tmp_path / "ours", tmp_path / "out", "--to", target)
 
 
 # Errors and damaged files -------------------------------------------------------------------------------------------------
@@ -420,10 +291,10 @@ def gpt2(tmp_path) -> Path:
         ({"quantization_config": "x"}, "is damaged or mislabeled"),
     ],
 )
-def test_invalid_configs_are_refused(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+def test_invalid_configs_are_refused(changed, expected, gpt2, tmp_path, refused):
     file = gpt2 / "config.json"
     file.write_text(changed if isinstance(changed, str) else json.dumps({**json.loads(file.read_text()), **changed}))
-    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
+    assert expected in refused(gpt2, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -437,10 +308,10 @@ def test_invalid_configs_are_refused(changed, expected, gpt2, tmp_path, monkeypa
         ({"wpe.weight": torch.ones(32, 24)}, "has two tensors for one weight: transformer.wpe.weight and wpe.weight"),
     ],
 )
-def test_invalid_weights_are_refused(changed, expected, gpt2, tmp_path, monkeypatch, capsys):
+def test_invalid_weights_are_refused(changed, expected, gpt2, tmp_path, refused):
     file = gpt2 / "model.safetensors"
     save_file({**load_file(file), **changed}, file, {"format": "pt"})
-    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours")
+    assert expected in refused(gpt2, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -451,40 +322,40 @@ def test_invalid_weights_are_refused(changed, expected, gpt2, tmp_path, monkeypa
         ({"_orig_mod.transformer.wte.weight": torch.ones(90, 24, dtype=torch.int32)}, "is of type torch.int32"),
     ],
 )
-def test_invalid_checkpoints_are_refused(changed, expected, tmp_path, monkeypatch, capsys):
+def test_invalid_checkpoints_are_refused(changed, expected, tmp_path, refused):
     checkpoint, _ = nanogpt(bias=True)
     checkpoint["model"] |= changed
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert expected in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    assert expected in refused(tmp_path / "ckpt.pt", tmp_path / "ours")
 
 
-def test_a_checkpoint_without_its_number_of_heads(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_without_its_number_of_heads(tmp_path, convert, refused):
     checkpoint, theirs = nanogpt(bias=True)
     torch.save({"model": checkpoint["model"]}, tmp_path / "ckpt.pt")
-    assert "pass --num_attention_heads" in refused(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
-    run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours", "--num_attention_heads", theirs.config.n_head)
+    assert "pass --num_attention_heads" in refused(tmp_path / "ckpt.pt", tmp_path / "ours")
+    convert(tmp_path / "ckpt.pt", tmp_path / "ours", "--num_attention_heads", theirs.config.n_head)
     assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
-def test_weights_of_several_precisions_get_the_highest(tmp_path, monkeypatch, capsys):
+def test_weights_of_several_precisions_get_the_highest(tmp_path, convert):
     checkpoint, theirs = nanogpt(bias=True)
     checkpoint["model"] = {
         name: tensor if ".ln_" in name else tensor.bfloat16() for name, tensor in checkpoint["model"].items()
     }
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    run(monkeypatch, capsys, tmp_path / "ckpt.pt", tmp_path / "ours")
+    convert(tmp_path / "ckpt.pt", tmp_path / "ours")
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours")
     assert ours.dtype == torch.float32
     assert difference(ours, theirs) < 0.1
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_detected(tmp_path, monkeypatch, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_detected(tmp_path, refused):
     file = tmp_path / "ckpt.pt"
     torch.save(nanogpt(bias=True)[0], file)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1  # inside a matrix
     file.write_bytes(content)
-    assert "is wrong" in refused(monkeypatch, capsys, file, tmp_path / "ours")
+    assert "is wrong" in refused(file, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -497,28 +368,28 @@ def test_a_flipped_bit_in_a_checkpoint_is_detected(tmp_path, monkeypatch, capsys
         (["--hidden_act", "nope"], "--hidden_act nope is unknown to transformers: choose one of "),
     ],
 )
-def test_options_that_do_not_apply_are_refused(words, expected, gpt2, tmp_path, monkeypatch, capsys):
-    assert expected in refused(monkeypatch, capsys, gpt2, tmp_path / "ours", *words)
+def test_options_that_do_not_apply_are_refused(words, expected, gpt2, tmp_path, refused):
+    assert expected in refused(gpt2, tmp_path / "ours", *words)
 
 
-def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(gpt2, tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(gpt2, tmp_path, refused):
     ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 290).save_pretrained(tmp_path / "tokenizer")
-    message = refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer")
+    message = refused(gpt2, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer")
     assert "but the model 90 embeddings" in message
 
 
-def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, monkeypatch, capsys):
+def test_no_code_beside_a_tokenizer_runs(gpt2, tmp_path, refused):
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass E: pass\n")
     (evil / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": {"AutoTokenizer": [None, "evil.E"]}, "tokenizer_class": "E"})
     )
-    refused(monkeypatch, capsys, gpt2, tmp_path / "ours", "--tokenizer", evil)
+    refused(gpt2, tmp_path / "ours", "--tokenizer", evil)
     assert not (tmp_path / "ran").exists()
 
 
-def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, monkeypatch, capsys):
+def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, convert):
     tokenizer = ScratchGPTTokenizer.train(["to be, or not to be"] * 9, 280, kind="bpe")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
@@ -526,8 +397,8 @@ def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, monke
     tokenizer = ScratchGPTTokenizer.from_pretrained(tmp_path / "ours", padding_side="left", truncation_side="left")
     tokenizer.save_pretrained(tmp_path / "ours")
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
-    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
-    run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "back")
+    convert(tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
+    convert(tmp_path / "gpt2", tmp_path / "back")
     for folder in ("gpt2", "back"):
         other = AutoTokenizer.from_pretrained(tmp_path / folder)
         assert other.chat_template == tokenizer.chat_template
@@ -536,30 +407,30 @@ def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, monke
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 2])
-def test_a_classifier_needs_no_padding(pad_token_id, tmp_path, monkeypatch, capsys):
+def test_a_classifier_needs_no_padding(pad_token_id, tmp_path, convert):
     theirs = transformers.GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "vocab_size": 4}, pad_token_id=pad_token_id))
     theirs.save_pretrained(tmp_path / "gpt2")
-    output = run(monkeypatch, capsys, tmp_path / "gpt2", tmp_path / "ours")
+    output = convert(tmp_path / "gpt2", tmp_path / "ours")
     assert "is a ScratchGPT without a tokenizer: AutoModelForSequenceClassification.from_pretrained(" in output
 
 
-def test_an_untied_head_despite_a_config_that_says_tied(gpt2, tmp_path, monkeypatch, capsys):
+def test_an_untied_head_despite_a_config_that_says_tied(gpt2, tmp_path, convert):
     file = gpt2 / "model.safetensors"
     save_file({**load_file(file), "lm_head.weight": torch.randn(90, 24)}, file, {"format": "pt"})
-    run(monkeypatch, capsys, gpt2, tmp_path / "ours")
+    convert(gpt2, tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
-    run(monkeypatch, capsys, tmp_path / "ours", tmp_path / "back", "--to", "gpt2")
+    convert(tmp_path / "ours", tmp_path / "back", "--to", "gpt2")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "back")
     assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
-def test_an_interrupt_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_leaves_nothing(gpt2, tmp_path, convert, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "_write", interrupted)
+    monkeypatch.setattr("modeling_scratchgpt.convert.__main__._write", interrupted)
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, capsys, gpt2, tmp_path / "ours")
+        convert(gpt2, tmp_path / "ours")
     assert caught.value.code == 130
     assert {path.name for path in tmp_path.iterdir()} == {"gpt2"}

@@ -1,10 +1,13 @@
 """The memory-efficient loss, compared with torch's, which materializes the logits."""
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_scratchgpt import cross_entropy as module
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -136,8 +139,6 @@ def test_the_operator_is_well_formed():
 
 def test_the_logits_are_never_materialized():
     """The largest intermediate tensor is one chunk of logits."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -158,14 +159,10 @@ def test_the_logits_are_never_materialized():
 
 def test_several_copies_of_the_file_can_be_imported():
     """Two directories loaded as remote code in one process define the operator twice."""
-    import importlib.util
-
     hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
     expected = linear_cross_entropy(hidden_states, weight, targets)
     for name in ("first_copy", "second_copy"):
         spec = importlib.util.spec_from_file_location(name, module.__file__)
-        assert spec is not None
-        assert spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
         torch.testing.assert_close(copy.linear_cross_entropy(hidden_states, weight, targets), expected)

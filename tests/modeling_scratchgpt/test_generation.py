@@ -30,14 +30,11 @@ def greedy_by_hand(model: ScratchGPTForCausalLM, ids: torch.Tensor, new_tokens: 
     return ids
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_greedy_search_with_every_cache(tiny_model, options):
-    assert torch.equal(generate(tiny_model, prompts(), **options), greedy_by_hand(tiny_model, prompts()))
-
-
-def test_a_static_cache_of_the_caller(tiny_model):
-    cache = StaticCache(config=tiny_model.config, max_cache_len=40)
-    assert torch.equal(generate(tiny_model, prompts(), past_key_values=cache), greedy_by_hand(tiny_model, prompts()))
+def test_greedy_search_with_every_cache(tiny_model):
+    expected = greedy_by_hand(tiny_model, prompts())
+    of_the_caller = StaticCache(config=tiny_model.config, max_cache_len=40)
+    for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}, {"past_key_values": of_the_caller}):
+        assert torch.equal(generate(tiny_model, prompts(), **options), expected), options
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches move tensors off a GPU: there is none")
@@ -128,13 +125,8 @@ def test_continuing_from_a_cache(tiny_model):
 
 def test_from_embeddings(tiny_model):
     ids = prompts()
-    output = tiny_model.generate(
-        inputs_embeds=tiny_model.get_input_embeddings()(ids),
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=None,
-    )
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    output = tiny_model.generate(inputs_embeds=tiny_model.get_input_embeddings()(ids), **options)
     assert torch.equal(output, generate(tiny_model, ids)[:, 7:])
 
 

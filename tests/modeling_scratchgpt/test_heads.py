@@ -13,15 +13,11 @@ from modeling_scratchgpt import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
+from tests.conftest import shaken
 
 
 def make(head_class, config: ScratchGPTConfig, **fields):
-    torch.manual_seed(0)
-    model = head_class(ScratchGPTConfig(**{**config.to_dict(), **fields})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(head_class(ScratchGPTConfig(**{**config.to_dict(), **fields})), 0.2)
 
 
 def random_ids(rows: int, length: int) -> torch.Tensor:
@@ -62,29 +58,26 @@ def test_labels_may_be_class_probabilities(tiny_config):
     torch.testing.assert_close(model(ids, labels=hard * weights[classes][:, None]).loss, expected)
 
 
+SEVERAL, NUMBERS = {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}
 CASES = {
-    "classes": ({"num_labels": 4}, lambda: torch.tensor([3, 0, 1, 2])),
+    "classes": ({"num_labels": 4}, [3, 0, 1, 2], functional.cross_entropy),
     "several at once": (
-        {"num_labels": 3, "problem_type": "multi_label_classification"},
-        lambda: torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
+        {**SEVERAL, "num_labels": 3},
+        [[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]],
+        functional.binary_cross_entropy_with_logits,
     ),
-    "a number": ({"num_labels": 1}, lambda: torch.tensor([0.5, -1.0, 2.0, 0.0])),
-    "numbers": ({"num_labels": 2, "problem_type": "regression"}, lambda: torch.tensor([[0.5, 1], [2, -1], [0.1, 0.2], [3, 4]])),
+    "a number": ({"num_labels": 1}, [0.5, -1.0, 2.0, 0.0], lambda logits, labels: functional.mse_loss(logits[:, 0], labels)),
+    "numbers": ({**NUMBERS, "num_labels": 2}, [[0.5, 1], [2, -1], [0.1, 0.2], [3, 4]], functional.mse_loss),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_of_sequence_classification(tiny_config, case):
-    fields, make_labels = CASES[case]
+    fields, numbers, function = CASES[case]
     model = make(ScratchGPTForSequenceClassification, tiny_config, **fields)
-    ids, labels = random_ids(4, 8), make_labels()
+    ids, labels = random_ids(4, 8), torch.tensor(numbers)
     output = model(ids, labels=labels)
-    expected = {
-        "classes": lambda: functional.cross_entropy(output.logits, labels),
-        "several at once": lambda: functional.binary_cross_entropy_with_logits(output.logits, labels),
-        "a number": lambda: functional.mse_loss(output.logits[:, 0], labels),
-        "numbers": lambda: functional.mse_loss(output.logits, labels),
-    }[case]()
+    expected = function(output.logits, labels)
     torch.testing.assert_close(output.loss, expected)
     pieces = [
         model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=labels.numel()).loss for row in range(4)

@@ -21,36 +21,16 @@ from transformers import (
 
 import modeling_scratchgpt
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
+from tests.conftest import shaken
 
 GPT2: dict[str, Any] = {
-    "vocab_size": 90,
-    "n_positions": 32,
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+    "vocab_size": 90, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 QWEN3 = {
-    "vocab_size": 90,
-    "max_position_embeddings": 32,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+    "vocab_size": 90, "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
 IDS = torch.arange(40).view(2, 20)
-
-
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Perturb all parameters, so that biases and norms are not at their initial values."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
@@ -167,15 +147,9 @@ def test_a_model_loaded_from_gpt2_is_saved_as_scratchgpt(tmp_path):
 
 
 def test_all_fields_of_gpt2s_config_are_converted(tmp_path):
-    fields = {
-        "n_inner": 50,
-        "activation_function": "relu",
-        "layer_norm_epsilon": 1e-3,
-        "resid_pdrop": 0.2,
-        "embd_pdrop": 0.3,
-        "attn_pdrop": 0.4,
-    }
-    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, **fields, initializer_range=0.5, use_cache=False)))
+    fields = {"n_inner": 50, "activation_function": "relu", "layer_norm_epsilon": 1e-3, "initializer_range": 0.5}
+    dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.3, "attn_pdrop": 0.4}
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2, **fields, **dropout, use_cache=False)))
     theirs.save_pretrained(tmp_path)
     ours = ScratchGPTForCausalLM.from_pretrained(tmp_path)
     assert difference(ours, theirs) < 1e-5

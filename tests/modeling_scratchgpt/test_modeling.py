@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import transformers
-from transformers import AutoModel
 
 import modeling_scratchgpt
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -26,16 +25,6 @@ def test_eager_and_sdpa_agree(tiny_model):
             logits.append(tiny_model(ids, attention_mask=attention_mask).logits)
         real = slice(None) if attention_mask is None else mask.bool()
         torch.testing.assert_close(logits[0][real], logits[1][real], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_attention_is_causal(tiny_model):
-    ids = random_ids(1, 20)
-    changed = ids.clone()
-    changed[0, 12] = (ids[0, 12] + 1) % 300
-    before, after = tiny_model(ids).logits, tiny_model(changed).logits
-    torch.testing.assert_close(before[:, :12], after[:, :12])
-    assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
 @torch.no_grad()
@@ -127,7 +116,6 @@ def test_inputs_are_ids_or_embeddings(tiny_model):
 
 def test_initial_weights_have_gpt2s_standard_deviations():
     config = ScratchGPTConfig(**{**TINY, "hidden_size": 128, "num_hidden_layers": 4})
-    torch.manual_seed(0)
     model = ScratchGPTForCausalLM(config)
     layer = model.model.layers[1]
     scaled = 0.02 / math.sqrt(2 * 4)
@@ -156,13 +144,6 @@ def test_auto_classes_create_save_and_load_every_model(head, tiny_config, tmp_pa
     assert type(loaded) is type(model)
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-
-
-def test_auto_model_loads_the_backbone_of_a_language_model(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    ids = random_ids(1, 6)
-    backbone = AutoModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(backbone(ids).last_hidden_state, tiny_model.model(ids).last_hidden_state)
 
 
 def test_hidden_states_and_attentions(tiny_model):

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -11,21 +10,24 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from modeling_scratchgpt.tokenization_scratchgpt import TOKENIZERS, min_vocab_size, special_tokens, tokenizer_report
+from tests.conftest import WITHOUT_THE_PACKAGE
 
 TEXTS = ["to be, or not to be: that is the question.\n"] * 20 + ["naïve café – größer, 日本語 🙂 don't I'll we've 1234"] * 5
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> ScratchGPTTokenizer:
-    return ScratchGPTTokenizer.train(TEXTS, vocab_size=330)
+def kinds() -> dict[str, ScratchGPTTokenizer]:
+    return {kind: ScratchGPTTokenizer.train(iter(TEXTS), vocab_size=330, kind=kind) for kind in TOKENIZERS}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(kinds) -> ScratchGPTTokenizer:
+    return kinds["bpe"]
 
 
 def test_training_reaches_the_size_and_learns_words(tokenizer):
     assert len(tokenizer) == 330
-    assert (
-        tokenizer.tokenize("that is the question") == ["th", "at", "Ġis", "Ġthe", "Ġquestion"]
-        or len(tokenizer.tokenize("that is the question")) < len("that is the question") / 2
-    )
+    assert len(tokenizer.tokenize("that is the question")) < len("that is the question") / 2
 
 
 def test_training_is_repeatable():
@@ -42,12 +44,13 @@ def test_add_prefix_space_for_pretokenized_texts(tokenizer, tmp_path):
         assert words == tokenizer(" that is the")["input_ids"] == loaded("that is the")["input_ids"]
 
 
-@settings(max_examples=500, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=200))
-def test_any_text_is_decoded_unchanged(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= token_id < len(tokenizer) for token_id in ids)
+@pytest.mark.parametrize("kind", ["bpe", "bpe-gpt4"])
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=150))
+def test_any_text_is_decoded_unchanged(kinds, kind, text):
+    ids = kinds[kind](text)["input_ids"]
+    assert kinds[kind].decode(ids) == text
+    assert all(0 <= token_id < len(kinds[kind]) for token_id in ids)
 
 
 @settings(max_examples=100, deadline=None)
@@ -55,18 +58,6 @@ def test_any_text_is_decoded_unchanged(tokenizer, text):
 def test_every_plane_of_unicode_is_decoded_unchanged(tokenizer, start):
     text = "".join(chr(code) for code in range(start, start + 300) if not 0xD800 <= code <= 0xDFFF)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_texts_are_decoded_unchanged(tokenizer):
-    draw = random.Random(0)
-    blocks = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF)]
-    blocks += [(plane << 16, (plane << 16) + 0xFFFF) for plane in range(1, 17)]
-    for _ in range(100_000):
-        block = draw.choice(blocks)  # and now and then a character from elsewhere
-        places = [draw.choice(blocks) if draw.random() < 0.3 else block for _ in range(draw.randrange(40))]
-        text = "".join(chr(draw.randint(*place)) for place in places)
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("piece", ["a", " ", "\n", "🙂", "\u0301", "<|bos|>", "to be "])
@@ -106,21 +97,6 @@ def test_batches_are_padded_and_masked(tokenizer):
     batch = tokenizer(texts, padding=True)
     assert batch["input_ids"][0][-1] == tokenizer.pad_token_id
     assert [sum(mask) for mask in batch["attention_mask"]] == [len(tokenizer(text)["input_ids"]) for text in texts]
-
-
-def test_a_vocabulary_smaller_than_the_bytes_is_refused():
-    for wrong in (258, 2**40):
-        with pytest.raises(ValueError, match=f"vocab_size must be at least 259 .* got {wrong}"):
-            ScratchGPTTokenizer.train(TEXTS, vocab_size=wrong)
-    assert len(ScratchGPTTokenizer.train([], vocab_size=259)) == 259  # the bytes alone will do
-
-
-# The other kinds
-
-
-@pytest.fixture(scope="module")
-def kinds() -> dict[str, ScratchGPTTokenizer]:
-    return {kind: ScratchGPTTokenizer.train(iter(TEXTS), vocab_size=330, kind=kind) for kind in TOKENIZERS}
 
 
 def test_the_default_kind_gives_the_same_ids_as_ever(tokenizer):
@@ -165,21 +141,21 @@ def test_every_kind_is_the_same_after_saving(kinds, kind, tmp_path):
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-@pytest.mark.parametrize("loader", ["AutoTokenizer", "TokenizersBackend"])
-def test_every_kind_loads_without_this_package(kinds, tmp_path, loader):
-    """With the saved copy of the code, or with `tokenizer.json` only."""
+def test_every_kind_loads_without_this_package(kinds, tmp_path):
+    """With the saved copy of the code, and with `tokenizer.json` only."""
     text, expected = "To be, that\n\n  is größer: 🙂 don't", {}
     for kind, tokenizer in kinds.items():
         tokenizer.save_pretrained(tmp_path / kind)
         ids = tokenizer(text)["input_ids"]
-        expected[kind] = [ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id]
+        expected[kind] = [[ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id]] * 2
     program = (
-        f"import json, sys; from transformers import {loader}; found = {{}}\n"
+        f"{WITHOUT_THE_PACKAGE}from transformers import AutoTokenizer, TokenizersBackend; found = {{}}\n"
         f"for kind in {TOKENIZERS}:\n"
-        f"    tokenizer = {loader}.from_pretrained(f'{{sys.argv[1]}}/{{kind}}', trust_remote_code=True)\n"
-        f"    ids = tokenizer({text!r})['input_ids']\n"
-        "    found[kind] = [ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id]\n"
-        "assert not any(name.startswith('modeling_scratchgpt') for name in sys.modules)\n"
+        "    found[kind] = []\n"
+        "    for loader in (AutoTokenizer, TokenizersBackend):\n"
+        "        tokenizer = loader.from_pretrained(f'{sys.argv[1]}/{kind}', trust_remote_code=True)\n"
+        f"        ids = tokenizer({text!r})['input_ids']\n"
+        "        found[kind].append([ids, tokenizer.decode(ids), tokenizer.eos_token_id, tokenizer.unk_token_id])\n"
         "print(json.dumps(found))"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -189,12 +165,6 @@ def test_every_kind_loads_without_this_package(kinds, tmp_path, loader):
 
 
 KNOWN = "".join(sorted(set("".join(TEXTS))))
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=100))
-def test_gpt4_any_text_is_decoded_unchanged(kinds, text):
-    assert kinds["bpe-gpt4"].decode(kinds["bpe-gpt4"](text)["input_ids"]) == text
 
 
 @settings(max_examples=200, deadline=None)
@@ -271,8 +241,9 @@ def test_training_texts_are_streamed(kind):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_vocabulary_too_small_for_the_kind_is_refused(kind):
     least = min_vocab_size(kind)
-    with pytest.raises(ValueError, match=f"vocab_size must be at least {least} .* got {least - 1}"):
-        ScratchGPTTokenizer.train(TEXTS, least - 1, kind=kind)
+    for wrong in (least - 1, 2**40):
+        with pytest.raises(ValueError, match=f"vocab_size must be at least {least} .* got {wrong}"):
+            ScratchGPTTokenizer.train(TEXTS, wrong, kind=kind)
     assert len(ScratchGPTTokenizer.train([], least, kind=kind)) <= least  # a check before any text is read
 
 
@@ -359,13 +330,10 @@ def test_gpt2_same_ids_as_transformers(gpt2, gpt2_of_transformers, text):
     assert gpt2(text)["input_ids"] == gpt2_of_transformers(text)["input_ids"]
 
 
-def test_gpt2_has_one_token_for_bos_and_eos(gpt2):
+def test_gpt2_has_one_token_for_bos_and_eos_and_can_be_saved(gpt2, tmp_path):
     assert len(gpt2) == 50257
     assert gpt2.bos_token_id == gpt2.eos_token_id == 50256
     assert gpt2("a<|endoftext|>b")["input_ids"] == [64, 50256, 65]
-
-
-def test_gpt2_saved_and_loaded(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
 

@@ -8,15 +8,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 from modeling_scratchgpt.lora import LoraConfig, add_adapter, load_adapter, merge_and_unload, save_adapter
 from modeling_scratchgpt.lora.files import WEIGHTS
-from tests.conftest import MODERN, TINY, on_two_processes
+from tests.conftest import MODERN, TINY, on_two_processes, shaken
 from tests.modeling_scratchgpt.test_interchange import QWEN3
 
+IDS = torch.arange(24).view(2, 12)
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rsLoRA": {"use_rslora": True},
@@ -37,11 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def base(**fields: Any) -> ScratchGPTForCausalLM:
     torch.manual_seed(0)
-    model = ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **fields})), 0.05).train()
 
 
 def both(folder: Path, kind: dict[str, Any], **fields: Any) -> tuple[ScratchGPTForCausalLM, peft.PeftModel]:
@@ -75,6 +74,18 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return result
 
 
+def saved_by_peft(model: torch.nn.Module, folder: Path, **settings: Any) -> peft.PeftModel:
+    """A copy of the model with an adapter and a head that are not zero, made and saved by PEFT."""
+    config = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "init_lora_weights": False, **settings})
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1.0)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_training_steps_equal_pefts(kind, tmp_path):
     tied = kind == "tied embeddings"
@@ -104,10 +115,9 @@ def test_fifty_training_steps_equal_pefts(kind, tmp_path):
     "fields", [{"tie_word_embeddings": True}, {**MODERN, "tie_word_embeddings": False}], ids=["gpt2", "modern"]
 )
 def test_each_loads_what_the_other_has_saved(kind, fields, tmp_path):
-    if "bias" in KINDS[kind] and "norm_type" in fields:
-        pytest.skip("the modern model has no biases")
+    if "bias" in KINDS[kind]:
+        fields = {**fields, "attention_bias": True, "mlp_bias": True}
     ours, theirs = both(tmp_path / "0", KINDS[kind], **fields)
-    ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         for name, parameter in [*ours.named_parameters(), *theirs.named_parameters()]:
             if parameter.requires_grad:  # nonzero adapters
@@ -117,57 +127,48 @@ def test_each_loads_what_the_other_has_saved(kind, fields, tmp_path):
         theirs.eval()
         save_adapter(ours, tmp_path / "ours")
         read = peft.PeftModel.from_pretrained(base(**fields), tmp_path / "ours").eval()
-        torch.testing.assert_close(read(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read(IDS).logits, ours(IDS).logits, atol=1e-5, rtol=1e-5)
 
         theirs.save_pretrained(tmp_path / "theirs")
         model = base(**fields).eval()
         load_adapter(model, tmp_path / "theirs")
-        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
         assert not any(parameter.requires_grad for parameter in model.parameters())
         merged = theirs.merge_and_unload()
-        torch.testing.assert_close(merge_and_unload(model)(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merge_and_unload(model)(IDS).logits, merged(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_classifiers_of_peft_with_their_heads(tmp_path):
     """PEFT adds names of heads that a classifier might have."""
-    torch.manual_seed(0)
     model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3)).eval()
-    theirs = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear", init_lora_weights=False)
-    )
-    with torch.no_grad():
-        theirs.base_model.model.score.modules_to_save["default"].weight.add_(1.0)
-    theirs.save_pretrained(tmp_path)
+    theirs = saved_by_peft(model, tmp_path, task_type="SEQ_CLS")
     assert "classifier" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
     load_adapter(model, tmp_path)
-    ids = torch.arange(24).view(2, 12)
-    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_embeddings_that_peft_saves_beside_an_adapter(changed, tmp_path):
-    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    model = base().eval()
+    theirs = saved_by_peft(model, tmp_path, target_modules=["lm_head", "q_proj"])
     if changed:
         with torch.no_grad():
             theirs.get_output_embeddings().base_layer.weight.add_(1.0)
-    theirs.save_pretrained(tmp_path)
-    model, ids = base().eval(), torch.arange(24).view(2, 12)
-    if changed:
+        theirs.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="has its own embeddings, .*, which is not supported: load it with PEFT"):
             load_adapter(model, tmp_path)
     else:
         load_adapter(model, tmp_path)
-        torch.testing.assert_close(model(ids).logits, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_ranks_above_those_of_narrow_matrices_are_loaded(tmp_path):
-    fields = {**MODERN, "num_key_value_heads": 1}
-    settings = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-    theirs = peft.get_peft_model(base(**fields), settings).eval()
-    theirs.save_pretrained(tmp_path)
-    model, ids = base(**fields).eval(), torch.arange(24).view(2, 12)
+@pytest.mark.parametrize("kind", ["a model of transformers with linear layers", "a rank above that of narrow matrices"])
+def test_adapters_that_peft_has_made_for_other_models(kind, tmp_path):
+    is_qwen = kind.startswith("a model")
+    model = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval() if is_qwen else base(**{**MODERN, "num_key_value_heads": 1}).eval()
+    theirs = saved_by_peft(model, tmp_path, r=3 if is_qwen else 16)
     load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,56 +205,28 @@ def test_peft_knows_the_default_target_modules(fields):
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} | ({"gate_proj"} if fields else set())
 
 
-def test_models_of_transformers_with_linear_layers(tmp_path):
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval()
-    theirs = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
-    )
-    theirs.save_pretrained(tmp_path)
-    load_adapter(model, tmp_path)
-    ids = torch.arange(24).view(2, 12)
-    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-ON_TWO = """
-import copy
-import peft
-from safetensors.torch import load_file
-from torch.nn.parallel import DistributedDataParallel
-from modeling_scratchgpt.lora import LoraConfig, add_adapter
-from modeling_scratchgpt.lora.files import save_adapter
-from tests.reference.test_lora_against_peft import apart, base, gradients
-
-kind, folder = sys.argv[1:]
-settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": kind == "rsLoRA", "use_dora": kind == "DoRA"}
-ours = base()
-theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**settings))
-torch.manual_seed(0)
-add_adapter(ours, LoraConfig(**settings))
-save_adapter(ours, f"{folder}/{dist.get_rank()}")
-peft.set_peft_model_state_dict(theirs, load_file(f"{folder}/{dist.get_rank()}/adapter_model.safetensors"))
-models = [ours.train(), theirs.train()]
-wrapped = [DistributedDataParallel(model) for model in models]
-optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
-for step in range(50):
-    ids = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
-    for model, optimizer in zip(wrapped, optimizers):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    if step == 0:
-        assert apart(gradients(ours), gradients(theirs)) < 1e-6
-    for optimizer in optimizers:
-        optimizer.step()
-save_adapter(ours, f"{folder}/{dist.get_rank()}")
-mine = load_file(f"{folder}/{dist.get_rank()}/adapter_model.safetensors")
-assert apart(mine, peft.get_peft_model_state_dict(theirs)) < 1e-6
-for tensor in mine.values():  # equal on both processes
-    other = tensor.clone()
-    dist.broadcast(other, 0)
-    assert torch.equal(tensor, other)
-"""
+def train_on_two_processes(kind: str, folder: Path) -> None:
+    folder = folder / str(dist.get_rank())
+    models = both(folder, KINDS[kind])
+    wrapped = [DistributedDataParallel(model.train()) for model in models]
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
+    for step in range(50):
+        ids = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+        for model, optimizer in zip(wrapped, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if step == 0:
+            assert apart(*map(gradients, models)) < 1e-6
+        for optimizer in optimizers:
+            optimizer.step()
+    save_adapter(models[0], folder)
+    mine = load_file(folder / WEIGHTS)
+    assert apart(mine, peft.get_peft_model_state_dict(models[1])) < 1e-6
+    for tensor in mine.values():  # equal on both processes
+        other = tensor.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(tensor, other)
 
 
 def test_training_on_two_processes_equals_pefts(tmp_path):
-    on_two_processes(ON_TWO, tmp_path, *((kind, tmp_path) for kind in ("plain", "rsLoRA", "DoRA")))
+    on_two_processes(train_on_two_processes, tmp_path, *((kind, tmp_path / kind) for kind in ("plain", "rsLoRA", "DoRA")))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -15,12 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import ROOT
 from training import classify, instruct, pretrain
+from training.cli import run_main
 from training.engine.run_folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "--vocab_size", "300", "--context_length", "32", "--batch_size", "4", "--max_steps", "12", "--eval_steps", "6",
     "--validation_fraction", "0.1", "--report_to", "none",
@@ -46,22 +50,33 @@ TUNING: dict[ModuleType, list[str]] = {
 ANSWERS = {"dark": "stormy", "bright": "calm"}
 
 
-def launch(
-    launcher: list[str], *arguments: str, script: str = "pretrain.py", **environment: str
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*launcher, f"training/{script}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def launch(launcher: list[str], *argv: str, script: str = "pretrain.py", **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    command = [*launcher, f"training/{script}", *argv]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=280)
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory) -> dict[str, str]:
-    return {"HF_HOME": str(tmp_path_factory.mktemp("home"))}
+def run_program(name: str, *argv: str) -> None:
+    """Run a program of training/ with these arguments, as in a process of its own."""
+    sys.argv = [f"{name}.py", *argv]
+    run_main(importlib.import_module(f"training.{name}").main)
+
+
+def write_rows(path: Path, table: list[dict]) -> str:
+    """Write a table in the format of its extension; any other: tab-separated, without a header."""
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps(table))
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(table), path)
+        case ".csv":
+            quoted = [",".join(f'"{value}"' for value in row.values()) for row in table]
+            path.write_text("\n".join([",".join(table[0]), *quoted]))
+        case _:
+            path.write_text("".join("\t".join(map(str, row.values())) + "\n" for row in table))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -74,16 +89,6 @@ def book(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def run(book, caches, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A finished run of pretraining, started as the README says, on the CPU."""
-    output_dir = tmp_path_factory.mktemp("outputs") / "book"
-    launcher = [*LAUNCH, "--config_file", "training/configs/accelerate/cpu.yaml"]
-    process = launch(launcher, "--dataset", book, "--output_dir", str(output_dir), *SMALL, **caches)
-    assert process.returncode == 0, process.stderr
-    return output_dir, process
-
-
-@pytest.fixture(scope="session")
 def nights(book, tmp_path_factory) -> dict[ModuleType, str]:
     """Data for each recipe: a text, and labels and answers that follow from one word."""
     directory = tmp_path_factory.mktemp("nights")
@@ -92,42 +97,48 @@ def nights(book, tmp_path_factory) -> dict[ModuleType, str]:
         for number in range(60)
         for word, other in ANSWERS.items()
     ]
-    (directory / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     conversations = [
         {"instruction": f"night {number}", "input": word, "output": answer}
         for number in range(40)
         for word, answer in ANSWERS.items()
     ]
-    (directory / "conversations.json").write_text(json.dumps(conversations))
-    return {pretrain: book, classify: str(directory / "examples.jsonl"), instruct: str(directory / "conversations.json")}
+    files = {"examples.jsonl": examples, "conversations.json": conversations}
+    return dict(zip(TUNING, (book, *(write_rows(directory / name, table) for name, table in files.items())), strict=True))
+
+
+@pytest.fixture(scope="session")
+def finished(nights, tmp_path_factory) -> Callable[..., tuple[Path, str]]:
+    """The output directory of a finished run of a recipe, and what it printed."""
+
+    @functools.cache
+    def finish(recipe: Any) -> tuple[Path, str]:
+        output_dir = tmp_path_factory.mktemp("outputs") / "nights"
+        options = SMALL if recipe is pretrain else ["--base_model", str(finish(pretrain)[0]), *TUNING[recipe]]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            recipe.main(["--dataset", nights[recipe], "--output_dir", str(output_dir), *options])
+        return output_dir, printed.getvalue()
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def run(finished) -> Path:
+    """The directory of a finished run of pretraining."""
+    return finished(pretrain)[0]
 
 
 @pytest.fixture
 def tune(run, nights, tmp_path) -> Callable[..., Path]:
     """Fine-tunes a model with a recipe in this process, and returns the output directory."""
 
-    def start(recipe: Any, *argv: str, output: str = "model", base: Path = run[0]) -> Path:
+    def start(recipe: Any, *argv: str, output: str = "model", base: Path = run) -> Path:
         output_dir = tmp_path / output
         words = ["--base_model", str(base), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
         recipe.main([*words, *TUNING[recipe], *argv])
         return output_dir
 
     return start
-
-
-@pytest.fixture(scope="session")
-def finished(run, nights, tmp_path_factory) -> Callable[..., tuple[Path, str]]:
-    """The output directory of a finished run of a recipe, and what it printed."""
-
-    @functools.cache
-    def finish(recipe: Any) -> tuple[Path, str]:
-        output_dir = tmp_path_factory.mktemp("outputs") / "nights"
-        words = ["--base_model", str(run[0]), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            recipe.main([*words, *TUNING[recipe]])
-        return output_dir, printed.getvalue()
-
-    return finish
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Classification: what is particular to it, besides what test_finetuning.py shows."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
-from tests.training.conftest import scores
+from tests.training.conftest import scores, write_rows
 from training import classify
 from training.engine.arguments import resolve_epochs
 from training.errors import UserError
@@ -22,11 +21,6 @@ def load_pipeline(folder: Path) -> TextClassificationPipeline:
         tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         top_k=None,
     )
-
-
-def write_table(path: Path, table: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in table))
-    return str(path)
 
 
 def test_printed_lines_metrics_and_card(finished):
@@ -54,9 +48,9 @@ def test_printed_lengths_of_the_training_texts(tune, tmp_path, capsys):
     texts = [f"{'ab'[number % 2]}{' night' * (number * 7 % 24)} {number}" for number in range(9)]
     held_out = [{"text": f"held out {number}", "label": "ab"[number % 2]} for number in range(4)]
     files = [
-        *("--dataset", write_table(tmp_path / "train.jsonl", [{"text": text, "label": text[0]} for text in texts])),
-        *("--validation_dataset", write_table(tmp_path / "validation.jsonl", held_out[:2])),
-        *("--test_dataset", write_table(tmp_path / "test.jsonl", held_out[2:])),
+        *("--dataset", write_rows(tmp_path / "train.jsonl", [{"text": text, "label": text[0]} for text in texts])),
+        *("--validation_dataset", write_rows(tmp_path / "validation.jsonl", held_out[:2])),
+        *("--test_dataset", write_rows(tmp_path / "test.jsonl", held_out[2:])),
     ]
     folder = tune(classify, *files, "--max_steps", "1", "--context_length", "24")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -91,7 +85,7 @@ def test_several_labels_and_numbers(tune, tmp_path):
         }
         for number in range(90)
     ]
-    words = ["--dataset", write_table(tmp_path / "table.jsonl", table), "--num_train_epochs", "8"]
+    words = ["--dataset", write_rows(tmp_path / "table.jsonl", table), "--num_train_epochs", "8"]
     multi = tune(classify, *words, "--problem_type", "multi_label_classification", "--label_column", "dark", "calm")
     assert scores(multi)["test"]["accuracy"] > 0.9
     assert scores(multi)["test"]["labels"].keys() == {"dark", "calm"}
@@ -126,21 +120,6 @@ def test_label_smoothing_and_class_weights():
     np.testing.assert_allclose(weighted[3], [0.1 * 4 / 2, 0.9 * 4 / 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--label_smoothing", "-0.1"], "--label_smoothing must be at least 0 and below 1"),
-        (["--label_smoothing", "0.1", "--problem_type", "regression"], "--label_smoothing is for one label per text: omit it"),
-        (["--context_length", "6"], "all training texts are longer than the limit of 6 tokens"),
-        (["--text_column", "body"], "line 1 has no 'body'"),
-    ],
-)
-def test_a_mistake_is_refused_before_the_first_step(tune, tmp_path, words, message):
-    with pytest.raises(UserError, match=message):
-        tune(classify, *words)
-    assert not (tmp_path / "model" / "metrics.jsonl").exists()
-
-
 def test_a_run_that_was_killed_while_it_published_is_resumed(tune):
     """config.json is moved last: without it, other files of the model can exist."""
     folder = tune(classify, "--lora_r", "2")
@@ -157,7 +136,7 @@ def test_muon_without_matrices_to_train(tune):
 
 def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tune, run, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(run[0], base, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(run, base, ignore=shutil.ignore_patterns("checkpoints"))
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokenizer.add_tokens([f"<|{number}|>" for number in range(50)])
     tokenizer.save_pretrained(base)
@@ -168,6 +147,6 @@ def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tune, run, tmp_path)
 def test_a_classifier_as_the_base_gets_a_new_head_for_other_labels(finished, tune, tmp_path):
     names = ["one", "two", "three"]
     table = [{"text": f"{names[number % 3]} nights, {number}", "label": names[number % 3]} for number in range(60)]
-    words = ["--dataset", write_table(tmp_path / "three.jsonl", table), "--max_steps", "2"]
+    words = ["--dataset", write_rows(tmp_path / "three.jsonl", table), "--max_steps", "2"]
     folder = tune(classify, *words, base=finished(classify)[0])
     assert ScratchGPTForSequenceClassification.from_pretrained(folder).config.num_labels == 3

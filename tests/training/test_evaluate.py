@@ -14,8 +14,9 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from tests.conftest import on_two_processes
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
-from tests.training.conftest import TORCHRUN, evaluations, launch
+from tests.training.conftest import evaluations, run_program
 from training import evaluate
 from training.data.datasets import Windows, evaluation_dataloader
 from training.data.splits import SPLITS
@@ -151,7 +152,7 @@ def test_the_printed_speed_is_tokens_over_time(tiny_model, monkeypatch):
 
 def test_pretraining_has_the_same_metrics_of_its_validation_text(run, book, report):
     words = ("--dataset", book, "--split", "validation", "--validation_fraction", 0.1)
-    result, last = report(run[0], *words), evaluations(run[0])[-1]
+    result, last = report(run, *words), evaluations(run)[-1]
     assert result["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(last["eval_bits_per_byte"], rel=1e-5)
     assert result["context_length"] == 32
@@ -159,18 +160,17 @@ def test_pretraining_has_the_same_metrics_of_its_validation_text(run, book, repo
 
 def test_the_splits_together_are_the_text(run, book, report):
     fractions = ("--validation_fraction", 0.1, "--test_fraction", 0.2)
-    sizes = {split: report(run[0], "--dataset", book, "--split", split, *fractions)["bytes"] for split in ("all", *SPLITS)}
+    sizes = {split: report(run, "--dataset", book, "--split", split, *fractions)["bytes"] for split in ("all", *SPLITS)}
     assert sizes["all"] == sizes["train"] + sizes["validation"] + sizes["test"] == Path(book).stat().st_size
     assert sizes["validation"] < sizes["test"] < sizes["train"]
 
 
 @pytest.mark.parametrize("tiny_config", ["modern"], indirect=True)
-def test_two_processes_report_the_same(folder, text, caches, report):
+def test_two_processes_report_the_same(folder, text, report, tmp_path):
     words = ["--dataset", str(text), "--context_length", "16", "--batch_size", "2"]
     one = report(folder, *words)
-    process = launch(TORCHRUN, str(folder), *words, "--json", script="evaluate.py", ACCELERATE_USE_CPU="true", **caches)
-    assert process.returncode == 0, process.stderr
-    two = json.loads(process.stdout)
+    printed = on_two_processes(run_program, tmp_path, ["evaluate", str(folder), *words, "--json"], ACCELERATE_USE_CPU="true")
+    (two,) = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert two.pop("loss") == pytest.approx(one["loss"], rel=1e-6)
     assert two["tokens"] == one["tokens"]
 
@@ -178,6 +178,7 @@ def test_two_processes_report_the_same(folder, text, caches, report):
 def test_code_in_the_directory_of_a_scratchgpt_does_not_run(folder, text, report):
     (folder / "modeling_scratchgpt.py").write_text("raise RuntimeError('this must not run')\n")
     assert report(folder, "--dataset", text, "--trust_remote_code")["loss"] > 0
+    assert type(evaluate.load_model(str(folder), True, torch.device("cpu"))) is ScratchGPTForCausalLM
 
 
 def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, tmp_path):
@@ -202,10 +203,7 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
         ([folder, "--stride", 65], "--stride 65 would skip tokens: it must be at most 64"),
         ([folder, "--stride", -1], "--stride must be at least 0, got -1"),
         ([folder, "--split", "test"], "--split test: pass the --test_fraction of the training run"),
-        (
-            [folder, "--split", "train", "--validation_fraction", 1],
-            "--validation_fraction must be above 0 and below 1, got 1.0",
-        ),
+        ([folder, "--validation_fraction", 1], "--validation_fraction must be above 0 and below 1, got 1.0"),
         ([folder, "--dataset", empty], "no text"),
         ([folder, "--dataset", missing], "missing"),
     ):

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer, TextGenerationPipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.training.conftest import ANSWERS, ROOT, scores
 from training import instruct
-from training.errors import UserError
 
 
 def load_chat(folder: Path) -> TextGenerationPipeline:
@@ -64,12 +62,10 @@ def test_the_pipeline_chats(finished):
 @pytest.mark.parametrize("template", ["alpaca", "phi3"])
 def test_other_chat_templates(tune, tmp_path, template, run):
     base = tmp_path / "base"
-    model = ScratchGPTForCausalLM.from_pretrained(run[0])
+    model = ScratchGPTForCausalLM.from_pretrained(run)
     model.config.max_position_embeddings = 160  # Alpaca's preamble is long in tokens of a letter
-    if model.config.position_embedding_type == "learned":
-        model.model.embed_positions = torch.nn.Embedding(160, 32)
     model.save_pretrained(base)
-    AutoTokenizer.from_pretrained(run[0], trust_remote_code=False).save_pretrained(base)
+    AutoTokenizer.from_pretrained(run, trust_remote_code=False).save_pretrained(base)
     folder = tune(instruct, "--chat_template", template, "--num_train_epochs", "30", base=base)
     question = "night 26\n\n### Input:\ndark" if template == "alpaca" else "night 26\ndark"
     assert ask(load_chat(folder), question) == "stormy"
@@ -105,21 +101,6 @@ def test_transformers_chat(server, finished):
     )
     assert process.returncode == 0, process.stderr
     assert "stormy" in process.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
-        (["--repetition_penalty", "nan"], "--repetition_penalty must be at least 1 and at most 10, got nan"),
-        (["--context_length", "8"], "of 64 conversations 64 are longer than 8 tokens .use a larger --context_length"),
-        (["--chat_template", "nothing"], "--chat_template nothing: pass chat, alpaca, phi3, or a file"),
-    ],
-)
-def test_a_mistake_is_refused_before_the_first_step(tune, tmp_path, words, message):
-    with pytest.raises(UserError, match=message):
-        tune(instruct, *words)
-    assert not (tmp_path / "model" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

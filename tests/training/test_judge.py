@@ -33,15 +33,13 @@ def make_judge(folder: str, verdict: str) -> str:
     tokenizer = ScratchGPTTokenizer.train([REQUEST] * 9 + ["I think it is 73."] * 9, vocab_size=500)
     set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 1024)
     requests = [REQUEST.format(question=row["prompt"][0]["content"], **row) for row in ROWS]
-    torch.manual_seed(0)
     shape = {"max_position_embeddings": 1024, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ScratchGPTForCausalLM(ScratchGPTConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
         messages = [{"role": "user", "content": requests[step % 2]}, {"role": "assistant", "content": verdict}]
-        batch = tokenizer.apply_chat_template(
-            messages, return_assistant_tokens_mask=True, return_dict=True, return_tensors="pt"
-        )
+        options = {"return_assistant_tokens_mask": True, "return_dict": True, "return_tensors": "pt"}
+        batch = tokenizer.apply_chat_template(messages, **options)
         labels = batch["input_ids"].masked_fill(batch["assistant_masks"] == 0, -100)
         model(batch["input_ids"], labels=labels).loss.backward()
         optimizer.step()
@@ -233,10 +231,7 @@ def test_the_grades_of_a_run_are_in_its_files_and_its_card(answering, tune, caps
         (["--base_url", "http://x", "--model", "m"], "--run is missing"),
         (["/nowhere", "--base_url", "http://x"], "--model is missing"),
         (["/nowhere", "--model", "m"], "--base_url is missing"),
-        (
-            ["/nowhere", "--base_url", "file:///etc/passwd", "--model", "m"],
-            "--base_url file:///etc/passwd must begin with http",
-        ),
+        (["/nowhere", "--base_url", "file:///x", "--model", "m"], "--base_url file:///x must begin with http"),
         (["/nowhere", "--base_url", "http://127.0.0.1:9", "--model", "m"], "/nowhere has no answers of a finished run"),
     ],
 )

@@ -57,10 +57,6 @@ def test_parameters_by_part(config):
     assert parts["attention"] == sum(p.numel() for name, p in model.named_parameters() if re.search("self_attn.*proj", name))
 
 
-def test_parameters_of_gpt2():
-    assert sum(parameters_by_part(ScratchGPTConfig.from_preset("124M")).values()) == 124_439_808
-
-
 @pytest.mark.parametrize(
     ("case", "flops"),
     [
@@ -102,10 +98,7 @@ def test_measured_peak_takes_little_time(mixed_precision):
 )
 def test_predicted_memory_equals_what_torch_allocates(shape, checkpointing, accumulation, optimizer):
     arguments = PretrainArguments(
-        context_length=64,
-        optimizer=optimizer,
-        gradient_checkpointing=checkpointing,
-        gradient_accumulation_steps=accumulation,
+        context_length=64, optimizer=optimizer, gradient_checkpointing=checkpointing, gradient_accumulation_steps=accumulation
     )
     config = ScratchGPTConfig(**{**TINY, **SHAPES[shape], **LARGER})
     model = ScratchGPTForCausalLM(config).train()

@@ -55,12 +55,12 @@ def test_a_mistake_is_an_error(run, tmp_path):
         (["--columns", "a", "b"], "--columns is for files: standard input is read line by line"),
         (["--input", ""], "--input is empty: pass a file, or - for standard input"),
         (["--input", "nothing.csv"], "nothing.csv: no such file or directory"),
-        (["--input", str(run[0] / "metrics.jsonl"), "--text_column", "words"], "has no 'words'; it has"),
+        (["--input", str(run / "metrics.jsonl"), "--text_column", "words"], "has no 'words'; it has"),
     ):
         with pytest.raises(UserError, match=message):
             predict.main(["nobody/nothing", *words])
     for folder, message in (
-        (run[0], "is not a text classifier, or incomplete .it lacks score.weight.: pass another model"),
+        (run, "is not a text classifier, or incomplete .it lacks score.weight.: pass another model"),
         (tmp_path, "config.json"),
         (tmp_path / "mistyped", "mistyped is not a directory: pass the directory or the Hub id of a model"),
         ("", "no model was given: pass the directory or the Hub id of a model"),

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows
+from tests.conftest import Processes, on_two_processes
+from tests.training.conftest import ROOT, SMALL, TORCHRUN, launch, rows, run_program
 from training import pretrain
 from training.errors import UserError
 
@@ -25,32 +27,13 @@ OPTIONS = [
 LARGE = [*OPTIONS, "--max_steps", "6", "--eval_steps", "6", "--save_steps", "1", "--model", "intermediate_size=20000"]
 
 
-def start(launcher: list[str], *arguments: str, **environment: str) -> subprocess.Popen:
-    """A run in the background."""
-    return subprocess.Popen(
-        [*launcher, "training/pretrain.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    """Wait until a condition holds while the process runs."""
+def wait_for(run: Processes, condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds while the processes run."""
     deadline = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert all(process.is_alive() for process in run.processes), run.log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill the run and all its processes."""
-    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-        each.kill()
-    process.communicate()
 
 
 def steps_done(folder: Path) -> int:
@@ -72,73 +55,74 @@ def straight(book, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, caches, tmp_path):
+def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, tmp_path):
     """While it is paused, no other run can use its directory; Ctrl-C saves a checkpoint; SIGKILL leaves the last one."""
     folder = tmp_path / "run"
     options = ["--dataset", book, *OPTIONS, "--save_steps", "10", "--output_dir", str(folder)]
-    first = start([sys.executable], *options, **caches)
+    first = Processes(run_program, tmp_path / "first", ["pretrain", *options])
     wait_for(first, lambda: steps_done(folder) >= 5)
-    first.send_signal(signal.SIGSTOP)
+    first.signal(signal.SIGSTOP)
     for resume in ([], ["--resume"]):
         with pytest.raises(
             UserError, match=f"--output_dir {folder}: another run is writing there. Wait for it to end, or pass"
         ):
             pretrain.main([*options, *resume])
-    first.send_signal(signal.SIGINT)
-    first.send_signal(signal.SIGCONT)
-    output, _ = first.communicate(timeout=200)
-    assert first.returncode == 130
+    first.signal(signal.SIGINT)
+    first.signal(signal.SIGCONT)
+    output = first.wait(130)
     assert output.count("Stopping after this step and saving a checkpoint. Ctrl-C stops at once.") == 1
     assert "To continue, run the same command with --resume." in output
     assert "Traceback" not in output
     stopped = steps_done(folder)
-    second = start([sys.executable], *options, "--resume", **caches)
+    second = Processes(run_program, tmp_path / "second", ["pretrain", *options, "--resume"])
     wait_for(second, lambda: steps_done(folder) >= max(stopped + 1, 22))
-    kill(second)
+    second.signal(signal.SIGKILL)
+    second.wait(-signal.SIGKILL)
     pretrain.main([*options, "--resume"])
     assert results(folder) == results(straight)
 
 
-def test_two_processes_train_and_resume_like_one(run, book, caches, tmp_path):
-    """To the same bits with two processes again; with one process to the same losses."""
-    environment = {"ACCELERATE_USE_CPU": "true", **caches}
-    names = ("straight", "two", "one")
-    options = {name: ["--dataset", book, *SMALL, "--save_steps", "3", "--output_dir", str(tmp_path / name)] for name in names}
-    process = launch(TORCHRUN, *options["straight"], **environment)
+def test_two_processes_train_and_resume_like_one(run, book, tmp_path):
+    """To the same bits with two processes again, also under torchrun; with one process to the same losses."""
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}
+    options = ["--dataset", book, *SMALL, "--save_steps", "3", "--output_dir"]
+    process = launch(TORCHRUN, *options, str(tmp_path / "straight"), **on_cpu)
     assert process.returncode == 0, process.stderr
-    killed = start(TORCHRUN, *options["two"], **environment)
+    words = ["pretrain", *options, str(tmp_path / "two")]
+    killed = Processes(run_program, tmp_path / "killed", words, count=2, **on_cpu)
     wait_for(killed, lambda: any((tmp_path / "two" / "checkpoints").glob("step-*")))
-    kill(killed)
+    killed.signal(signal.SIGKILL)
+    killed.wait(-signal.SIGKILL)
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    process = launch(TORCHRUN, *options["two"], "--resume", **environment)
-    assert process.returncode == 0, process.stderr
-    assert "Resuming from step" in process.stdout
-    pretrain.main([*options["one"], "--resume"])
+    assert "Resuming from step" in on_two_processes(run_program, tmp_path, [*words, "--resume"], **on_cpu)
+    pretrain.main([*options, str(tmp_path / "one"), "--resume"])
     assert results(tmp_path / "two") == results(tmp_path / "straight")
     for name in ("two", "one"):
-        for expected, row in zip(rows(run[0]), rows(tmp_path / name), strict=True):
+        for expected, row in zip(rows(run), rows(tmp_path / name), strict=True):
             assert row.pop("seconds", None) is None or expected.pop("seconds")
             assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_that_is_killed_while_writing_a_checkpoint(book, caches, tmp_path):
+def test_a_run_that_is_killed_while_writing_a_checkpoint(book, tmp_path):
     options = ["--dataset", book, *LARGE]
     pretrain.main([*options, "--save_steps", "6", "--output_dir", str(tmp_path / "straight")])
     folder = tmp_path / "killed"
     checkpoints = folder / "checkpoints"
-    process = start([sys.executable], *options, "--output_dir", str(folder), **caches)
+    writer = Processes(run_program, tmp_path / "log", ["pretrain", *options, "--output_dir", str(folder)])
 
     def is_writing() -> bool:
         """Checked while the run is paused: a file that is incomplete then is incomplete when it is killed."""
-        process.send_signal(signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)
+        writer.signal(signal.SIGSTOP)
+        while psutil.Process(writer.processes[0].pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
         found = any(checkpoints.glob("step-*")) and any(checkpoints.glob(".writing-*/*"))
         if not found:
-            process.send_signal(signal.SIGCONT)
+            writer.signal(signal.SIGCONT)
         return found
 
-    wait_for(process, is_writing)
-    kill(process)
+    wait_for(writer, is_writing)
+    writer.signal(signal.SIGKILL)
+    writer.wait(-signal.SIGKILL)
     assert list(checkpoints.glob(".writing-*"))
     os.truncate(max(checkpoints.glob("step-*")) / "model.safetensors", 100)  # and the disk has lost a piece
     pretrain.main([*options, "--output_dir", str(folder), "--resume"])
@@ -154,7 +138,10 @@ def test_signals_at_any_moment(book, tmp_path, number):
     options = ["--dataset", book, *OPTIONS, "--resume", "--output_dir"]
 
     def begin(name: str) -> subprocess.Popen:
-        return start([sys.executable], *options, str(tmp_path / name), HF_HOME=str(tmp_path / f"home-{name}"))
+        command = [sys.executable, "training/pretrain.py", *options, str(tmp_path / name)]
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / f"cache-{name}")}
+        streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
 
     start_time = time.monotonic()
     process = begin("straight")
@@ -181,12 +168,12 @@ def test_signals_at_any_moment(book, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_again_and_again(straight, book, caches, mount):
+def test_a_disk_that_is_full_again_and_again(straight, book, mount):
     folder, failures = Path(), 0
     for kilobytes in (4, 16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 1024, 1500, 64_000):
         folder = mount(f"size={kilobytes}k") / "run"
         options = ["--dataset", book, *OPTIONS, "--output_dir", str(folder)]
-        process = launch([sys.executable], *options, "--resume", **caches)
+        process = launch([sys.executable], *options, "--resume")
         if process.returncode == 0:
             break
         assert process.returncode == 2, process.stderr

@@ -1,6 +1,4 @@
-import json
 import re
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +7,7 @@ from datasets import Dataset, DatasetDict
 
 import training.data.conversations
 import training.data.sources
+from tests.training.conftest import write_rows
 from training.data.conversations import Conversation, ConversationArguments, check_conversations, read_conversations
 from training.data.splits import SPLITS
 from training.errors import UserError
@@ -16,17 +15,6 @@ from training.errors import UserError
 ALPACA = [
     {"instruction": f"Double {n}.", "input": "" if n % 2 else "In words.", "output": f"It is {2 * n}."} for n in range(40)
 ]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    match path.suffix:
-        case ".json":
-            path.write_text(json.dumps(rows))
-        case ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        case ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
 
 
 def as_messages(row: dict) -> list[dict]:
@@ -57,8 +45,8 @@ def questions(split: list[Conversation]) -> list[str]:
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("as_row", [dict, as_prompt, as_two_lists, lambda row: {"messages": as_messages(row)}])
 def test_every_format_of_row_and_file_gives_the_same_conversations(tmp_path, ending, as_row):
-    found = read(write(tmp_path / f"rows{ending}", [as_row(row) for row in ALPACA]))
-    expected = read(write(tmp_path / "other.json", ALPACA))
+    found = read(write_rows(tmp_path / f"rows{ending}", [as_row(row) for row in ALPACA]))
+    expected = read(write_rows(tmp_path / "other.json", ALPACA))
     assert found == expected
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 34, "validation": 2, "test": 4}
     conversations = [conversation for split in found.splits.values() for conversation in split]
@@ -66,7 +54,7 @@ def test_every_format_of_row_and_file_gives_the_same_conversations(tmp_path, end
 
 
 def test_the_input_follows_a_mark(tmp_path):
-    found = read(write(tmp_path / "rows.json", ALPACA), mark="\n\n### Input:\n")
+    found = read(write_rows(tmp_path / "rows.json", ALPACA), mark="\n\n### Input:\n")
     everything = [question for split in found.splits.values() for question in questions(split)]
     assert "Double 2.\n\n### Input:\nIn words." in everything
     assert "Double 3." in everything
@@ -79,8 +67,8 @@ def test_real_instructions(real_data):
 
 def test_duplicates_and_prompts_of_later_splits_are_dropped_and_counted(tmp_path):
     other_answer = {**ALPACA[0], "output": "Zero."}
-    train = write(tmp_path / "train.json", [*ALPACA, ALPACA[3], ALPACA[3], other_answer])
-    test = write(tmp_path / "test.json", [ALPACA[0], ALPACA[0], ALPACA[5]])
+    train = write_rows(tmp_path / "train.json", [*ALPACA, ALPACA[3], ALPACA[3], other_answer])
+    test = write_rows(tmp_path / "test.json", [ALPACA[0], ALPACA[0], ALPACA[5]])
     found = read(train, test_dataset=[test])
     assert found.duplicates == 3
     assert found.leaked["train"] + found.leaked["validation"] == 3  # 0 with both answers, and 5
@@ -91,7 +79,7 @@ def test_duplicates_and_prompts_of_later_splits_are_dropped_and_counted(tmp_path
 
 def test_a_prompt_with_all_its_answers_stays_in_one_split(tmp_path):
     rows = [{**row, "output": f"{row['output']} {n}"} for row in ALPACA for n in range(3)]
-    found = read(write(tmp_path / "rows.json", rows))
+    found = read(write_rows(tmp_path / "rows.json", rows))
     splits = [set(questions(split)) for split in found.splits.values()]
     assert sum(map(len, splits)) == len(set.union(*splits)) == 40
     assert found.leaked == dict.fromkeys(SPLITS, 0)
@@ -104,16 +92,16 @@ def test_conversations_with_one_prompt_stay_in_one_split(tmp_path):
         for number in range(40)
         for turns in (2, 4)
     ]
-    made = read(write(tmp_path / "rows.json", rows)).splits.values()
+    made = read(write_rows(tmp_path / "rows.json", rows)).splits.values()
     splits = [{conversation.prompt[0]["content"] for conversation in split} for split in made]
     assert sum(map(len, splits)) == len(set.union(*splits)) == 40
-    test = write(tmp_path / "test.json", rows[:1])
-    found = read(write(tmp_path / "train.json", rows[1:]), test_dataset=[test])
+    test = write_rows(tmp_path / "test.json", rows[:1])
+    found = read(write_rows(tmp_path / "train.json", rows[1:]), test_dataset=[test])
     assert sum(found.leaked.values()) == 1
 
 
 def test_a_given_split_that_is_empty_is_rejected(tmp_path):
-    train, test = write(tmp_path / "train.json", ALPACA), write(tmp_path / "test.json", [])
+    train, test = write_rows(tmp_path / "train.json", ALPACA), write_rows(tmp_path / "test.json", [])
     with pytest.raises(UserError, match="test.json has no examples"):
         read(train, test_dataset=[test])
 
@@ -151,7 +139,7 @@ def test_several_turns(tmp_path):
     ]
     rows = [{"messages": [*conversation[:-1], {**conversation[-1], "content": f"Bye {n}."}]} for n in range(30)]
     rows[1:] = [{"messages": as_messages(row)} for row in ALPACA]
-    found = read(write(tmp_path / "rows.jsonl", rows))
+    found = read(write_rows(tmp_path / "rows.jsonl", rows))
     (long,) = [one for split in found.splits.values() for one in split if len(one.messages) == 5]
     assert [message["content"] for message in long.messages] == ["Be brief.", "Hello", "Hi.", "Bye", "Bye 0."]
     assert long.answer == "Bye 0."
@@ -218,14 +206,14 @@ def conversation(*messages: tuple[str, str]) -> dict:
 )
 def test_errors_in_rows_are_one_line(tmp_path, row, message):
     with pytest.raises(UserError, match=message) as error:
-        read(write(tmp_path / "rows.json", [*ALPACA[:5], row, *ALPACA[6:]]))
+        read(write_rows(tmp_path / "rows.json", [*ALPACA[:5], row, *ALPACA[6:]]))
     assert "\n" not in str(error.value)
 
 
 def test_empty_answers_are_counted(tmp_path):
     rows = [{**row, "output": "" if n in (4, 9, 30) else row["output"]} for n, row in enumerate(ALPACA)]
     with pytest.raises(UserError, match="row 5 has an empty answer, and so have 2 more rows: leave them out"):
-        read(write(tmp_path / "rows.json", rows))
+        read(write_rows(tmp_path / "rows.json", rows))
 
 
 @pytest.mark.parametrize(
@@ -245,4 +233,4 @@ def test_a_file_that_is_not_a_list(tmp_path, content, message):
 
 def test_too_few_conversations(tmp_path):
     with pytest.raises(UserError, match="the validation split is empty"):
-        read(write(tmp_path / "rows.json", ALPACA[:3]))
+        read(write_rows(tmp_path / "rows.json", ALPACA[:3]))

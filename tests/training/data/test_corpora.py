@@ -84,10 +84,7 @@ def test_globs(tmp_path, pattern):
     for name in "ba":
         write(tmp_path, f"{name}.txt", name)
     assert texts(tmp_path / pattern) == ["a", "b"]
-
-
-def test_a_file_whose_name_looks_like_a_glob(tmp_path):
-    assert texts(write(tmp_path, "a[1].txt", "text")) == ["text"]
+    assert texts(write(tmp_path, "c[1].txt", "no pattern")) == ["no pattern"]
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -373,27 +370,19 @@ def test_signatures():
     ]
 
 
-def test_documents_of_docs_have_no_duplicates():
-    entries = [
-        {"library": "l", "module": "a", "signature": "", "docstring": "About a."},
-        {"library": "l", "module": "a", "signature": "def f()", "docstring": "Does\nthis."},
-        {"library": "l", "module": "b", "signature": "def f()", "docstring": "Does\nthis."},
-        {"library": "l", "module": "c", "signature": "class C", "docstring": "Is that."},
-    ]
-    assert [row["text"] for row in docstrings._docs_documents(entries)] == [
-        "module a\n\nAbout a.\n\ndef f():\n    Does\n    this.\n",
-        "module c\n\nclass C:\n    Is that.\n",
-    ]
-
-
 def test_docs_as_a_source(tmp_path, monkeypatch):
     for name in "abc":
         write(tmp_path, f"library/{name}.py", f'"""About {name}."""\ndef f():\n    "Does this."\n')
+    write(tmp_path, "library/d.py", 'class D(int):\n    "Is\\nthat."\n')
     own = write(tmp_path, "own.txt", "module c\n\nAbout c.\n")
     monkeypatch.setattr(docstrings, "DOCS_LIBRARIES", ())
     monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "library")})
     first, docs = read([own, "docs"])
-    assert docs.documents["text"][:] == ["module a\n\nAbout a.\n\ndef f():\n    Does this.\n", "module b\n\nAbout b.\n"]
+    assert docs.documents["text"][:] == [
+        "module a\n\nAbout a.\n\ndef f():\n    Does this.\n",
+        "module b\n\nAbout b.\n",
+        "module d\n\nclass D(int):\n    Is\n    that.\n",
+    ]
     assert (docs.name, docs.duplicates, docs.documents.features) == ("docs", 1, first.documents.features)
     assert len(read(["docs"], max_documents=1)[0].documents) == 1
 

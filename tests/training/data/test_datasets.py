@@ -170,11 +170,7 @@ def test_the_golden_case():
     rows = PaddedExamples(make_examples([[0, 1, 2, 3, 4, end], [5, 6, end], [7, 8, 9, end]]))
     batch = collate_padded([rows[0], rows[1], rows[2]], end)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4], [5, 6, end, end, end], [7, 8, 9, end, end]]
-    assert batch["shift_labels"].tolist() == [
-        [1, 2, 3, 4, 50256],
-        [6, 50256, -100, -100, -100],
-        [8, 9, 50256, -100, -100],
-    ]
+    assert batch["shift_labels"].tolist() == [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100], [8, 9, 50256, -100, -100]]
 
 
 def test_only_ids_with_a_loss_are_labels():

@@ -1,16 +1,14 @@
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import training.data.examples
 import training.data.sources
+from tests.training.conftest import write_rows
 from training.data.examples import (
     MULTI,
     REGRESSION,
@@ -27,18 +25,8 @@ from training.errors import UserError
 ROWS = [{"text": f"text {number}, or so", "label": "even" if number % 2 == 0 else "odd"} for number in range(40)]
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    match path.suffix:
-        case ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        case ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        case ".csv":
-            quoted = [",".join(f'"{value}"' for value in row.values()) for row in rows]
-            path.write_text("\n".join([",".join(rows[0]), *quoted]))
-        case _:
-            path.write_text("".join("\t".join(map(str, row.values())) + "\n" for row in rows))
-    return str(path)
+def read(path: Path, rows: list[dict], seed: int = 0, **changes):
+    return read_examples(ExampleArguments(dataset=[write_rows(path, rows)], **changes), seed)
 
 
 def texts(split: list[Example]) -> set[str]:
@@ -47,11 +35,10 @@ def texts(split: list[Example]) -> set[str]:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
 def test_every_file_format_gives_the_same_examples(tmp_path, ending):
-    read = read_examples(ExampleArguments(dataset=[write(tmp_path / f"rows{ending}", ROWS)]), seed=0)
-    expected = read_examples(ExampleArguments(dataset=[write(tmp_path / "other.jsonl", ROWS)]), seed=0)
-    assert read == expected
-    assert read.names == ["even", "odd"]
-    assert {name: Counter(example.label for example in split) for name, split in read.splits.items()} == {
+    found = read(tmp_path / f"rows{ending}", ROWS)
+    assert found == read(tmp_path / "other.jsonl", ROWS)
+    assert found.names == ["even", "odd"]
+    assert {name: Counter(example.label for example in split) for name, split in found.splits.items()} == {
         "train": {"even": 14, "odd": 14},
         "validation": {"even": 2, "odd": 2},
         "test": {"even": 4, "odd": 4},
@@ -61,43 +48,40 @@ def test_every_file_format_gives_the_same_examples(tmp_path, ending):
 @pytest.mark.parametrize("name", ["rows.tsv", "Rows"])
 def test_a_table_without_a_header(tmp_path, name):
     """Like the SMS Spam Collection: tabs, no column names, no extension."""
-    arguments = ExampleArguments(dataset=[write(tmp_path / name, ROWS)], columns=["text", "label"])
+    arguments = ExampleArguments(dataset=[write_rows(tmp_path / name, ROWS)], columns=["text", "label"])
     check_examples(arguments)
-    read = read_examples(arguments, seed=0)
-    assert sum(map(len, read.splits.values())) == len(ROWS)
+    found = read_examples(arguments, seed=0)
+    assert sum(map(len, found.splits.values())) == len(ROWS)
 
 
 def test_the_seed_decides_the_splits_and_the_order_of_the_rows_does_not(tmp_path):
-    one = ExampleArguments(dataset=[write(tmp_path / "one.jsonl", ROWS)])
-    two = ExampleArguments(dataset=[write(tmp_path / "two.jsonl", ROWS[::-1])])
-    test = texts(read_examples(one, seed=0).splits["test"])
-    assert texts(read_examples(two, seed=0).splits["test"]) == test
-    assert texts(read_examples(one, seed=1).splits["test"]) != test
+    test = texts(read(tmp_path / "one.jsonl", ROWS).splits["test"])
+    assert texts(read(tmp_path / "two.jsonl", ROWS[::-1]).splits["test"]) == test
+    assert texts(read(tmp_path / "one.jsonl", ROWS, seed=1).splits["test"]) != test
 
 
 def test_duplicates_stay_in_one_split_and_the_fractions_hold(tmp_path):
-    rows = [row for row in ROWS for _ in range(5)]
-    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0)
-    assert read.duplicates == dict.fromkeys(SPLITS, 0)
-    assert [len(read.splits[name]) for name in SPLITS] == [140, 20, 40]
+    found = read(tmp_path / "rows.jsonl", [row for row in ROWS for _ in range(5)])
+    assert found.duplicates == dict.fromkeys(SPLITS, 0)
+    assert [len(found.splits[name]) for name in SPLITS] == [140, 20, 40]
 
 
 def test_given_splits_lose_the_texts_of_later_ones(tmp_path):
     arguments = ExampleArguments(
-        dataset=[write(tmp_path / "train.jsonl", ROWS)],
-        validation_dataset=[write(tmp_path / "validation.jsonl", ROWS[:6])],
-        test_dataset=[write(tmp_path / "test.jsonl", [{**ROWS[0], "text": f" {ROWS[0]['text']}\n"}, *ROWS[4:10]])],
+        dataset=[write_rows(tmp_path / "train.jsonl", ROWS)],
+        validation_dataset=[write_rows(tmp_path / "validation.jsonl", ROWS[:6])],
+        test_dataset=[write_rows(tmp_path / "test.jsonl", [{**ROWS[0], "text": f" {ROWS[0]['text']}\n"}, *ROWS[4:10]])],
     )
-    read = read_examples(arguments, seed=0)
-    assert read.duplicates == {"train": 10, "validation": 3, "test": 0}
-    assert [len(read.splits[name]) for name in SPLITS] == [30, 3, 7]
+    found = read_examples(arguments, seed=0)
+    assert found.duplicates == {"train": 10, "validation": 3, "test": 0}
+    assert [len(found.splits[name]) for name in SPLITS] == [30, 3, 7]
 
 
 def test_undersampling(tmp_path):
     rows = [{"text": f"text {number}", "label": "rare" if number % 10 == 0 else "common"} for number in range(100)]
-    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)], balance="undersample"), seed=0)
-    assert read.undersampled == 80
-    assert Counter(example.label for split in read.splits.values() for example in split) == {"rare": 10, "common": 10}
+    found = read(tmp_path / "rows.jsonl", rows, balance="undersample")
+    assert found.undersampled == 80
+    assert Counter(example.label for split in found.splits.values() for example in split) == {"rare": 10, "common": 10}
 
 
 def test_class_weights_balance_the_classes():
@@ -113,21 +97,19 @@ def test_class_weights_balance_the_classes():
 
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
     rows = [{"text": f"text {number}", "label": number % 11} for number in range(110)]
-    read = read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0)
-    assert read.names == [str(number) for number in range(11)]
-    np.testing.assert_array_equal(as_numbers(read.splits["test"][:1], read.names, "single_label_classification").sum(), 1)
+    found = read(tmp_path / "rows.jsonl", rows)
+    assert found.names == [str(number) for number in range(11)]
+    np.testing.assert_array_equal(as_numbers(found.splits["test"][:1], found.names, "single_label_classification").sum(), 1)
 
 
 def test_several_labels_per_text(tmp_path):
     lists = [{"text": f"text {n}", "label": [name for name, k in (("two", 2), ("three", 3)) if n % k == 0]} for n in range(40)]
     columns = [{"text": f"text {n}", "three": int(n % 3 == 0), "two": n % 2 == 0} for n in range(40)]
-    arguments = ExampleArguments(dataset=[write(tmp_path / "lists.jsonl", lists)], problem_type=MULTI)
-    by_lists = read_examples(arguments, seed=0)
-    arguments = replace(arguments, dataset=[write(tmp_path / "rows.csv", columns)], label_column=["three", "two"])
-    by_columns = read_examples(arguments, seed=0)
+    by_lists = read(tmp_path / "lists.jsonl", lists, problem_type=MULTI)
+    by_columns = read(tmp_path / "rows.csv", columns, problem_type=MULTI, label_column=["three", "two"])
     assert by_lists.names == by_columns.names == ["three", "two"]
     for name in SPLITS:
-        one, two = (as_numbers(read.splits[name], read.names, MULTI) for read in (by_lists, by_columns))
+        one, two = (as_numbers(found.splits[name], found.names, MULTI) for found in (by_lists, by_columns))
         np.testing.assert_array_equal(one, two)
         numbers = [int(example.text.split()[1]) for example in by_lists.splits[name]]
         np.testing.assert_array_equal(one, [[n % 3 == 0, n % 2 == 0] for n in numbers])
@@ -135,11 +117,8 @@ def test_several_labels_per_text(tmp_path):
 
 def test_numbers_to_predict(tmp_path):
     rows = [{"text": f"text {n}", "stars": n / 4, "likes": n} for n in range(40)]
-    arguments = ExampleArguments(
-        dataset=[write(tmp_path / "rows.csv", rows)], problem_type=REGRESSION, label_column=["stars", "likes"]
-    )
-    read = read_examples(arguments, seed=0)
-    numbers = as_numbers(read.splits["train"], read.names, REGRESSION)
+    found = read(tmp_path / "rows.csv", rows, problem_type=REGRESSION, label_column=["stars", "likes"])
+    numbers = as_numbers(found.splits["train"], found.names, REGRESSION)
     np.testing.assert_array_equal(numbers[:, 1], 4 * numbers[:, 0])
     assert len(numbers) == 28
 
@@ -154,10 +133,10 @@ def test_a_hub_dataset_has_its_own_splits_and_label_names(monkeypatch):
     parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
     monkeypatch.setattr(training.data.sources, "load_dataset", lambda *_: DatasetDict(parts))
     arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
-    read = read_examples(arguments, seed=0)
-    assert read.names == ["glad", "sad"]
-    assert texts(read.splits["validation"]) == {f"validation {n}" for n in range(10)}
-    assert [len(read.splits[name]) for name in SPLITS] == [8, 10, 2]
+    found = read_examples(arguments, seed=0)
+    assert found.names == ["glad", "sad"]
+    assert texts(found.splits["validation"]) == {f"validation {n}" for n in range(10)}
+    assert [len(found.splits[name]) for name in SPLITS] == [8, 10, 2]
     with pytest.raises(UserError, match="someone/feelings has no 'text'; it has sentence, feeling. Set --text_column"):
         read_examples(replace(arguments, text_column="text"), seed=0)
 
@@ -170,11 +149,11 @@ def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):
     ]
     rows += [{**rows[0], "docstring": "What both say."}, {**rows[-1], "docstring": "What both say."}]
     monkeypatch.setattr(training.data.examples, "read_docstrings", lambda: Dataset.from_list(rows))
-    read = read_examples(ExampleArguments(), seed=0)
-    assert "What both say." not in set().union(*(texts(split) for split in read.splits.values()))
-    groups = [{example.group for example in read.splits[name]} for name in SPLITS]
+    found = read_examples(ExampleArguments(), seed=0)
+    assert "What both say." not in set().union(*(texts(split) for split in found.splits.values()))
+    groups = [{example.group for example in found.splits[name]} for name in SPLITS]
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
-    assert [len(read.splits[name]) for name in SPLITS] == [280, 40, 80]
+    assert [len(found.splits[name]) for name in SPLITS] == [280, 40, 80]
 
 
 def rows_with(**changes) -> list[dict]:
@@ -201,19 +180,20 @@ def rows_with(**changes) -> list[dict]:
         ([{**row, "label": []} for row in ROWS], {"problem_type": MULTI}, "no example of the training split has a label"),
         (ROWS, {"columns": ["text", "label"]}, "rows.jsonl has its own column names: leave out --columns"),
         (ROWS, {"problem_type": MULTI}, "line 1 has no list under 'label' but 'even'"),
-        (rows_with(label="new"), {"dataset_rows": ROWS[:4]}, "the test split has labels that the .* does not have: 'new'"),
         (ROWS[:3], {}, "the validation split is empty"),
         ([], {}, "has no examples"),
     ],
 )
 def test_invalid_rows_and_columns(tmp_path, rows, changes, message):
-    changes = dict(changes)
-    if train := changes.pop("dataset_rows", None):
-        changes |= {"test_dataset": [write(tmp_path / "rows.jsonl", rows)], "validation_fraction": 0.5}
-        changes["dataset"] = [write(tmp_path / "train.jsonl", [{**row, "text": f"{row['text']}!"} for row in [*train] * 3])]
-    arguments = replace(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), **changes)
     with pytest.raises(UserError, match=message):
-        read_examples(arguments, seed=0)
+        read(tmp_path / "rows.jsonl", rows, **changes)
+
+
+def test_a_label_that_only_the_test_split_has(tmp_path):
+    train = [{**row, "text": f"{row['text']}!"} for row in ROWS[:4] * 3]
+    test = write_rows(tmp_path / "test.jsonl", [*ROWS[:5], {**ROWS[5], "label": "new"}])
+    with pytest.raises(UserError, match="the test split has labels that the .* does not have: 'new'"):
+        read(tmp_path / "train.jsonl", train, test_dataset=[test], validation_fraction=0.5)
 
 
 def test_columns_are_named_once(tmp_path):
@@ -238,13 +218,13 @@ def test_a_table_that_begins_with_data_and_the_wrong_column(tmp_path):
 
 def test_odd_numbers_as_labels(tmp_path):
     rows = [{"text": f"text {n}", "label": ("--5", "3", "²")[n % 3]} for n in range(60)]
-    assert read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.jsonl", rows)]), seed=0).names == ["--5", "3", "²"]
+    assert read(tmp_path / "rows.jsonl", rows).names == ["--5", "3", "²"]
 
 
 def test_numbers_in_a_csv_are_not_label_names(tmp_path):
     rows = [{"text": f"text {n}", "label": n / 4} for n in range(40)]
     with pytest.raises(UserError, match=r"--label_column has numbers such as 0\.25: use names, or --problem_type"):
-        read_examples(ExampleArguments(dataset=[write(tmp_path / "rows.csv", rows)]), seed=0)
+        read(tmp_path / "rows.csv", rows)
 
 
 @pytest.mark.parametrize(

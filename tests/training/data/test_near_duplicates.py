@@ -30,7 +30,7 @@ def test_near_duplicates_by_hand(tmp_path):
     far = numbered(range(50, 150))  # 46 / 146 = 0.315
     path = write(tmp_path / "a.jsonl", [first, far, near, "short", first])
     other = write(tmp_path / "b.jsonl", ["short  ", near + " end"])
-    pytest.importorskip("datasketch")
+    pytest.importorskip("datasketch", reason="pip install datasketch")
     assert near_duplicates._jaccard(near_duplicates._shingles(first), near_duplicates._shingles(near)) == 91 / 101
     assert near_duplicates._jaccard(near_duplicates._shingles(first), near_duplicates._shingles(far)) == 46 / 146
     for _ in range(2):  # the second time from the cache
@@ -44,7 +44,7 @@ def test_near_duplicates_by_hand(tmp_path):
 
 
 def test_near_duplicates_are_those_of_comparing_all_pairs():
-    pytest.importorskip("datasketch")
+    pytest.importorskip("datasketch", reason="pip install datasketch")
     draw = random.Random(0)
     originals = [[draw.randrange(500) for _ in range(60)] for _ in range(30)]
     noisy = [[word if draw.random() < 0.98 else 999 for word in draw.choice(originals)] for _ in range(70)]

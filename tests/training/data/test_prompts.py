@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from tests.conftest import MODERN, TINY
+from tests.conftest import MODERN, TINY, shaken
 from training.data.conversations import Conversation
 from training.data.datasets import PackedExamples, PaddedExamples, padded_dataloader
 from training.data.prompts import (
@@ -137,12 +137,8 @@ def loss_of(model: ScratchGPTForCausalLM, batches) -> tuple[float, int]:
 def test_padded_packed_and_single_conversations_have_the_same_loss(shape):
     """Compared with `labels`, one conversation at a time and without padding."""
     tokenizer = with_template()
-    torch.manual_seed(0)
     config = ScratchGPTConfig(**{**TINY, **shape, "vocab_size": len(tokenizer), "max_position_embeddings": 200})
-    model = ScratchGPTForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = shaken(ScratchGPTForCausalLM(config), 0.2)
     conversations = [conversation("one " * n, "two " * (2 * n + 1), "three", "four") for n in range(1, 6)]
     encoded = tokenize_conversations(conversations, tokenizer, 200)
     expected, expected_count = 0.0, 0

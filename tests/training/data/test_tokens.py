@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,14 @@ from training.errors import UserError
 TEXTS = Dataset.from_dict({"text": ["to be or not to be", "that is the question", "größer 🙂"]})
 
 
-def test_documents_are_between_bos_and_eos(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The directory of cached files, new in each test."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "scratchgpt"
+
+
+def test_documents_are_between_bos_and_eos(cache):
     tokenizer = train_tokenizer(TEXTS, 270, "bpe", context_length=16)
     tokens = tokenize_documents(TEXTS, tokenizer, "test")
     expected = []
@@ -28,11 +35,10 @@ def test_documents_are_between_bos_and_eos(tmp_path, monkeypatch):
     assert tokens.ids.dtype == np.uint16
     assert tokens.num_bytes == sum(len(text.encode()) for text in TEXTS["text"])
     assert tokenizer.model_max_length == 16
-    assert not [path for path in (tmp_path / "scratchgpt").iterdir() if path.suffix not in (".json", ".uint16")]
+    assert not [path for path in cache.iterdir() if path.suffix not in (".json", ".uint16")]
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_special_tokens_in_a_text_are_text():
     tokenizer = ScratchGPTTokenizer.train(["a"], 259)
     ids = tokenize_documents(Dataset.from_dict({"text": ["a<|eos|>b"]}), tokenizer, "test").ids.tolist()
     assert ids[1:-1].count(tokenizer.eos_token_id) == 0
@@ -40,11 +46,10 @@ def test_special_tokens_in_a_text_are_text(tmp_path, monkeypatch):
     assert tokenizer.eos_token_id in tokenizer("a<|eos|>b")["input_ids"]  # elsewhere it is a special token
 
 
-def test_cached_files_are_reused_until_something_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_cached_files_are_reused_until_something_changes(cache):
 
     def files():
-        return {path.name for path in (tmp_path / "scratchgpt").iterdir()}
+        return {path.name for path in cache.iterdir()}
 
     def make(texts, vocab_size):
         return tokenize_documents(texts, train_tokenizer(texts, vocab_size, "bpe", 16), "test")
@@ -59,26 +64,23 @@ def test_cached_files_are_reused_until_something_changes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 5, 40])
-def test_a_truncated_token_file_is_made_again(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_a_truncated_token_file_is_made_again(cache, size):
     tokenizer = train_tokenizer(TEXTS, 270, "bpe", 16)
     whole = tokenize_documents(TEXTS, tokenizer, "test").ids.tolist()
-    (file,) = (tmp_path / "scratchgpt").glob("*.uint16")
+    (file,) = cache.glob("*.uint16")
     os.truncate(file, size)
     assert tokenize_documents(TEXTS, tokenizer, "test").ids.tolist() == whole
 
 
-def test_a_corrupt_tokenizer_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_a_corrupt_tokenizer_is_reported(cache):
     train_tokenizer(TEXTS, 270, "bpe", 16)
-    (file,) = (tmp_path / "scratchgpt").glob("*.json")
+    (file,) = cache.glob("*.json")
     os.truncate(file, 100)
     with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is corrupt .*: delete it"):
         train_tokenizer(TEXTS, 270, "bpe", 16)
 
 
-def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_an_interrupted_run_leaves_no_file(cache, monkeypatch):
     tokenizer = ScratchGPTTokenizer.train(["a"], 259)
 
     def fail(*_, **__):
@@ -87,11 +89,10 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "array", fail)
     with pytest.raises(KeyboardInterrupt):
         tokenize_documents(TEXTS, tokenizer, "test")
-    assert not list((tmp_path / "scratchgpt").iterdir())
+    assert not list(cache.iterdir())
 
 
-def test_a_long_document_is_tokenized_as_a_whole_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_a_long_document_is_tokenized_as_a_whole_piece_by_piece(monkeypatch):
     monkeypatch.setattr(tokens_module, "PIECE", 20)
     monkeypatch.setattr(tokens_module, "BATCH", 50)
     text = "It was 1984.  The clocks,\n\n  struck\tthirteen; naïve größer's 日本語 wasn't   here. " * 20
@@ -119,8 +120,7 @@ def test_pieces_add_up_to_the_text(text, size):
     assert all(len(piece) <= 4 * size for piece in pieces)
 
 
-def test_the_cached_tokenizer_is_the_trained_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_the_cached_tokenizer_is_the_trained_one():
     for kind in ("bpe", "word"):
         first, again = (train_tokenizer(TEXTS, 270, kind, 16) for _ in range(2))
         trained = ScratchGPTTokenizer.train(TEXTS["text"], 270, kind=kind)

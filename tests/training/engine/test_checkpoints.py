@@ -126,15 +126,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_config, tmp_path, monkey
     assert find_checkpoint(tmp_path, print)[1]["step"] == 1
 
 
-def test_leftovers_of_a_killed_run_are_removed(tiny_config, tmp_path):
-    (tmp_path / ".writing-abc").mkdir()
-    (tmp_path / ".writing-abc" / "model.safetensors").write_text("half")
-    run = Run(tiny_config, "adamw")
-    run.train(1)
-    run.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
 def test_signals_request_a_stop():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):

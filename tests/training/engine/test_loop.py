@@ -66,11 +66,6 @@ def test_the_fields_of_a_step(tiny_model):
     assert step.seconds > 0
 
 
-def test_loss_falls(tiny_model):
-    steps = train(tiny_model, batches(1) * 10)
-    assert steps[-1].loss < steps[0].loss - 0.5
-
-
 def test_the_gradient_is_clipped(tiny_model):
     other = copy.deepcopy(tiny_model)
     (free,), (clipped,) = train(tiny_model, batches(1), max_grad_norm=1e9), train(other, batches(1), max_grad_norm=1e-3)
@@ -87,7 +82,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model):
 
 def test_the_dropout_of_a_step_does_not_depend_on_the_steps_before(tiny_config):
     tiny_config.hidden_dropout = tiny_config.embedding_dropout = 0.5
-    torch.manual_seed(0)
     start = ScratchGPTForCausalLM(tiny_config)
     losses = []
     for before, first_step in ((0, 3), (5, 3), (5, 4)):
@@ -119,13 +113,6 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_model):
         tiny_model.model.norm.weight.fill_(math.nan)
     with pytest.raises(UserError, match="the held-out loss is nan"):
         evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
-
-
-def test_a_uniform_model_has_the_loss_of_chance(tiny_model):
-    with torch.no_grad():
-        tiny_model.lm_head.weight.zero_()
-    result = evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
-    assert result.loss == pytest.approx(math.log(300), rel=1e-5)
 
 
 def test_all_cores_are_used_although_the_launcher_sets_one_thread(monkeypatch):

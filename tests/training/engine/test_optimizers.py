@@ -3,9 +3,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import on_two_processes
@@ -167,21 +170,9 @@ def test_frozen_parameters_are_excluded(tiny_model, name):
         assert not frozen & {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_loss_decreases(tiny_model, name):
-    optimizers = build(tiny_model, name)
-    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(10):
-        losses.append(tiny_model(ids, labels=ids).loss.item())
-        one_step(tiny_model, optimizers)
-    assert losses[-1] < losses[0] - 1
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_initialization(tiny_config, tied):
     tiny_config.tie_word_embeddings = tied
-    torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
     before = model.model.embed_tokens.weight.clone()
     muon_initialization(model)
@@ -245,7 +236,6 @@ def test_lr_factor_rises_then_falls(kind, max_steps, ratios):
 def test_state_dict_round_trip(tiny_config, name, tied, flat):
     """Saved and loaded as in checkpoints, training continues bit for bit."""
     tiny_config.tie_word_embeddings = tied
-    torch.manual_seed(0)
     model = ScratchGPTForCausalLM(tiny_config)
     # torch 2.13 writes a state that is both flat and full, but cannot read it.
     options = StateDictOptions(full_state_dict=not flat, flatten_optimizer_state_dict=flat)
@@ -264,54 +254,35 @@ def test_state_dict_round_trip(tiny_config, name, tied, flat):
         assert torch.equal(one, two)
 
 
-PROGRAM = """
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.engine import optimizers
-from training.engine.optimizers import build_optimizers
-from training.engine.train import EngineArguments
-
-optimizers.matmul_dtype = lambda device: torch.float32
-kind, folder = sys.argv[1:]
-one, two = (ScratchGPTForCausalLM.from_pretrained(folder).train() for _ in range(2))
-if kind == "fsdp2":
-    for layer in two.model.layers:
-        fully_shard(layer)
-    fully_shard(two)
-    parallel = two
-else:
-    parallel = DistributedDataParallel(two)
-arguments = EngineArguments(optimizer="muon", learning_rate=1e-2, warmup_ratio=0.0)
-both = [build_optimizers(arguments, model)[0] for model in (one, two)]
-options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-for step in range(3):
-    ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(step))
-    one(ids, labels=ids).loss.backward()
-    rows = ids.chunk(2)[dist.get_rank()]
-    (2 * parallel(input_ids=rows, labels=rows, num_items_in_batch=44).loss).backward()  # gradients are averaged
-    for run in both:
-        for optimizer in run:
+def train_in_parallel(kind: str, folder: str) -> None:
+    optimizers.matmul_dtype = lambda device: torch.float32
+    one, two = (ScratchGPTForCausalLM.from_pretrained(folder).train() for _ in range(2))
+    if kind == "fsdp2":
+        for module in (*two.model.layers, two):
+            fully_shard(module)
+    parallel = two if kind == "fsdp2" else DistributedDataParallel(two)
+    both = [build(model, "muon") for model in (one, two)]
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for step in range(3):
+        ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(step))
+        one(ids, labels=ids).loss.backward()
+        rows = ids.chunk(2)[dist.get_rank()]
+        (2 * parallel(input_ids=rows, labels=rows, num_items_in_batch=44).loss).backward()  # gradients are averaged
+        for optimizer in (*both[0], *both[1]):
             optimizer.step()
             optimizer.zero_grad()
-    # Save the state and load it into new optimizers.
-    state = get_optimizer_state_dict(two, both[1], options=options)
-    both[1] = build_optimizers(arguments, two)[0]
-    set_optimizer_state_dict(two, both[1], state, options=options)
-
-for (name, parameter), sharded in zip(one.named_parameters(), two.parameters(), strict=True):
-    if name.endswith("k_proj.bias"):
-        continue  # softmax ignores it: its gradient is rounding noise, which Adam scales up to full steps
-    whole = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
-    torch.testing.assert_close(whole, parameter, atol=2e-4, rtol=1e-3, msg=lambda text: name + text)
-momentum = both[1][0].state[two.get_parameter("model.layers.0.self_attn.q_proj.weight")]["momentum"]
-if kind == "fsdp2":
-    assert momentum.to_local().numel() * 2 == momentum.numel()
-"""
+        state = get_optimizer_state_dict(two, both[1], options=options)
+        both[1] = build(two, "muon")  # new optimizers, into which the state is loaded
+        set_optimizer_state_dict(two, both[1], state, options=options)
+    for (name, parameter), sharded in zip(one.named_parameters(), two.parameters(), strict=True):
+        if name.endswith("k_proj.bias"):
+            continue  # softmax ignores it: its gradient is rounding noise, which Adam scales up to full steps
+        whole = sharded.full_tensor() if kind == "fsdp2" else sharded
+        torch.testing.assert_close(whole, parameter, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
+    momentum = both[1][0].state[two.get_parameter("model.layers.0.self_attn.q_proj.weight")]["momentum"]
+    assert kind == "ddp" or momentum.to_local().numel() * 2 == momentum.numel()
 
 
 def test_two_processes_equal_one(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
-    on_two_processes(PROGRAM, tmp_path, ("ddp", tmp_path / "model"), ("fsdp2", tmp_path / "model"))
+    on_two_processes(train_in_parallel, tmp_path, ("ddp", tmp_path / "model"), ("fsdp2", tmp_path / "model"))

@@ -45,7 +45,7 @@ def test_the_default_base_before_it_is_trained(tmp_path, monkeypatch):
 
 def test_a_tokenizer_that_makes_its_library_panic(run, tmp_path):
     """A panic in Rust is not an `Exception` in Python."""
-    shutil.copytree(run[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(run, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoints"))
     path = tmp_path / "model" / "tokenizer.json"
     content = json.loads(path.read_text())
     content["model"]["continuing_subword_prefix"] = "longer than a token"

@@ -18,12 +18,6 @@ def folder(path) -> RunFolder:
     return RunFolder(path, Accelerator())
 
 
-def test_new_and_empty_directories_are_accepted(tmp_path):
-    folder(tmp_path / "new" / "deep").check(resume=False)
-    (tmp_path / "empty").mkdir()
-    folder(tmp_path / "empty").check(resume=False)
-
-
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -39,7 +33,9 @@ def test_a_directory_in_use_is_refused_with_the_remedy(tmp_path, file, message):
     assert (tmp_path / file).read_text() == "kept"
 
 
-def test_only_an_unfinished_run_can_be_resumed(tmp_path):
+def test_a_run_is_started_in_a_new_or_empty_directory_and_resumed_unless_it_has_finished(tmp_path):
+    folder(tmp_path).check(resume=False)
+    folder(tmp_path / "new" / "deep").check(resume=False)
     folder(tmp_path / "new").check(resume=True)
     (tmp_path / "metrics.jsonl").write_text("")
     folder(tmp_path).check(resume=True)

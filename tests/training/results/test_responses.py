@@ -2,14 +2,13 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import MODERN, TINY
 from training.data.conversations import Conversation
 from training.data.datasets import PaddedExamples, collate_padded
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template, tokenize_conversations
-from training.results.responses import Response, respond, respond_distributed, response_rows, score_responses, write_responses
+from training.results.responses import Response, respond, response_rows, score_responses, write_responses
 
 QUESTIONS = ["One?", "What comes after one, and before three?", "Three?", "What is the one that comes after three?"]
 ANSWERS = ["One.", "It is two.", "Three.", "Four, I think."]
@@ -71,12 +70,6 @@ def test_a_truncated_answer_is_marked(model, tokenizer):
 def test_answers_end_at_the_last_position(model, tokenizer):
     long = [[{"role": "user", "content": "three " * 12}], conversations()[0].prompt]
     assert len(respond(model, tokenizer, long, 2, 1000)) == 2
-
-
-def test_processes_share_the_prompts(model, tokenizer):
-    prompts = [conversation.prompt for conversation in conversations()]
-    found = respond_distributed(Accelerator(cpu=True), model, tokenizer, prompts, "", batch_size=2, max_new_tokens=20)
-    assert [response.text for response in found] == ANSWERS
 
 
 def test_scores_by_hand():

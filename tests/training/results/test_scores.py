@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.conftest import on_two_processes
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from tests.conftest import TINY, on_two_processes
+from training.data.datasets import PaddedExamples, padded_dataloader, sort_by_length
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
+from training.data.tokens import tokenize_texts
+from training.engine.loop import start_accelerator
 from training.results.classification_report import draw_predictions, mistakes_table
-from training.results.scores import Predictions, calibration_error
+from training.results.scores import Predictions, calibration_error, predict
 
 NAMES = ["a", "b", "c"]
 # Four texts: right, right, b taken for a, c taken for b.
@@ -82,34 +86,24 @@ def test_probabilities_equal_those_of_torch():
     )
 
 
+def predict_together_and_alone() -> None:
+    accelerator = start_accelerator()
+    assert accelerator.num_processes == 2
+    torch.manual_seed(0)
+    model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, num_labels=3, initializer_range=0.5)).eval()
+    tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
+    examples, _ = tokenize_texts(["be " * n + "or not" for n in range(1, 12)], tokenizer, 64)
+    order, rows = sort_by_length(examples.lengths), PaddedExamples(examples)
+    dataloader = accelerator.prepare(padded_dataloader(rows, tokenizer.pad_token_id, batch_size=4, sampler=order))
+    together = predict(accelerator, accelerator.prepare(model), dataloader, order)
+    with torch.no_grad():
+        alone = torch.cat([model(rows[n]["input_ids"][None]).logits for n in range(11)])
+    torch.testing.assert_close(torch.from_numpy(together), alone, atol=1e-4, rtol=1e-4)
+
+
 def test_two_processes_predict_the_same(tmp_path):
     """The number of texts is not a multiple of the batch size, and the lengths of batches differ by process."""
-    program = """
-import json
-from accelerate import Accelerator
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
-from training.engine.loop import start_accelerator
-from training.data.datasets import PaddedExamples, padded_dataloader, sort_by_length
-from training.data.tokens import tokenize_texts
-from training.results.scores import predict
-
-accelerator = start_accelerator()
-assert accelerator.num_processes == 2
-torch.manual_seed(0)
-shape = dict(vocab_size=290, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-model = ScratchGPTForSequenceClassification(ScratchGPTConfig(**shape, num_labels=3, pad_token_id=2, initializer_range=0.5))
-tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
-texts = ["be " * n + "or not" for n in range(1, 12)]
-examples, _ = tokenize_texts(texts, tokenizer, 64)
-order = sort_by_length(examples.lengths)
-rows = PaddedExamples(examples)
-dataloader = accelerator.prepare(padded_dataloader(rows, tokenizer.pad_token_id, batch_size=4, sampler=order))
-together = predict(accelerator, accelerator.prepare(model), dataloader, order)
-with torch.no_grad():
-    alone = torch.cat([model(rows[n]["input_ids"][None]).logits for n in range(11)])
-torch.testing.assert_close(torch.from_numpy(together), alone, atol=1e-4, rtol=1e-4)
-"""
-    on_two_processes(program, tmp_path, (), ACCELERATE_USE_CPU="true")
+    on_two_processes(predict_together_and_alone, tmp_path, (), ACCELERATE_USE_CPU="true")
 
 
 def test_the_worst_mistakes_come_first():

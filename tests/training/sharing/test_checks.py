@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,8 +130,16 @@ def test_model_in_the_cache_of_the_hub(model, tmp_path):
     assert checks.model_files(snapshot, False).keys() == UPLOADED
 
 
-def test_model_that_does_not_work_for_others(model):
-    """Two of these load, but would generate nonsense."""
+@pytest.fixture
+def code_that_must_not_run(tmp_path) -> Iterator[str]:
+    yield f"open({str(tmp_path / 'ran')!r}, 'w')\ngenerate = lambda *_, **__: 0\n"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_model_that_does_not_work_for_others(model, code_that_must_not_run):
+    """Two of these load, but would generate nonsense. Transformers would run `custom_generate` from the directory itself."""
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text(code_that_must_not_run)
     (model / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="would not work for others: .*TemplateSyntaxError"):
         checks.check_loads(model, checks.model_files(model, False))
@@ -146,21 +154,13 @@ def test_model_that_does_not_work_for_others(model):
             checks.check_loads(model, checks.model_files(model, False))
 
 
-@pytest.mark.parametrize("way", ["custom_generate", "configuration_files"])
-def test_code_that_is_not_uploaded_is_not_run(model, tmp_path, way):
-    """Transformers would run both of these from the directory itself."""
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ngenerate = lambda *_, **__: 0\n"
-    if way == "custom_generate":
-        (model / "custom_generate").mkdir()
-        (model / "custom_generate" / "generate.py").write_text(code)
+def test_a_second_config_with_other_code_is_not_run(model, code_that_must_not_run):
+    """Transformers would run this, too."""
+    config = json.loads((model / "config.json").read_text())
+    config["configuration_files"] = ["config.4.0.0.json"]
+    (model / "config.json").write_text(json.dumps(config))
+    config["auto_map"] = {name: f"evil.{path.rpartition('.')[2]}" for name, path in config["auto_map"].items()}
+    (model / "config.4.0.0.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(code_that_must_not_run)
+    with pytest.raises(UserError, match="would not work for others"):
         checks.check_loads(model, checks.model_files(model, False))
-    else:
-        config = json.loads((model / "config.json").read_text())
-        config["configuration_files"] = ["config.4.0.0.json"]
-        (model / "config.json").write_text(json.dumps(config))
-        config["auto_map"] = {name: f"evil.{path.rpartition('.')[2]}" for name, path in config["auto_map"].items()}
-        (model / "config.4.0.0.json").write_text(json.dumps(config))
-        (model / "evil.py").write_text(code)
-        with pytest.raises(UserError, match="would not work for others"):
-            checks.check_loads(model, checks.model_files(model, False))
-    assert not (tmp_path / "ran").exists()
