@@ -46,6 +46,36 @@ CHOICES = {
 class ScratchGPTConfig(PreTrainedConfig):
     """Configuration of a ScratchGPT. The defaults make GPT-2 124M.
 
+    Args:
+        vocab_size (`int`): number of token ids.
+        max_position_embeddings (`int`): longest sequence, in tokens.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`, *optional*): width inside the MLP. Default: 4 x `hidden_size` if it is plain; if it is gated,
+            8/3 x, rounded up to a multiple of 64.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): number of query heads.
+        num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
+            (grouped-query attention, Ainslie et al., 2023). Default: the number of query heads.
+        head_dim (`int`, *optional*): width of one head. Default: `hidden_size / num_attention_heads`.
+        position_embedding_type (`str`): `"learned"`, or `"rotary"` (Su et al., 2021).
+        norm_type (`str`): `"layernorm"` or `"rmsnorm"` (Zhang and Sennrich, 2019), before attention, MLP and head.
+        qk_norm (`bool`): RMS-normalise each query and key head, as Qwen3 does.
+        mlp_type (`str`): `"plain"` (up, activation, down) or `"gated"` (Shazeer, 2020).
+        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`. Default: tanh-approximated GELU for a plain MLP, SiLU
+            for a gated one.
+        attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have biases.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). The default is 0, since
+            training for about one epoch does not overfit; GPT-2 was published with 0.1.
+        norm_eps (`float`): added to the variance in each norm.
+        initializer_range (`float`): standard deviation of the initial weights.
+        tie_word_embeddings (`bool`): whether the head shares its weight with the token embedding.
+        rope_parameters (`dict`, *optional*): transformers' settings of rotary embeddings, including scaling. Only used with
+            `position_embedding_type="rotary"`.
+        classifier_pooling (`str`): hidden state that a text classifier reads: of the `"last"` real token, or the `"mean"` of
+            all real tokens.
+        use_cache (`bool`): whether a forward pass returns keys and values for the next one.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
+
     Raises:
         ValueError: an invalid value or combination of values; the message says what is allowed.
     """
@@ -69,31 +99,30 @@ class ScratchGPTConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 50257
-    max_position_embeddings: int = 1024  # longest sequence, in tokens
-    hidden_size: int = 768  # width of the residual stream
-    intermediate_size: int | None = None  # of the MLP; default: 4 x hidden_size, or 8/3 x, up to a multiple of 64, if gated
+    max_position_embeddings: int = 1024
+    hidden_size: int = 768
+    intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None  # fewer: grouped-query attention (Ainslie et al., 2023); default: one per head
-    head_dim: int | None = None  # default: hidden_size / num_attention_heads
-    position_embedding_type: str = "learned"  # or "rotary" (Su et al., 2021)
-    norm_type: str = "layernorm"  # or "rmsnorm" (Zhang and Sennrich, 2019); before attention, MLP and head
-    qk_norm: bool = False  # RMS-normalise each query and key head, as Qwen3 does
-    mlp_type: str = "plain"  # up, activation, down; or "gated" (Shazeer, 2020)
-    hidden_act: str | None = None  # a name in transformers' ACT2FN; default: tanh-approximated GELU, if gated SiLU
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    position_embedding_type: str = "learned"
+    norm_type: str = "layernorm"
+    qk_norm: bool = False
+    mlp_type: str = "plain"
+    hidden_act: str | None = None
     attention_bias: bool = True
     mlp_bias: bool = True
-    # Dropout is off, since training for about one epoch does not overfit; GPT-2 was published with 0.1.
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
-    norm_eps: float = 1e-5  # added to the variance in each norm
-    initializer_range: float = 0.02  # standard deviation of the initial weights
-    tie_word_embeddings: bool = True  # the head shares its weight with the token embedding
-    # Settings of rotary positions, including scaling, as in transformers. A factory, so that the class has no such attribute.
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    # A factory, so that the class has no such attribute.
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
-    classifier_pooling: str = "last"  # a text classifier reads the hidden state of the last real token, or the "mean" of all
-    use_cache: bool = True  # return keys and values for the next forward pass
+    classifier_pooling: str = "last"
+    use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

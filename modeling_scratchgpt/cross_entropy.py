@@ -74,15 +74,18 @@ def is_plain_head(head: nn.Module) -> bool:
 
 
 def linear_cross_entropy(
-    hidden_states: Tensor,  # (..., C), the input of the head
-    weight: Tensor,  # (V, C), the head's weight
-    targets: Tensor,  # (...), ids, already shifted; -100 is ignored
-    num_items_in_batch: Tensor | int | None = None,
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`, in nats, a float32 scalar.
+    """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`.
 
-    The summed loss is divided by `num_items_in_batch`, by default the number of targets that are not ignored; a mean over no
-    tokens is nan, as in torch.
+    Args:
+        hidden_states: (..., C), the input of the head.
+        weight: (V, C), the head's weight.
+        targets: (...), ids, already shifted; -100 is ignored.
+        num_items_in_batch: divisor of the summed loss. Default: the number of targets that are not ignored.
+
+    Returns:
+        The loss in nats, a float32 scalar; nan for a mean over no tokens, as in torch.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for a linear layer

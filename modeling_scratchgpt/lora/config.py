@@ -14,29 +14,41 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 class LoraConfig:
     """Settings of a LoRA adapter, under PEFT's names.
 
+    Args:
+        r: rank of the update; `rank_pattern` maps regular expressions for the ends of module names to other ranks.
+        lora_alpha: the update is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
+        lora_dropout: dropout probability of the input of A.
+        target_modules: `"all-linear"` (all linear layers except the heads), a list of suffixes of module names, or a regular
+            expression for whole names.
+        exclude_modules: modules to leave out, in the same form.
+        layers_to_transform: indices of the blocks to adapt (default: all); `layers_pattern` is the name of their list.
+        use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
+        use_dora: also train the magnitude of each row of W, separately from its direction.
+        init_lora_weights: True: A uniform as in `nn.Linear`, B zero; `"gaussian"`: A normal, B zero; False: both uniform, so
+            that the adapter changes the model from the start.
+        bias: biases to train: `"none"`, `"all"`, or `"lora_only"` (those of the adapted layers).
+        modules_to_save: suffixes of the names of modules that are trained in full, such as a new head.
+        ensure_weight_tying: keep tied weights tied where they are trained in full.
+
     Raises:
         ValueError: an invalid value; the message names the field.
     """
 
-    r: int = 16  # rank of the update
-    lora_alpha: float = 32  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.0  # of the input of A
-    # "all-linear" (all linear layers except the heads), suffixes of module names, or a regular expression for whole names.
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None  # modules to leave out, in the same form
-    layers_to_transform: int | list[int] | None = None  # indices of the blocks to adapt; default: all
-    layers_pattern: str | list[str] | None = None  # name of the list of blocks
-    # Other ranks and alphas, by regular expressions for the ends of module names; the first that matches is used.
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False  # scale by lora_alpha / sqrt(r), which keeps high ranks learning
-    use_dora: bool = False  # also train the magnitude of each row of W, separately from its direction
-    # True: A uniform as in `nn.Linear`, B zero; "gaussian": A normal, B zero; False: both uniform, so that the adapter changes
-    # the model from the start.
+    use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
-    bias: str = "none"  # biases to train: "none", "all", or "lora_only" (those of the adapted layers)
-    modules_to_save: list[str] | None = None  # suffixes of the names of modules that are trained in full, such as a new head
-    ensure_weight_tying: bool = True  # keep tied weights tied where they are trained in full
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = True
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
