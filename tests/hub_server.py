@@ -39,31 +39,22 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """An HTTP server that runs from `start` to `stop`.
-
-    Attributes:
-        tokens: write tokens, each with its user.
-        readers: read-only tokens, each with its user.
-        blobs: uploaded content by its SHA-256 digest.
-        received: bytes of large files received in all uploads.
-        break_upload_after: close the connection after this many bytes of a large file.
-        break_download_after: the same for a download, but only once.
-        requests: method and path of each.
-        instead: a fixed answer to every request, or a function to call before each.
-    """
+    """An HTTP server that runs from `start` to `stop`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.tokens, self.readers = {"hf_ann": "ann"}, {"hf_reads": "ann"}
+        self.tokens, self.readers = {"hf_ann": "ann"}, {"hf_reads": "ann"}  # write and read-only tokens, each with its user
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.blobs: dict[str, bytes] = {}
-        self.received = 0
-        self.break_upload_after: int | None = None
-        self.break_download_after: int | None = None
-        self.requests: list[str] = []
-        self.instead: bytes | Callable[[], None] | None = None
+        self.blobs: dict[str, bytes] = {}  # uploaded content by its SHA-256 digest
+        self.received = 0  # bytes of large files received in all uploads
+        self.break_upload_after: int | None = None  # close the connection after this many bytes of a large file
+        self.break_download_after: int | None = None  # the same for a download, but only once
+        self.requests: list[str] = []  # method and path of each
+        self.instead: bytes | Callable[[], None] | None = (
+            None  # a fixed answer to all requests, or a function called before each
+        )
 
     @property
     def address(self) -> str:
@@ -96,8 +87,6 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
-
-    # Answers ----------------------------------------------------------------------------------------------------------------
 
     def _send(self, status: int, body: Any = None, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

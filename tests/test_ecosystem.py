@@ -144,6 +144,18 @@ def test_export(tiny_model):
 
 
 @torch.no_grad()
+def test_shards_load_in_bfloat16_by_device_map(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = torch.randint(3, 300, (2, 12))
+    logits = tiny_model(ids).logits
+    torch.testing.assert_close(ScratchGPTForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    half = ScratchGPTForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert (half(ids).logits.float() - logits).abs().max() < 0.1 * logits.abs().max()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings_stay_tied_or_untied(tiny_config, tied, tmp_path):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**{**tiny_config.to_dict(), "tie_word_embeddings": tied})).eval()
