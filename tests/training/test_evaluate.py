@@ -178,7 +178,9 @@ def test_two_processes_report_the_same(folder, text, report, tmp_path):
 def test_code_in_the_directory_of_a_scratchgpt_does_not_run(folder, text, report):
     (folder / "modeling_scratchgpt.py").write_text("raise RuntimeError('this must not run')\n")
     assert report(folder, "--dataset", text, "--trust_remote_code")["loss"] > 0
-    assert type(evaluate.load_model(str(folder), True, torch.device("cpu"))) is ScratchGPTForCausalLM
+    model, _ = load_model_and_tokenizer(str(folder), True, torch.device("cpu"))
+    assert type(model) is ScratchGPTForCausalLM
+    assert not model.training
 
 
 def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, tmp_path):
@@ -226,9 +228,3 @@ def test_a_model_that_does_not_fit_its_tokenizer_or_is_not_finite(tiny_model, fo
     tiny_model.save_pretrained(folder)
     with pytest.raises(UserError, match="the held-out loss is nan: .* the model has weights that are not finite"):
         evaluate.main([str(folder), "--dataset", str(text)])
-
-
-def test_a_scratchgpt_is_loaded_with_the_class_of_this_package(folder):
-    model, _ = load_model_and_tokenizer(str(folder), False, torch.device("cpu"))
-    assert type(model) is ScratchGPTForCausalLM
-    assert not model.training
