@@ -6,7 +6,7 @@
     accelerate launch training/pretrain.py --base_model outputs/gpt2 --lora_r 16 --dataset book.txt --output_dir outputs/lora
 
 By default it reads training/configs/pretrain.yaml and trains a small GPT on the docstrings of Python and of the installed
-libraries, in five and a half minutes on two CPU cores. Command-line flags override the YAML file.
+libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
 from dataclasses import dataclass
