@@ -135,7 +135,10 @@ def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConf
         required["head_dim"] = config.hidden_size // config.num_attention_heads
     for name, needed in required.items():
         if getattr(config, name) != needed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r}.")
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r} (models with rotary "
+                "positions can become a qwen3, those with learned positions a gpt2)."
+            )
     fields = {their_name: getattr(config, name) for name, their_name in NAMES[model_type].items()}
     fields |= {name: getattr(config, name) for name in SHARED}
     if model_type == "gpt2" and config.hidden_act == "gelu_pytorch_tanh":
