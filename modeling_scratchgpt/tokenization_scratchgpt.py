@@ -8,6 +8,7 @@ Notable:
 - A saved tokenizer is a plain `tokenizer.json`: `AutoTokenizer` loads it with or without this file.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -130,12 +131,15 @@ class ScratchGPTTokenizer(TokenizersBackend):
             ValueError: a file is invalid.
         """
         tokenizer, _ = _build("bpe")
-        for file in (vocab_file, merges_file):
-            Path(file).stat()  # raises OSError; `tokenizers` raises bare exceptions
+        content, merges = (Path(file).read_bytes() for file in (vocab_file, merges_file))
         try:
+            # Not by BPE.from_file, which drops ids that are not numbers and refuses blank lines.
+            pairs = [
+                tuple(line.split(" ")) for line in merges.decode().splitlines() if line and not line.startswith("#version")
+            ]
             with panics_as_errors():
-                tokenizer.model = models.BPE.from_file(str(vocab_file), str(merges_file))
-        except Exception as error:
+                tokenizer.model = models.BPE(vocab=json.loads(content), merges=pairs)  # type: ignore[arg-type]
+        except Exception as error:  # `tokenizers` raises bare exceptions
             raise ValueError(f"{vocab_file} and {merges_file} are not GPT-2's vocabulary and merges: {error}") from error
         return cls(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
@@ -183,8 +187,10 @@ def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool
 
     try:
         tokenizer.train_from_iterator(pieces(), trainer)
-    finally:  # also after an error: for too small a vocabulary, some trainers raise a bare exception, and others exceed it
+    except Exception:  # some trainers raise a bare exception for too small a vocabulary, others exceed it
         _check_room(kind, len(seen), vocab_size)
+        raise
+    _check_room(kind, len(seen), vocab_size)
     return tokenizer
 
 

@@ -274,9 +274,13 @@ def _loading(source: str | Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{source} is damaged or contains more than weights, which could run code: it is not read.") from error
+        raise ValueError(
+            f"{source} contains more than weights, which could run code, or is damaged: it is not read."
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{source} is damaged, not a file of weights, or exceeds the memory ({_short(error)}).") from error
+        or_memory = ", or exceeds the memory" if isinstance(error, RuntimeError) else ""
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise ValueError(f"{source} is damaged or not a file of weights{or_memory} ({reason}).") from error
 
 
 def _check_safetensors(directory: Path) -> None:

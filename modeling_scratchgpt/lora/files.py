@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         tensors[f"{PREFIX}{name}"] = gathered.clone()
     try:
         with atomic_file(directory / WEIGHTS) as temporary:
-            save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers))})
+            save_file(tensors, temporary, {"format": "pt", "base": json.dumps(_fingerprint(layers, adapters_of(model).base))})
         with atomic_file(directory / CONFIG) as temporary:  # keys unsorted: of two patterns that match, the first one wins
             temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except SafetensorError as error:  # safetensors wraps OSError
@@ -106,7 +106,7 @@ def load_adapter(
     config = replace(config, modules_to_save=known)
     with disable_adapter(model):  # others may train parameters of the base in full
         _check_tensors(model, config, tensors, file)
-        for name, (number, length) in _fingerprint(targets_of(model, config)).items():
+        for name, (number, length) in _fingerprint(targets_of(model, config), {}).items():
             tolerance = 0.03 * length + 1e-5  # half precision changes it by a thousandth
             if not abs(number - trained_on.get(name, number)) <= tolerance:
                 raise ValueError(f"{file} was trained on other weights than this model's: load the base it belongs to.")
@@ -170,13 +170,18 @@ def _check_tensors(model: nn.Module, config: LoraConfig, tensors: dict[str, torc
             raise ValueError(f"{file}: {name} is {shapes}: it or {CONFIG} is damaged or belongs to another base.")
 
 
-def _fingerprint(layers: dict[str, Any]) -> dict[str, list[float]]:
-    """Identify weights by the first row of each layer: its sum with alternating signs, and its norm."""
+def _fingerprint(layers: dict[str, Any], replaced: dict[str, nn.Parameter]) -> dict[str, list[float]]:
+    """Identify weights by the first row of each layer: its sum with alternating signs, and its norm.
+
+    Args:
+        replaced: parameters of the base in whose place others are trained in full.
+    """
     result = {}
     for name, layer in layers.items():
         base, unmerged = getattr(layer, "base_layer", layer), getattr(layer, "unmerged_weight", None)
         if is_plain(base) and not base.weight.is_meta:
-            row = (base.weight if unmerged is None else unmerged).detach()[0].double().cpu()
+            weight = replaced.get(f"{name}.base_layer.weight", base.weight if unmerged is None else unmerged)
+            row = weight.detach()[0].double().cpu()
             result[name] = [round(float(row[::2].sum() - row[1::2].sum()), 6), round(float(row.norm()), 6)]
     return result
 

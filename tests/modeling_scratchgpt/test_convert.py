@@ -263,7 +263,7 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, refused):
 def test_missing_sources_and_other_files_are_refused(tmp_path, refused):
     (tmp_path / "model.json").write_text("{}")
     output = refused(tmp_path / "model.json", tmp_path / "out")
-    assert "is damaged, not a file of weights, or exceeds the memory (neither PyTorch nor safetensors)" in output
+    assert "is damaged or not a file of weights (ValueError: neither PyTorch nor safetensors)" in output
     output = refused(tmp_path / "nothing", tmp_path / "out")
     assert "nothing does not exist, and is not the id of a repository on the Hub" in output
     output = refused("someone/nothing", tmp_path / "out")

@@ -339,10 +339,14 @@ def test_gpt2_has_one_token_for_bos_and_eos_and_can_be_saved(gpt2, tmp_path):
 
 
 def test_files_other_than_gpt2s_are_refused(gpt2_files, tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("{not json")
-    with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
-        ScratchGPTTokenizer.from_gpt2_files(broken, gpt2_files[1])
+    vocab, merges = tmp_path / "vocab", tmp_path / "merges"
+    for content in ("{not json", '{"a": 0, "b": "1", "ab": 2}'):
+        vocab.write_text(content)
+        merges.write_text("#version: 0.2\na b\n\n")
+        with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
+            ScratchGPTTokenizer.from_gpt2_files(vocab, merges)
+    vocab.write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
+    assert ScratchGPTTokenizer.from_gpt2_files(vocab, merges)("ab")["input_ids"] == [2]
     with pytest.raises(ValueError, match="are not GPT-2's vocabulary and merges"):
         ScratchGPTTokenizer.from_gpt2_files(gpt2_files[0], gpt2_files[0])
     with pytest.raises(FileNotFoundError):

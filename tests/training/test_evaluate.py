@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -184,10 +185,16 @@ def test_code_in_the_directory_of_a_scratchgpt_does_not_run(folder, text, report
 
 
 def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, tmp_path):
-    empty, no_tokenizer, foreign, classifier = (tmp_path / name for name in ("empty.txt", "bare", "foreign", "classifier"))
+    names = ("empty.txt", "bare", "foreign", "odd", "wide", "classifier")
+    empty, no_tokenizer, foreign, odd, wide, classifier = (tmp_path / name for name in names)
     empty.write_text(" \n")
     tiny_model.save_pretrained(no_tokenizer)
     foreign.mkdir()
+    odd.mkdir()
+    (odd / "config.json").write_text('{"model_type": ["gpt2"], "auto_map": {}}')
+    shutil.copytree(folder, wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
     (foreign / "config.json").write_text('{"model_type": "alien", "auto_map": {"AutoModelForCausalLM": "alien.Alien"}}')
     tiny_model.config.tie_word_embeddings = False
     ScratchGPTForSequenceClassification(tiny_model.config).save_pretrained(classifier)
@@ -198,6 +205,8 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
         ([missing], f"{missing} is not a directory: pass the directory or the Hub id"),
         (["nobody/nothing"], "nobody/nothing: no such directory, and not found on the Hub"),
         ([tmp_path], "has no config.json"),
+        ([odd], "its config.json cannot be read"),
+        ([wide], "its weights do not have the sizes in its config: model.layers.0.mlp.down_proj"),
         ([no_tokenizer], "tokenizer"),
         ([foreign], "pass --trust_remote_code if you trust it"),
         ([classifier], "is not a causal language model, or incomplete (it lacks lm_head.weight): pass another model"),

@@ -111,17 +111,22 @@ def load_pretrained(
     """
     with explain_errors(f"--base_model {name} cannot be used"), quiet():  # the loading report is checked here
         model, report = model_class.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=bool(new_parameters), **fields
+            name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True, **fields
         )
         if missing := sorted(set(report["missing_keys"]) - new_parameters):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
-        if other := sorted({key for key, *_ in report["mismatched_keys"]} - new_parameters):
-            raise ValueError(f"its weights do not have the sizes in its config: {', '.join(other[:3])}")
+        check_sizes(report, new_parameters)
         if num_tokens > model.config.vocab_size:
             model.resize_token_embeddings(num_tokens)
         if lora:
             add_adapter(model, lora)
     return model
+
+
+def check_sizes(report: dict[str, Any], new_parameters: frozenset[str] = frozenset()) -> None:
+    """Raise `ValueError` if the loading report names parameters of another size than the config's."""
+    if other := sorted({key for key, *_ in report["mismatched_keys"]} - new_parameters):
+        raise ValueError(f"its weights do not have the sizes in its config: {', '.join(other[:3])}")
 
 
 def freeze(model: Any, num_layers: int, *heads: nn.Module) -> None:
@@ -237,16 +242,18 @@ def load_model_and_tokenizer(
     """
     _check_place(name)
     problem = "its config.json cannot be read" if os.path.isdir(name) else "no such directory, and not found on the Hub"
-    with explain_errors(f"{name}: {problem}", (OSError, ValueError)):
+    with explain_errors(f"{name}: {problem}"):
         config, _ = PreTrainedConfig.get_config_dict(name)
-    trusted = trust_remote_code and config.get("model_type") != "scratchgpt"
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trusted:
+        trusted = trust_remote_code and config.get("model_type") != "scratchgpt"
+        needs_trust = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trusted
+    if needs_trust:
         raise UserError(f"{name} comes with code of its own: read it, and pass --trust_remote_code if you trust it.")
     tokenizer = load_tokenizer(name, trusted)
     kind, dtype = KINDS[auto_class], torch.float32 if device.type == "cpu" else "auto"
     with explain_errors(f"{name} cannot be loaded as a {kind}"), quiet():
-        options = {"dtype": dtype, "trust_remote_code": trusted, "output_loading_info": True}
-        model, report = auto_class.from_pretrained(name, **options)
+        options = {"dtype": dtype, "trust_remote_code": trusted}
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        check_sizes(report)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name} is not a {kind}, or incomplete (it lacks {', '.join(missing[:3])}): pass another model.")
     return model.to(device).eval(), tokenizer

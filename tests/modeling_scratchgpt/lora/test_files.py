@@ -46,6 +46,16 @@ def test_an_adapter_of_another_base(saved):
     load_adapter(model_of().bfloat16(), saved)
 
 
+def test_an_adapter_of_a_head_that_shares_its_trained_weight(tmp_path):
+    model = model_of()
+    add_adapter(model, LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["embed_tokens"]))
+    shake(model)
+    save_adapter(model, tmp_path)
+    loaded = model_of()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_an_adapter_of_another_revision(saved):
     config = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "someone/base", "revision": "aaa"}))
