@@ -43,7 +43,7 @@ NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 USAGE = f"""from transformers import pipeline
 
 generate = pipeline("text-generation", model="{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
-print(generate({{prompt}}, max_new_tokens=64)[0]["generated_text"])"""
+print(generate({{prompt}}, max_new_tokens={{max_new_tokens}})[0]["generated_text"])"""
 
 
 @dataclass
@@ -203,7 +203,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         return cards.CardContent(
             introduction=f"A small GPT, {cards.describe_base(arguments.base_model)}. It continues text in the style of its "
             "training data; it knows nothing else, and its statements are not reliable.",
-            usage=USAGE.format(prompt=repr(prompt)),
+            usage=USAGE.format(prompt=repr(prompt), max_new_tokens=min(64, arguments.context_length // 2)),
             adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
             results=f"On held-out text:\n\n{cards.losses_table(metrics)}",
             examples="## Samples\n\nPrompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.\n\n"
