@@ -42,7 +42,8 @@ def run(parameters: str | None, monkeypatch: pytest.MonkeyPatch) -> dict:
         cell.source = parameters
     notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(WALKTHROUGH.parent)}}).execute()
-    return json.loads(notebook.cells[-1].outputs[-1].text)
+    # One print may arrive as several outputs.
+    return json.loads("".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout"))
 
 
 def test_every_cell_runs(monkeypatch):
