@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from tests.conftest import MODERN, TINY, on_two_processes
-from tests.training.conftest import LAUNCH, ROOT, SMALL, launch
+from tests.conftest import MODERN, TINY, Processes, on_two_processes
+from tests.training.conftest import LAUNCH, ROOT, SMALL, run_program
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
 # name: distributed type, total number of processes, machines, mixed precision
@@ -98,12 +98,11 @@ def test_two_nodes_find_each_other(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_processes_for_gpus_that_do_not_exist(book, tmp_path):
     """Each would train the whole model, all of them into one directory."""
-    words = ["--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
-    launcher = [*LAUNCH, "--config_file", str(FOLDER / "ddp.yaml"), "--num_processes", "2"]
-    process = launch(launcher, *words)
-    assert process.returncode == 1  # of the launcher
+    words = ["pretrain", "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
+    environment = prepare_multi_gpu_env(launch_arguments("ddp", "--num_processes", "2"))
+    processes = Processes(run_program, tmp_path / "log", words, count=2, **environment)
     line = "pretrain.py: error: 2 processes were started for GPUs that this machine does not have: start one, or several"
-    assert process.stderr.count(line) == 1
+    assert processes.wait(2).count(line) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -66,7 +66,7 @@ def test_other_chat_templates(tune, tmp_path, template, run):
     model.config.max_position_embeddings = 160  # Alpaca's preamble is long in tokens of a letter
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(run, trust_remote_code=False).save_pretrained(base)
-    folder = tune(instruct, "--chat_template", template, "--num_train_epochs", "30", base=base)
+    folder = tune(instruct, "--chat_template", template, "--num_train_epochs", "30", "--eval_steps", "999", base=base)
     question = "night 26\n\n### Input:\ndark" if template == "alpaca" else "night 26\ndark"
     assert ask(load_chat(folder), question) == "stormy"
 
