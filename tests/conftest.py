@@ -1,10 +1,7 @@
 """Fixtures of all tests: the directory of real inputs, tiny models, two processes, a server, a small disk.
 
-Functions import the libraries and this project: neither the process that only distributes the tests needs them, nor a new
-process that must not import this project.
+Functions import the libraries and this project: the process that only distributes the tests needs neither.
 """
-
-from __future__ import annotations
 
 import os
 
@@ -25,19 +22,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from packaging.version import Version
 
-if TYPE_CHECKING:
-    import torch
-
-    from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-
 ROOT = Path(__file__).parents[1]
 IS_CURRENT = Version(version("transformers")) >= Version("5.23")  # older versions lack what some tests need
-Model = TypeVar("Model", bound="torch.nn.Module")
+Model = TypeVar("Model")
 MODERN: dict[str, Any] = {
     "position_embedding_type": "rotary", "norm_type": "rmsnorm", "qk_norm": True, "mlp_type": "gated",
     "attention_bias": False, "mlp_bias": False, "num_key_value_heads": 2,
@@ -172,7 +164,7 @@ def mount(tmp_path):
 
 
 @pytest.fixture(params=["gpt2", "modern"])
-def tiny_config(request) -> ScratchGPTConfig:
+def tiny_config(request):
     """Both architectures, tiny."""
     from modeling_scratchgpt import ScratchGPTConfig
 
@@ -180,7 +172,7 @@ def tiny_config(request) -> ScratchGPTConfig:
 
 
 @pytest.fixture
-def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
+def tiny_model(tiny_config):
     """A model whose weights are far enough from zero for every part to matter."""
     from modeling_scratchgpt import ScratchGPTForCausalLM
 

@@ -246,11 +246,7 @@ MISTAKES = [
 ]
 MISTAKES_OF_ONE = [
     (classify, ["--label_smoothing", "-0.1"], "--label_smoothing must be at least 0 and below 1"),
-    (
-        classify,
-        ["--label_smoothing", "0.1", "--problem_type", "regression"],
-        "--label_smoothing is for one label per text",
-    ),
+    (classify, ["--label_smoothing", "0.1", "--problem_type", "regression"], "--label_smoothing is for one label per text"),
     (classify, ["--context_length", "6"], "all training texts are longer than the limit of 6 tokens"),
     (classify, ["--text_column", "body"], "line 1 has no 'body'"),
     (instruct, ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),

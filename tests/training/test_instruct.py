@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, TextGenerationPipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from tests.conftest import TINY
 from tests.training.conftest import ANSWERS, ROOT, scores
 from training import instruct
 
@@ -110,15 +111,9 @@ def test_preference_tuning_as_in_the_readme(real_data, tmp_path, monkeypatch):
     data = real_data / "instructions"
     examples = json.loads((data / "instruction-data.json").read_text())
     tokenizer = ScratchGPTTokenizer.train([row["instruction"] + row["output"] for row in examples], 2000)
-    config = ScratchGPTConfig(
-        vocab_size=2000,
-        max_position_embeddings=256,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )
-    ScratchGPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shape = {**TINY, "vocab_size": 2000, "max_position_embeddings": 256, "hidden_size": 128, **ids}
+    ScratchGPTForCausalLM(ScratchGPTConfig(**shape)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     words = ["--base_model", str(tmp_path / "base"), "--dataset", str(data / "instruction-data.json"), "--report_to", "none"]
     instruct.main([*words, "--output_dir", str(tmp_path / "outputs" / "instruct")])
