@@ -246,9 +246,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if padding_mask is None:
             return
         # A compiler cannot branch on the length of a static cache. There, the lookup of positions fails for a narrow mask.
-        if len(padding_mask) != batch or (not torch.compiler.is_compiling() and padding_mask.shape[1] < past_length + length):
+        rows, columns = padding_mask.shape
+        if rows != batch or (not torch.compiler.is_compiling() and columns < past_length + length):
             expected = f"(batch, cached + new tokens), here {(batch, int(past_length + length))}"
-            raise ValueError(f"attention_mask is {tuple(padding_mask.shape)}: it must be {expected}, or wider.")
+            raise ValueError(f"attention_mask is {(rows, columns)}: it must be {expected}, or wider.")
 
     def _embed_positions(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int | torch.Tensor
