@@ -12,11 +12,11 @@ Notable:
 
 import json
 import sys
-from dataclasses import field
+from dataclasses import asdict, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, PreTrainedConfig
+from transformers import GPT2Config, PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -40,6 +40,13 @@ CHOICES = {
     "mlp_type": ("plain", "gated"),
     "classifier_pooling": ("last", "mean"),
 }
+
+
+class _PresentFields(dict):
+    """The dataclass's fields, and of one config those that it has: with learned positions there is no `rope_parameters`."""
+
+    def __get__(self, config: Any, owner: type | None = None) -> dict[str, Any]:
+        return self if config is None else {name: field for name, field in self.items() if hasattr(config, name)}
 
 
 @strict
@@ -85,18 +92,9 @@ class ScratchGPTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {theirs: ours for ours, theirs in (GPT2Config.attribute_map | NAMES["gpt2"]).items()}
 
-    # Tensor parallelism: attention is split by heads, the MLP by its inner width.
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    # The modules have the names of Qwen3's. Its tensor parallelism splits attention by heads, and the MLP by its inner width.
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan
+    base_model_pp_plan = Qwen3Config.base_model_pp_plan
 
     vocab_size: int = 50257
     max_position_embeddings: int = 1024
@@ -155,6 +153,9 @@ class ScratchGPTConfig(PreTrainedConfig):
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
         self.validate_architecture()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and asdict(self) == asdict(other)
 
     def to_dict(self) -> dict[str, Any]:
         """Also register LoRA's default target modules with PEFT, which calls this before it looks them up.
@@ -230,3 +231,6 @@ class ScratchGPTConfig(PreTrainedConfig):
             for value in ids if isinstance(ids, list) else [ids]:
                 if value is not None and not 0 <= value < self.vocab_size:
                     raise ValueError(f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {value}.")
+
+
+ScratchGPTConfig.__dataclass_fields__ = _PresentFields(ScratchGPTConfig.__dataclass_fields__)

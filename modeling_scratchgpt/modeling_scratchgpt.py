@@ -12,6 +12,7 @@ Shapes: B batch, T new tokens, S attended tokens, C hidden_size, H query heads, 
 
 import inspect
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -238,25 +239,32 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 f"{input_ids.max()}: is this the tokenizer the model was trained with?"
             ) from error
 
-    def _check_shapes(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> None:
+    def _check_shapes(self, inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, past_length: Any) -> None:
         batch, length = inputs_embeds.shape[:2]
         if batch == 0 or length == 0:
             raise ValueError(f"the inputs are empty ({batch} rows, {length} columns): pass at least one token.")
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        if padding_mask is None:
             return
-        rows, columns = attention_mask.shape
-        if rows != batch or (columns != length if past_key_values is None else columns < length):
-            expected = (batch, length + (past_key_values.get_seq_length() if past_key_values is not None else 0))
-            raise ValueError(f"attention_mask is {(rows, columns)}: it must be (batch, cached + new tokens), here {expected}.")
+        # A compiler cannot branch on the length of a static cache. There, the lookup of positions fails for a narrow mask.
+        rows, columns = padding_mask.shape
+        if rows != batch or (not torch.compiler.is_compiling() and columns < past_length + length):
+            expected = f"(batch, cached + new tokens), here {(batch, int(past_length + length))}"
+            raise ValueError(f"attention_mask is {(rows, columns)}: it must be {expected}, or wider.")
 
     def _embed_positions(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int | torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """The input of the first block, and the rotary embeddings if the positions are not learned."""
         if self.config.position_embedding_type == "rotary":
+            # An embedding may be in a lower precision than the norms (layerwise casting of a tied head): continue in theirs.
+            dtype = getattr(self.norm, "weight", inputs_embeds).dtype
+            inputs_embeds = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, dtype))
             return inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
+        if isinstance(self.layers[0], nn.Identity):  # a later pipeline stage, whose input has the positions already
+            return inputs_embeds, None
         length, limit = past_length + inputs_embeds.shape[1], self.config.max_position_embeddings
-        if length > limit and position_ids.max() >= limit:
+        # A compiler cannot branch on values, but a compiled embedding checks its indices.
+        if not torch.compiler.is_compiling() and length > limit and position_ids.max() >= limit:
             raise ValueError(
                 f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings): shorten the "
                 "text, or train a model with rotary positions."
@@ -268,7 +276,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, S), 1 for tokens and 0 for padding
+        attention_mask: torch.Tensor | None = None,  # (B, S or more), 1 for tokens and 0 for padding
         position_ids: torch.Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,  # (B, T, C)
@@ -282,26 +290,30 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a mask of another
-                shape; more tokens than learned positions.
+                batch, or narrower than cached plus new tokens; more tokens than learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, past_key_values)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        padding_mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        self._check_shapes(inputs_embeds, padding_mask, past_length)
+        if padding_mask is not None and past_key_values is None:
+            attention_mask = padding_mask = padding_mask[:, : inputs_embeds.shape[1]]
         # First, since packed documents are detected from the caller's position_ids, and only without a cache.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:  # count only real tokens
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        elif position_ids is None:
-            position_ids = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+        if position_ids is None:
+            columns = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = columns.unsqueeze(0)
+            if padding_mask is not None:  # count only real tokens
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
 
         hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
-        for layer in self.layers:
+        for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -332,6 +344,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ScratchGPTConfig):
