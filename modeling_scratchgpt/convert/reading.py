@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
 from ..hub import is_hub_id
-from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict
+from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict, model_type_of
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
 from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
 from .onnx import check_onnx
@@ -102,10 +102,10 @@ def _read_other(source: str, num_attention_heads: int | None, hidden_act: str | 
 def _read_transformers(source: str) -> LoadedModel:
     """Read a GPT-2 or Qwen3 as transformers saves it, with any head."""
     fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") == "scratchgpt":
+    if model_type_of(fields) == "scratchgpt":
         raise ValueError(f"{source} is a ScratchGPT already: to convert it to another format, pass --to.")
-    ScratchGPTConfig(**as_scratchgpt(fields))  # raises our own errors first
-    class_name = (fields.get("architectures") or [REFERENCES[fields["model_type"]].__name__])[0]
+    ScratchGPTConfig.from_dict(as_scratchgpt(fields))  # raises our own errors first
+    class_name = (fields.get("architectures") or [REFERENCES[model_type_of(fields)].__name__])[0]
     head = class_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
     if head not in ("Model", *HEADS):
         raise ValueError(f"{source} is a {class_name}, for which ScratchGPT has no head.")
