@@ -9,9 +9,7 @@ Notable:
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,10 +132,7 @@ def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], config_cl
 
 
 def as_scratchgpt(fields: dict[str, Any], overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Convert the content of a `config.json` of ScratchGPT, GPT-2 or Qwen3 to ScratchGPT's.
-
-    Args:
-        overrides: values for fields of GPT-2 or Qwen3, which are removed from it.
+    """Convert the content of a `config.json` of ScratchGPT, GPT-2 or Qwen3 to ScratchGPT's, after `apply_overrides`.
 
     Raises:
         ValueError: another model type, or a feature that ScratchGPT does not have.
@@ -191,17 +186,25 @@ def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConf
     return CONFIG_MAPPING[model_type](**fields, id2label=config.id2label, label2id=config.label2id)
 
 
+@dataclass
 class MatrixPart:
     """One of the equal parts of a matrix or bias of GPT-2, as `nn.Linear` stores it.
 
     transformers indexes it like a slice of a safetensors file, in several threads: it is read and transposed there.
     """
 
-    def __init__(self, read: Callable[[], torch.Tensor], index: int, count: int):
-        self.read, self.index, self.count = read, index, count
+    tensor: torch.Tensor
+    file: str  # empty: the tensor is in memory
+    name: str
+    index: int
+    count: int
 
     def _view(self) -> torch.Tensor:
-        return self.read().t().chunk(self.count)[self.index]  # `t` leaves a bias as it is
+        tensor = self.tensor
+        if self.file:  # mapped into memory anew, so that what it occupies is released after the copy
+            with safe_open(self.file, "pt") as opened:
+                tensor = opened.get_tensor(self.name)
+        return tensor.t().chunk(self.count)[self.index]  # `t` leaves a bias as it is
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._view()[index].contiguous()
@@ -210,32 +213,23 @@ class MatrixPart:
         return [*self._view().shape]
 
 
-def _read_tensor(file: str, name: str) -> torch.Tensor:
-    """Map a file into memory anew, so that what the tensor occupies is released with it."""
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
-
-
-def _split_gpt2(state_dict: dict | None, files: list[str] | None, load_config: Any) -> dict[str, Any] | None:
-    """Split the matrices with GPT-2's names in a state dict or in files. None if transformers reads the files by itself."""
+def _split_gpt2(state_dict: dict | None, files: list[str] | None, load_config: Any) -> tuple[dict[str, Any], bool]:
+    """Split the matrices with GPT-2's names in a state dict or in files; also return whether there are any."""
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-    is_lazy = state_dict is None and files is not None and files[0].endswith(".safetensors") and not load_config.disable_mmap
-    sources = {} if state_dict is None else {"": state_dict}
-    for file in files or [] if state_dict is None else []:
-        sources[file] = load_state_dict(file, weights_only=load_config.weights_only, disable_mmap=load_config.disable_mmap)
+    options = {"weights_only": load_config.weights_only, "disable_mmap": load_config.disable_mmap}
+    sources = {"": state_dict} if state_dict is not None else {file: load_state_dict(file, **options) for file in files or []}
     result: dict[str, Any] = {}
     for file, tensors in sources.items():
+        is_mapped = file.endswith(".safetensors") and not load_config.disable_mmap
         for name, tensor in tensors.items():
-            if match := GPT2_MATRIX.search(apply_renamings(name, renamings)):
-                read = partial(_read_tensor, file, name) if is_lazy and tensor.ndim == 2 else tensor.detach
-                parts = GPT2_MATRICES[match[1]]
-                start = match.string[: match.start()]
-                split = {f"{start}{part}.{match[2]}": MatrixPart(read, i, len(parts)) for i, part in enumerate(parts)}
-                result |= split
-            else:
+            if not (match := GPT2_MATRIX.search(apply_renamings(name, renamings))):
                 result[name] = tensor
-    found = any(isinstance(tensor, MatrixPart) for tensor in result.values())
-    return None if is_lazy and not found else result
+                continue
+            start, parts = match.string[: match.start()], GPT2_MATRICES[match[1]]
+            for index, part in enumerate(parts):
+                source = file if is_mapped and tensor.ndim == 2 else ""
+                result[f"{start}{part}.{match[2]}"] = MatrixPart(tensor, source, name, index, len(parts))
+    return result, any(isinstance(tensor, MatrixPart) for tensor in result.values())
 
 
 def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -264,12 +258,13 @@ class InterchangeModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs) -> tuple:
         """Also convert GPT-2's weights. The conversion is not kept: `save_pretrained` writes this model's own names."""
-        state_dict = _split_gpt2(state_dict, checkpoint_files, load_config)
-        is_split = any(isinstance(tensor, MatrixPart) for tensor in (state_dict or {}).values())
+        split, is_split = _split_gpt2(state_dict, checkpoint_files, load_config)
         if is_split and load_config.hf_quantizer and load_config.hf_quantizer.pre_quantized:
             raise ValueError("the weights of this GPT-2 are quantized: load its original weights, and quantize those.")
-        if is_split and is_deepspeed_zero3_enabled():  # copies tensors by itself
-            state_dict = {name: value[...] for name, value in state_dict.items()}
+        if is_split and is_deepspeed_zero3_enabled():  # it copies tensors by itself
+            split = {name: value[...] for name, value in split.items()}
+        if is_split or load_config.disable_mmap:  # else the files are only mapped, and transformers maps them again
+            state_dict = split
         gpt2 = [WeightRenaming(theirs, ours) for theirs, ours in GPT2_NAMES.items()]
         load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *gpt2])
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
