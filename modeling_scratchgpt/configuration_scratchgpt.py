@@ -20,7 +20,7 @@ from transformers import GPT2Config, PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .interchange import NAMES, as_scratchgpt
+from .interchange import NAMES, SPECIAL_IDS, apply_overrides, as_scratchgpt, logger
 
 # GPT-2's published sizes (Radford et al., 2019), by the number of parameters with tied embeddings.
 PRESETS = {
@@ -152,7 +152,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
-        self.validate_architecture()
+        self._validate_fields()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and asdict(self) == asdict(other)
@@ -168,9 +168,14 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Also convert the configs of GPT-2 and Qwen3."""
+        """Also convert the configs of GPT-2 and Qwen3, after the overrides of their fields."""
         fields, unused = super().get_config_dict(*args, **kwargs)
-        return as_scratchgpt(fields), unused
+        return as_scratchgpt(fields, unused), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Also check overrides, and ignore special ids outside the vocabulary."""
+        return super().from_dict(apply_overrides(config_dict, kwargs, cls), **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ScratchGPTConfig":
@@ -206,7 +211,13 @@ class ScratchGPTConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters {self.rope_parameters} are invalid: {error}") from error
 
     def validate_architecture(self) -> None:
-        """Raise `ValueError` for invalid fields. Runs on construction and when the config is saved."""
+        """Warn about invalid fields when the config is saved: an error would lose a trained model."""
+        try:
+            self._validate_fields()
+        except ValueError as error:
+            logger.warning(f"This config cannot be loaded as it is: {error}")
+
+    def _validate_fields(self) -> None:
         self._validate_sizes()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -226,7 +237,7 @@ class ScratchGPTConfig(PreTrainedConfig):
             self._validate_rotary()
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_IDS:
             ids = getattr(self, name)
             for value in ids if isinstance(ids, list) else [ids]:
                 if value is not None and not 0 <= value < self.vocab_size:
