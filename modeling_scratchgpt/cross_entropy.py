@@ -71,8 +71,16 @@ def classification_loss(
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """Check for a head whose weight can be used directly: with LoRA, quantization or tensor parallelism, it must be called."""
-    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, Tensor)
+    """Check that a call of the head only multiplies with a matrix in memory, so that its weight can be used directly.
+
+    Not so with hooks (pruning, some norms of the weight), another `forward` (softcap, offloading), or another type of layer or
+    weight (LoRA, quantization, parametrization, tensor parallelism): then the head must be called.
+    """
+    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor) or head.weight.device.type == "meta":
+        return False
+    hooks = [f"{kind}_hooks" for kind in ("_forward", "_forward_pre", "_backward", "_backward_pre")]
+    has_hooks = any(getattr(head, name) or getattr(nn.modules.module, f"_global{name}") for name in hooks)
+    return head.bias is None and "forward" not in vars(head) and not has_hooks
 
 
 def linear_cross_entropy(

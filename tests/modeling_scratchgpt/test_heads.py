@@ -1,10 +1,14 @@
 """The heads: outputs, pooling, and losses that do not depend on the split of a batch."""
 
 import shutil
+from functools import partial
 
+import accelerate
 import pytest
 import torch
+from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 from modeling_scratchgpt import (
     ScratchGPTConfig,
@@ -13,7 +17,7 @@ from modeling_scratchgpt import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
-from tests.conftest import shaken
+from tests.conftest import TINY, shaken
 
 
 def make(head_class, config: ScratchGPTConfig, **fields):
@@ -148,20 +152,78 @@ def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_model):
     assert tiny_model(ids, labels=labels, skip_logits=True).logits is None
 
 
-def test_a_wrapped_head_is_called(tiny_model):
-    """A head that is not a plain linear layer must be called, so the loss is computed from the logits."""
+class Doubled(torch.nn.Linear):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
 
-    class Doubled(torch.nn.Linear):
-        def forward(self, hidden_states):
-            return 2 * super().forward(hidden_states)
 
-    wrapped = Doubled(32, 300, bias=False)
-    wrapped.weight = tiny_model.lm_head.weight
-    tiny_model.lm_head = wrapped
-    ids = random_ids(2, 12)
-    with_logits = tiny_model(ids, labels=ids).loss
-    tiny_model.train()
-    torch.testing.assert_close(tiny_model(ids, labels=ids).loss, with_logits)
+def softcap(head):
+    head.forward = lambda hidden_states: 5 * (functional.linear(hidden_states, head.weight) / 5).tanh()
+
+
+def double(module, given, *_):
+    """A hook of any kind, of a head that has no bias."""
+    if getattr(module, "out_features", None) == 300:
+        return 2 * given if isinstance(given, torch.Tensor) else (2 * given[0],)
+
+
+def double_output(module, inputs, output):
+    return double(module, output)
+
+
+def double_weight(head, wrap):
+    """Change what the weight is computed from: it is computed when the head is called."""
+    wrap(head)
+    next(head.parameters()).data.mul_(2)
+
+
+GLOBAL = torch.nn.modules.module
+WRAPPERS = {  # each changes what the head computes, or where its weight is
+    "subclass": lambda head: setattr(head, "__class__", Doubled),
+    "softcap": softcap,
+    "forward hook": lambda head: head.register_forward_hook(double_output),
+    "forward pre-hook": lambda head: head.register_forward_pre_hook(double),
+    "backward hook": lambda head: head.register_full_backward_hook(double),
+    "backward pre-hook": lambda head: head.register_full_backward_pre_hook(double),
+    "global forward hook": lambda head: GLOBAL.register_module_forward_hook(double_output),
+    "global forward pre-hook": lambda head: GLOBAL.register_module_forward_pre_hook(double),
+    "global backward hook": lambda head: GLOBAL.register_module_full_backward_hook(double),
+    "global backward pre-hook": lambda head: GLOBAL.register_module_full_backward_pre_hook(double),
+    "pruning": partial(double_weight, wrap=partial(prune.l1_unstructured, name="weight", amount=0.5)),
+    "weight norm": partial(double_weight, wrap=parametrizations.weight_norm),
+    "weight norm by a hook": partial(double_weight, wrap=torch.nn.utils.weight_norm),
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by a hook": torch.nn.utils.spectral_norm,
+    "CPU offload": partial(accelerate.cpu_offload, execution_device="cpu"),
+    "CPU offload with a hook": lambda head: accelerate.cpu_offload_with_hook(head, execution_device="cpu"),
+    "disk offload": partial(accelerate.disk_offload, execution_device="cpu"),
+    "layerwise casting": partial(
+        attach_layerwise_casting_hooks, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_head_that_is_more_than_a_matrix_is_called(wrapper, tmp_path):
+    """The memory-efficient loss would pass over what wraps the head."""
+    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, tie_word_embeddings=False)), 0.2).train()
+    ids, embedding = random_ids(2, 12), model.model.embed_tokens.weight
+    handle = WRAPPERS[wrapper](model.lm_head, *([tmp_path] if "disk" in wrapper else []))
+    model.lm_head.eval()  # the spectral norm is estimated anew in each training step
+    try:
+        outputs = [model(ids, labels=ids, skip_logits=skip) for skip in (None, True, False)]
+        gradients = [torch.autograd.grad(output.loss, embedding)[0] for output in outputs]
+    finally:
+        if "global" in wrapper:
+            handle.remove()
+    for output, gradient in zip(outputs, gradients, strict=True):
+        torch.testing.assert_close(output.loss, outputs[-1].loss)
+        torch.testing.assert_close(gradient, gradients[-1])
+
+
+def test_a_head_without_memory_gives_no_number(tiny_model):
+    tiny_model.lm_head.to("meta")
+    assert tiny_model.train()(random_ids(2, 12), labels=random_ids(2, 12)).loss.is_meta
 
 
 @torch.no_grad()
