@@ -221,11 +221,6 @@ def test_a_head_that_is_more_than_a_matrix_is_called(wrapper, tmp_path):
         torch.testing.assert_close(gradient, gradients[-1])
 
 
-def test_a_head_without_memory_gives_no_number(tiny_model):
-    tiny_model.lm_head.to("meta")
-    assert tiny_model.train()(random_ids(2, 12), labels=random_ids(2, 12)).loss.is_meta
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("use_cache", [True, False])
