@@ -40,9 +40,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
 
 
 def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Cross-entropy of logits (B, T) on positions (B,); those beyond the text are ignored."""
+    """Cross-entropy of logits (B, T) on positions (B,); those outside the text, such as -1, are ignored."""
     positions = positions.flatten()
-    return cross_entropy(logits, positions.masked_fill(positions >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
+    is_outside = (positions < 0) | (positions >= logits.shape[1])
+    return cross_entropy(logits, positions.masked_fill(is_outside, IGNORE_INDEX), num_items_in_batch)
 
 
 def classification_loss(

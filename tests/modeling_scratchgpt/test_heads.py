@@ -1,15 +1,20 @@
 """The heads: outputs, pooling, and losses that do not depend on the split of a batch."""
 
+import inspect
 import shutil
 from functools import partial
 
 import accelerate
+import peft
 import pytest
 import torch
+import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
+from transformers import DynamicCache, StaticCache
 
+import modeling_scratchgpt
 from modeling_scratchgpt import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
@@ -17,6 +22,7 @@ from modeling_scratchgpt import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
+from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY, shaken
 
 
@@ -42,6 +48,80 @@ def test_pooling_ignores_padding(tiny_config, side, pooling):
     if side == "right":
         padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
     torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
+
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=20),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_classifier_continues_from_a_cache(tiny_config, kind):
+    """With the logits of the whole text, padded on either side."""
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5)
+    ids, mask, cache = random_ids(3, 12), torch.ones(3, 12, dtype=torch.long), CACHES[kind](model.config)
+    mask[0, :3] = mask[1, 9:] = 0
+    model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    continued = model(ids[:, 7:], attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(continued.logits, model(ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4)
+    assert continued.past_key_values is cache
+
+
+@torch.no_grad()
+def test_what_a_classifier_cannot_compute_from_a_cache_is_refused(tiny_config):
+    model = make(ScratchGPTForSequenceClassification, tiny_config)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0  # its last real token is in the cache
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="1 of 2 texts have no token after the cached ones"):
+        model(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    model.config.classifier_pooling = "mean"
+    with pytest.raises(ValueError, match="classifier_pooling='mean' needs the hidden states of the whole text"):
+        model(ids[:, 6:], past_key_values=cache)
+    model(ids, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 1, 9, 9\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_arguments_are_those_of_transformers(head):
+    """PEFT and Trainer decide by the signature what they pass."""
+    ours = inspect.signature(getattr(modeling_scratchgpt, f"ScratchGPTFor{head}").forward).parameters
+    theirs = inspect.signature(getattr(transformers, f"Qwen3For{head}").forward).parameters
+    assert [name for name in theirs if name != "use_cache"] == [name for name in ours if name in theirs]
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_prefix_tuning(tiny_config, head):
+    """PEFT passes the prefix as a cache: the gradients are those of the prefix as embeddings' keys and values."""
+    model = make(getattr(modeling_scratchgpt, f"ScratchGPTFor{head}"), tiny_config)
+    task = HEADS[f"For{head}"]
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4)).eval()
+    ids = random_ids(2, 6)
+    labels = {"labels": torch.zeros(2, *([6] if task == "TOKEN_CLS" else []), dtype=torch.long)}
+    if task == "QUESTION_ANS":
+        labels = {"start_positions": torch.zeros(2, dtype=torch.long), "end_positions": torch.ones(2, dtype=torch.long)}
+    output = tuned(input_ids=ids, attention_mask=torch.ones_like(ids), **labels)
+    expected = model(ids, attention_mask=torch.ones(2, 10), past_key_values=tuned.get_prompt(2), **labels)
+    torch.testing.assert_close(output.loss, expected.loss)
+    output.loss.backward()
+    assert all(parameter.grad.any() for parameter in tuned.prompt_encoder.parameters())
+
+
+@torch.no_grad()
+def test_an_exported_classifier_takes_other_shapes():
+    config = ScratchGPTConfig(**{**TINY, "num_hidden_layers": 1, "use_cache": False})
+    model = make(ScratchGPTForSequenceClassification, config)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=64)
+    shapes = {"input_ids": (batch, length), "attention_mask": (batch, length)}
+    example = {"input_ids": random_ids(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    exported = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    ids, mask = random_ids(3, 5), torch.ones(3, 5, dtype=torch.long)
+    mask[0, 3:] = mask[1, :2] = 0
+    found, expected = (function(input_ids=ids, attention_mask=mask).logits for function in (exported, model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_may_be_class_probabilities(tiny_config):
@@ -114,18 +194,17 @@ def test_loss_of_token_classification(tiny_config):
 
 
 def test_loss_of_question_answering(tiny_config):
+    """Positions outside the text are ignored."""
     model = make(ScratchGPTForQuestionAnswering, tiny_config)
-    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 99])  # 99: beyond the text
+    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, -1]), torch.tensor([2, 3, 99])
     output = model(ids, start_positions=starts, end_positions=ends)
-    expected = functional.cross_entropy(output.start_logits, starts) + functional.cross_entropy(output.end_logits[:2], ends[:2])
-    torch.testing.assert_close(output.loss, expected / 2)
+    logits, positions = (output.start_logits[:2], output.end_logits[:2]), (starts[:2], ends[:2])
+    torch.testing.assert_close(output.loss, sum(map(functional.cross_entropy, logits, positions)) / 2)
     pieces = [
         model(ids[r : r + 1], start_positions=starts[r : r + 1], end_positions=ends[r : r + 1], num_items_in_batch=3).loss
         for r in range(3)
     ]
-    by_hand = functional.cross_entropy(output.start_logits, starts, reduction="sum") + functional.cross_entropy(
-        output.end_logits[:2], ends[:2], reduction="sum"
-    )
+    by_hand = sum(map(partial(functional.cross_entropy, reduction="sum"), logits, positions))
     torch.testing.assert_close(sum(pieces), by_hand / 6)
 
 
