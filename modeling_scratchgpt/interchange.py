@@ -205,4 +205,12 @@ class InterchangeModel(PreTrainedModel):
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
             **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in HEADS},
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # transformers saves the name of the class and the file that defines it. FSDP2 and users derive classes from ours, in
+        # files that do not load by themselves: saved is the class that has an `_auto_class` of its own.
+        derived = type(self)
+        named = next(base for base in derived.__mro__ if "_auto_class" in vars(base) and base.__module__ != "__main__")
+        self.__class__ = type(named.__name__, (derived,), {"__module__": named.__module__})
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = derived

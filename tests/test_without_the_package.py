@@ -67,3 +67,15 @@ def test_auto_classes_and_pipeline_need_only_the_directory(tmp_path):
         assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
         found, expected = (json.loads((path / "config.json").read_text())["auto_map"] for path in (again, folder))
         assert found == expected
+
+
+def test_a_subclass_is_saved_as_the_class_whose_files_are_saved(tmp_path):
+    """Whether it is defined in a script or in a module, its own code would not load without this package."""
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
+    model.save_pretrained(tmp_path / "expected")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    for module in ("__main__", __name__):
+        model.__class__ = type("Mine", (ScratchGPTForCausalLM,), {"__module__": module})
+        model.save_pretrained(tmp_path / module)
+        assert {path.name: path.read_bytes() for path in (tmp_path / module).iterdir()} == expected
+        assert type(model).__name__ == "Mine"
