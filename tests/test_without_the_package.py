@@ -35,6 +35,10 @@ for folder in sys.argv[1:]:
         })
     model.save_pretrained(folder + "-again")
     tokenizer.save_pretrained(folder + "-again")
+
+    from peft import IA3Config, get_peft_model  # after the model was loaded
+
+    results[-1]["adapted"] = sorted(get_peft_model(model, IA3Config()).targeted_module_names)
 print("RESULTS" + json.dumps(results))
 """
 )
@@ -62,6 +66,8 @@ def test_auto_classes_and_pipeline_need_only_the_directory(tmp_path):
             torch.testing.assert_close(torch.tensor(result["logits"]), model(**inputs).logits[0, -1])
             torch.testing.assert_close(torch.tensor(result["hidden"]), model.model(**inputs).last_hidden_state[0, -1])
         assert result["text"].startswith("to be or not")
+        names = [f"model.layers.{layer}.{name}_proj" for layer in (0, 1) for name in ("mlp.down", "self_attn.q", "self_attn.v")]
+        assert result["adapted"] == names
         # What was loaded there and saved again is as complete as what was loaded.
         again = folder.with_name(f"{folder.name}-again")
         assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
