@@ -11,7 +11,6 @@ Notable:
 """
 
 import json
-import sys
 from dataclasses import asdict, field
 from typing import Any
 
@@ -32,7 +31,6 @@ PRESETS = {
 
 SIZES = ["vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"]
 SIZES += ["num_attention_heads", "num_key_value_heads", "head_dim"]
-LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 MAX_LAYERS = 10_000  # sanity limit: building the model of a corrupt config would take days
 CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
@@ -156,15 +154,6 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and asdict(self) == asdict(other)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Also register LoRA's default target modules with PEFT, which calls this before it looks them up.
-
-        Importing PEFT to register them would double the import time of this package.
-        """
-        if constants := sys.modules.get("peft.utils.constants"):
-            constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["scratchgpt"] = LORA_TARGETS
-        return super().to_dict()
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,6 +9,7 @@ Notable:
 
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +83,8 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"use_sliding_window": False},
 }
+
+LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 # Parts of weight names, from GPT-2's to ScratchGPT's. The matrices are transposed.
 GPT2_PARTS = {
@@ -250,9 +253,28 @@ def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-class InterchangeModel(PreTrainedModel):
-    """A model that also loads GPT-2's weights, and that is saved with its code."""
+class PeftDefaults:
+    """The attribute `peft_config` of a model without adapters: reading it registers the default target modules with PEFT.
 
+    PEFT looks up the defaults of a model type in tables of its own, which has no public function to extend. Importing PEFT to
+    fill them would slow down every import of this package, and it may be imported later. But PEFT looks for adapters in each
+    model, by this name, before it looks up the defaults; and sets the attribute afterwards, which hides this one.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, model_class: type) -> None:
+        constants = sys.modules.get("peft.utils.constants")
+        tables = [value for name, value in vars(constants).items() if name.endswith("_MODULES_MAPPING")] if constants else []
+        for table in tables:
+            if "qwen3" in table:  # its modules have the names of ours; LoRA is best applied to all linear layers
+                is_lora = table is constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+                table.setdefault("scratchgpt", LORA_TARGETS if is_lora else table["qwen3"])
+        raise AttributeError(f"{model_class.__name__} has no adapters of PEFT")
+
+
+class InterchangeModel(PreTrainedModel):
+    """A model that also loads GPT-2's weights, that is saved with its code, and whose layers PEFT knows."""
+
+    peft_config = PeftDefaults()
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # the causal mask in GPT-2's older files
 
     @staticmethod
@@ -284,4 +306,12 @@ class InterchangeModel(PreTrainedModel):
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
             **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in HEADS},
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # transformers saves the name of the class and the file that defines it. FSDP2 and users derive classes from ours, in
+        # files that do not load by themselves: saved is the class that has an `_auto_class` of its own.
+        derived = type(self)
+        named = next(base for base in derived.__mro__ if "_auto_class" in vars(base) and base.__module__ != "__main__")
+        self.__class__ = type(named.__name__, (derived,), {"__module__": named.__module__})
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = derived

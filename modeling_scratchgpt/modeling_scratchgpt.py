@@ -22,13 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -37,7 +31,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratchgpt import ScratchGPTConfig
-from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, is_plain_head, linear_cross_entropy, span_loss
+from .cross_entropy import IGNORE_INDEX, cross_entropy, is_plain_head, linear_cross_entropy
+from .heads import QuestionAnsweringMixin, SequenceClassificationMixin, TokenClassificationMixin
 from .interchange import InterchangeModel
 from .packed_linear import PackedGenerationMixin
 
@@ -402,22 +397,10 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
 ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCausalLM.forward)  # type: ignore[attr-defined]
 
 
-# The other heads ---------------------------------------------------------------------------------------------------------
+# The other heads, whose forward passes are in heads.py -----------------------------------------------------------------------
 
 
-def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
-    """Pool hidden states (B, T, C) over the real tokens of each text to (B, C): the `"last"` or the `"mean"`."""
-    if attention_mask is None:
-        return hidden_states[:, -1] if how == "last" else hidden_states.mean(1)
-    is_real = (attention_mask != 0).to(hidden_states.device)  # (B, T)
-    if how == "mean":
-        return (hidden_states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
-    indices = torch.arange(is_real.shape[1], device=hidden_states.device)
-    last = (indices * is_real).argmax(-1)  # (B,)
-    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
-
-
-class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
+class ScratchGPTForSequenceClassification(SequenceClassificationMixin, ScratchGPTPreTrainedModel):
     """Classification (single- or multi-label) or regression of whole texts."""
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -429,29 +412,8 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,  # (B,) classes or targets, or (B, num_labels) probabilities or targets
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """Return logits (B, num_labels), and the loss of `config.problem_type` if there are labels.
 
-        Only the attention mask marks padding, on either side; without a mask all tokens are real. As in transformers,
-        `problem_type` is inferred from the labels if not set. Single-label targets may be class probabilities
-        (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
-        """
-        output = self.model(input_ids, attention_mask, **kwargs)
-        pooled = pool_hidden_states(output.last_hidden_state, attention_mask, self.config.classifier_pooling)
-        logits = self.score(pooled)  # (B, num_labels)
-        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
-
-
-class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
+class ScratchGPTForTokenClassification(TokenClassificationMixin, ScratchGPTPreTrainedModel):
     """Classification of each token."""
 
     _auto_class = "AutoModelForTokenClassification"
@@ -464,23 +426,8 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 is ignored
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Return logits (B, T, num_labels), and the loss if there are labels."""
-        output = self.model(input_ids, attention_mask, **kwargs)
-        logits = self.score(self.dropout(output.last_hidden_state))
-        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
-
-class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
+class ScratchGPTForQuestionAnswering(QuestionAnsweringMixin, ScratchGPTPreTrainedModel):
     """Extractive question answering: the start and the end of the answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
@@ -490,22 +437,3 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         self.model = ScratchGPTModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,  # (B,)
-        end_positions: torch.LongTensor | None = None,  # (B,)
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """Return start and end logits (B, T), and the mean of both losses. Positions beyond the text are ignored."""
-        output = self.model(input_ids, attention_mask, **kwargs)
-        start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
-            loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
-        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, output.hidden_states, output.attentions)
