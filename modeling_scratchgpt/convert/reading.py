@@ -276,8 +276,8 @@ def _loading(source: str | Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{source} contains more than weights, which could run code, or is damaged: it is not read. If you trust it, save "
-            "its state dict alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)."
+            f"{source} contains more than weights, which could run code, or is damaged: it is not read. Save the state "
+            "dict alone, with the program that made this file: torch.save(model.state_dict(), NEW_FILE)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         or_memory = ", or exceeds the memory" if isinstance(error, RuntimeError) else ""
