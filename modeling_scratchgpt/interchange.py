@@ -254,20 +254,19 @@ def gpt2_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class PeftDefaults:
-    """The attribute `peft_config` of a model without adapters: reading it registers the default target modules with PEFT.
+    """The attribute `peft_config` of a model without adapters: reading it registers default target modules with PEFT.
 
-    PEFT looks up the defaults of a model type in tables of its own, which has no public function to extend. Importing PEFT to
-    fill them would slow down every import of this package, and it may be imported later. But PEFT looks for adapters in each
-    model, by this name, before it looks up the defaults; and sets the attribute afterwards, which hides this one.
+    PEFT looks up the defaults of a model type in its own tables, which no public function extends. Importing PEFT to fill them
+    would slow down each import of this package. But before PEFT looks them up, it checks whether the model has this attribute;
+    afterwards it sets the attribute, which hides this one.
     """
 
     def __get__(self, model: PreTrainedModel | None, model_class: type) -> None:
-        constants = sys.modules.get("peft.utils.constants")
-        tables = [value for name, value in vars(constants).items() if name.endswith("_MODULES_MAPPING")] if constants else []
-        for table in tables:
-            if "qwen3" in table:  # its modules have the names of ours; LoRA is best applied to all linear layers
-                is_lora = table is constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-                table.setdefault("scratchgpt", LORA_TARGETS if is_lora else table["qwen3"])
+        if constants := sys.modules.get("peft.utils.constants"):
+            constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("scratchgpt", LORA_TARGETS)
+            for name, table in vars(constants).items():
+                if name.endswith("_MODULES_MAPPING") and "qwen3" in table:  # whose modules have the same names
+                    table.setdefault("scratchgpt", table["qwen3"])
         raise AttributeError(f"{model_class.__name__} has no adapters of PEFT")
 
 
@@ -306,8 +305,8 @@ class InterchangeModel(PreTrainedModel):
             "AutoModel": "modeling_scratchgpt.ScratchGPTModel",
             **{f"AutoModel{head}": f"modeling_scratchgpt.ScratchGPT{head}" for head in HEADS},
         }
-        # transformers saves the name of the class and the file that defines it. FSDP2 and users derive classes from ours, in
-        # files that do not load by themselves: saved is the class that has an `_auto_class` of its own.
+        # transformers saves the name of the class and the file that defines it. A class that FSDP2 or a user has derived is in
+        # a file that does not load by itself, so the nearest base class that defines `_auto_class` is saved instead.
         derived = type(self)
         named = next(base for base in derived.__mro__ if "_auto_class" in vars(base) and base.__module__ != "__main__")
         self.__class__ = type(named.__name__, (derived,), {"__module__": named.__module__})
