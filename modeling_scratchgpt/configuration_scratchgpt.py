@@ -150,7 +150,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
-        self._validate_fields()
+        self.check()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and asdict(self) == asdict(other)
@@ -202,11 +202,12 @@ class ScratchGPTConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Warn about invalid fields when the config is saved: an error would lose a trained model."""
         try:
-            self._validate_fields()
+            self.check()
         except ValueError as error:
             logger.warning(f"This config cannot be loaded as it is: {error}")
 
-    def _validate_fields(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for invalid fields. Runs when a config is made, and when a model is made from it."""
         self._validate_sizes()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:

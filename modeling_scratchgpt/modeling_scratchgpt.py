@@ -109,6 +109,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: ScratchGPTConfig):
+        config.check()  # it may have been changed since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":

@@ -107,6 +107,12 @@ def test_a_trained_model_is_saved_with_a_padding_id_outside_its_vocabulary(tiny_
         assert torch.equal(tensor, tiny_model.state_dict()[name]), name
 
 
+def test_a_changed_config_is_checked_when_a_model_is_made(tiny_config):
+    tiny_config.norm_type = "batchnorm"
+    with pytest.raises(ValueError, match="norm_type must be one of 'layernorm', 'rmsnorm', got 'batchnorm'"):
+        ScratchGPTForCausalLM(tiny_config)
+
+
 def test_overrides_are_checked(tiny_config, tmp_path):
     tiny_config.save_pretrained(tmp_path)
     for load in (ScratchGPTConfig.from_pretrained, AutoConfig.from_pretrained, ScratchGPTForCausalLM.from_pretrained):
