@@ -202,7 +202,6 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             position_ids = columns.unsqueeze(0)
             if padding_mask is not None:  # count only real tokens
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
-
         hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
         for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
