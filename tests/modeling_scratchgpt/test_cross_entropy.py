@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,9 +37,9 @@ def loss_and_gradients(function, hidden_states, weight, *arguments):
 
 
 def assert_same(ours, theirs):
-    """Equal to 1e-5 of the largest number, in float32."""
+    """Equal to 1e-5 of the largest number, in float32; terms of a sum may cancel to less than a hundredth."""
     for one, two in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * max(two.abs().max().item(), 1e-6))
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * max(two.abs().max().item(), 1e-2))
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,6 +52,7 @@ def assert_same(ours, theirs):
     num_items_in_batch=st.sampled_from([None, 1, 17, torch.tensor(5)]),
     seed=st.integers(0, 1000),
 )
+@example(tokens=1, width=1, vocab_size=60, ignored=0.0, rows_in_a_chunk=1, num_items_in_batch=17, seed=186)
 def test_value_and_gradients(tokens, width, vocab_size, ignored, rows_in_a_chunk, num_items_in_batch, seed):
     hidden_states, weight, targets = inputs(tokens, width, vocab_size, ignored, seed)
     targets[0] = 0  # at least one that counts
