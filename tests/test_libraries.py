@@ -232,7 +232,7 @@ def test_transformers_serve(server, memorized, tokenizer):
 
 @pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter"])
 def test_peft_has_default_targets(tiny_model, monkeypatch, add):
-    """For all methods for which Qwen3 has some: its modules have the names of ours. For LoRA, all linear layers."""
+    """For all methods for which Qwen3 has some: its modules have the same names. For LoRA, all linear layers."""
     tables = [
         table
         for name, table in vars(peft.utils.constants).items()
