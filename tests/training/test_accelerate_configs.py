@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.conftest import MODERN, TINY, Processes, on_two_processes
-from tests.training.conftest import ROOT, SMALL, run_module, run_program
+from tests.training.conftest import PRETRAIN, ROOT, SMALL, run_module
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
 # name: distributed type, total number of processes, machines, mixed precision
@@ -88,11 +88,11 @@ def test_two_nodes_find_each_other(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_processes_for_gpus_that_do_not_exist(book, tmp_path):
     """Each would train the whole model, all of them into one directory."""
-    words = ["pretrain", "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
-    environment = prepare_multi_gpu_env(launch_arguments("ddp", "--num_processes", "2"))
-    processes = Processes(run_program, tmp_path / "log", words, count=2, **environment)
+    words = [PRETRAIN, "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
+    launcher = ["accelerate.commands.launch", "--config_file", str(FOLDER / "ddp.yaml"), "--num_processes", "2"]
+    process = Processes(run_module, tmp_path / "log", [*launcher, *words])
     line = "pretrain.py: error: 2 processes were started for GPUs that this machine does not have: start one, or several"
-    assert processes.wait(2).count(line) == 1
+    assert process.wait(1).count(line) == 1  # the code of the launcher
     assert not (tmp_path / "out").exists()
 
 
