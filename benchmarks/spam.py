@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
 from training.data.examples import ExampleArguments, Examples, read_examples
-from training.data.files import read_rows
+from training.data.files import Encoding, read_rows
 from training.data.splits import SPLITS
 
 COLUMNS = ["label", "text"]
@@ -54,7 +54,7 @@ def read_splits(path: Path, seed: int) -> Examples:
 def write_unused_texts(path: Path, splits: Examples, output: Path) -> None:
     """Write the texts that are not in any split, in lowercase."""
     used = {example.text.strip() for name in SPLITS for example in splits.splits[name]}
-    rows = read_rows(path, {"text": "text_column"}, "strict", COLUMNS)
+    rows = read_rows(path, {"text": "text_column"}, Encoding(), COLUMNS)
     unused = (row["text"].lower() for _, row in rows if row["text"].strip() not in used)
     output.write_text("".join(json.dumps({"text": text}) + "\n" for text in unused), encoding="utf-8")
 

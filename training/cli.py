@@ -70,10 +70,29 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows the defaults, and the description as it is written."""
 
 
+class _ReplaceDefault(argparse.Action):
+    """A list option that is given several times: its words add up, and replace the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML whose values are the words of a command line: only `null` is special, so `no` and `1e-3` stay as they are."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _Parser(HfArgumentParser):
     """transformers' parser for dataclasses, with one-line errors."""
 
     def add_argument(self, *names: str, **keywords: Any) -> argparse.Action:
+        if keywords.get("nargs") == "+":
+            keywords.setdefault("action", _ReplaceDefault)
         return super().add_argument(*names, **{key: value for key, value in keywords.items() if key not in RANGES})
 
     def error(self, message: str) -> NoReturn:
@@ -138,7 +157,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     """The file's content. A path is relative to the working directory, or else to the directory that holds `training/`."""
     file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
     except OSError as error:
         raise UserError(f"{error.strerror}. Pass the path of a YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

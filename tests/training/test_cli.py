@@ -29,6 +29,10 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     assert (arguments.number, arguments.rate, arguments.words) == (7, 0.25, ["a", "b"])
     assert parse(tmp_path, "number: 7", "--number", "8").number == 8
     assert parse(tmp_path, "words: single").words == ["single"]
+    assert parse(tmp_path, "rate: 1e-3").rate == 1e-3
+    assert parse(tmp_path, "words: no").words == ["no"]  # Norwegian
+    assert parse(tmp_path, "words:\nnumber: null").words == ["one"]
+    assert parse(tmp_path, "words: a", "--words", "b", "c", "--words", "d").words == ["b", "c", "d"]
 
 
 def test_model_fields_are_overridden_one_by_one(tmp_path):

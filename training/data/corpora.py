@@ -20,7 +20,18 @@ from tqdm.auto import tqdm
 from training.cli import option
 from training.data.cache import BATCH_BYTES, BATCH_ROWS, cached_file, digest_texts, encode_texts
 from training.data.docstrings import TEXT, read_docs
-from training.data.files import check_columns, check_file, digest_of, find_files, get_text, read_file
+from training.data.files import (
+    check_columns,
+    check_file,
+    digest_of,
+    encoding_errors_option,
+    encoding_of,
+    encoding_option,
+    ending,
+    find_files,
+    get_text,
+    read_file,
+)
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
 from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
 from training.data.splits import SPLITS, check_fractions, split_indices
@@ -33,10 +44,12 @@ class CorpusArguments:
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs`; .txt, .md, .jsonl, .parquet, .csv and .tsv files, directories and globs of them; ids of datasets on the Hub",
+        "`docs`; .txt, .md, .json, .jsonl, .parquet, .csv and .tsv files, also compressed, directories and globs of them; ids "
+        "of datasets on the Hub",
     )
     text_column: str = option("text", "column with the text, in tables and datasets")
-    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    encoding: str = encoding_option()
+    encoding_errors: str = encoding_errors_option()
     streaming: bool = option(False, "stream datasets from the Hub: download only what is read")
     max_documents: int = option(0, "maximum number of documents from each source; 0: all", minimum=0)
     near_duplicates: float = option(
@@ -98,8 +111,9 @@ def check_corpora(arguments: CorpusArguments) -> None:
         UserError: the fractions leave nothing to train on; a source is missing; the beginning of a file is invalid.
     """
     check_fractions({"validation": arguments.validation_fraction, "test": arguments.test_fraction})
+    encoding = encoding_of(arguments)
     for path in check_sources(arguments.dataset):
-        check_file(path, arguments.text_column, arguments.encoding_errors)
+        check_file(path, arguments.text_column, encoding)
 
 
 def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> dict[str, Dataset]:
@@ -180,16 +194,16 @@ def _is_blank(text: Any) -> bool:
 
 
 def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
-    column, errors, limit = arguments.text_column, arguments.encoding_errors, arguments.max_documents
+    column, encoding, limit = arguments.text_column, encoding_of(arguments), arguments.max_documents
     if source == "docs":
         documents = read_docs()
         return documents.take(limit or len(documents))
     if is_dataset_id(source):
         return _stream(source, column, limit) if arguments.streaming else _download(source, column, limit)
     files = find_files(source)
-    digests = [(path.suffix.lower(), digest_of(path)) for path in files]
-    texts = itertools.chain.from_iterable(read_file(path, column, errors) for path in files)
-    key = f"files {column} {errors} {limit} {digests}"
+    digests = [(ending(path), path.suffix, digest_of(path)) for path in files]
+    texts = itertools.chain.from_iterable(read_file(path, column, encoding) for path in files)
+    key = f"files {column} {encoding} {limit} {digests}"
     return _store(key, itertools.islice(texts, limit or None), f"Reading {source}")
 
 

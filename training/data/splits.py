@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from training.cli import option
+from training.data.files import encoding_errors_option, encoding_of, encoding_option
 from training.data.sources import check_sources
 from training.errors import UserError
 
@@ -31,7 +32,8 @@ class SplitArguments:
     dataset: list[str] = option(["docs"], "training data")
     validation_dataset: list[str] = option([], "validation data; default: a fraction of --dataset is held out")
     test_dataset: list[str] = option([], "test data, evaluated once, at the end; default: a fraction of --dataset")
-    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    encoding: str = encoding_option()
+    encoding_errors: str = encoding_errors_option()
     validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
     test_fraction: float = option(0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
 
@@ -46,6 +48,7 @@ def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Pa
     sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
     if "docs" in sources and len(sources) > 1:
         raise UserError("--dataset docs is split by modules and cannot be combined with other sources.")
+    encoding_of(arguments)
     return check_sources(sources, endings)
 
 
