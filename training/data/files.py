@@ -60,7 +60,7 @@ OPENERS |= {".zst": _open_zstd, ".zip": _open_zip}
 
 
 class Encoding(NamedTuple):
-    """How bytes become text: the name of a codec, and "strict" or "replace" for bytes that it does not know."""
+    """The codec of a text, and "strict" or "replace" for bytes that it does not know."""
 
     name: str = "utf-8"
     errors: str = "strict"
