@@ -255,11 +255,7 @@ def _store(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
                 size += len(encoded)
             writer.write_batch(_record_batch(batch))
 
-    path = cached_file(key, "arrow", write)
-    try:
-        return Dataset.from_file(str(path))
-    except pa.ArrowException as error:
-        raise UserError(f"the cached texts {path} are corrupt ({error}): delete the file.") from error
+    return Dataset.from_file(str(cached_file(key, "arrow", write)))
 
 
 def _record_batch(texts: list[bytes]) -> pa.RecordBatch:
