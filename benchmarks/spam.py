@@ -48,7 +48,7 @@ BASELINES = {
 
 def read_splits(path: Path, seed: int) -> Examples:
     """The splits of a seed, as training/classify.py reads them."""
-    return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample"), seed)
+    return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample", split_seed=seed))
 
 
 def write_unused_texts(path: Path, splits: Examples, output: Path) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         for title, classifier in BASELINES.items():
             accuracies[title].append(baseline_accuracy(classifier, splits))
         with tempfile.TemporaryDirectory() as name:
-            directory, shared = Path(name), ["--seed", str(seed)]
+            directory, shared = Path(name), ["--seed", str(seed), "--split_seed", str(seed)]
             write_unused_texts(path, splits, directory / "ham.jsonl")
             argv = ["--dataset", f"{directory}/ham.jsonl", "--output_dir", f"{directory}/base", *shared]
             minutes[BASE].append(run_recipe("pretrain", *argv, *PRETRAIN.split())[0])

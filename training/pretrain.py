@@ -115,7 +115,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         """Corpora -> splits -> tokenizer -> token files."""
         arguments = self.arguments
         corpora = read_corpora(arguments)
-        splits = split_corpora(arguments, corpora, arguments.seed)
+        splits = split_corpora(arguments, corpora)
         self.texts = {name: concatenate_datasets([split[name] for split in splits]) for name in SPLITS}
         self.num_duplicates = sum(corpus.duplicates + corpus.near_duplicates for corpus in corpora)
         size, length = arguments.vocab_size, arguments.context_length

@@ -84,7 +84,7 @@ def check_conversations(arguments: ConversationArguments) -> None:
             _messages(location, row, arguments.encoding_errors, input_mark="")
 
 
-def read_conversations(arguments: ConversationArguments, seed: int, input_mark: str) -> Conversations:
+def read_conversations(arguments: ConversationArguments, input_mark: str) -> Conversations:
     """Read and split the conversations of a run; `input_mark` separates an instruction from its input.
 
     Raises:
@@ -92,7 +92,7 @@ def read_conversations(arguments: ConversationArguments, seed: int, input_mark: 
     """
     given = read_given(arguments, lambda source: _read_source(source, encoding_of(arguments), input_mark))
     distinct = {name: list({repr(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
-    splits, leaked = split_items(distinct, arguments, seed, key=lambda conversation: _opening(conversation.messages))
+    splits, leaked = split_items(distinct, arguments, key=lambda conversation: _opening(conversation.messages))
     return Conversations(splits, sum(len(given[name]) - len(distinct[name]) for name in given), leaked)
 
 

@@ -34,7 +34,7 @@ from training.data.files import (
 )
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
 from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
-from training.data.splits import SPLITS, check_fractions, split_indices
+from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
 
 
@@ -62,6 +62,7 @@ class CorpusArguments:
         0.01, "fraction held out for validation: whole documents, or the end of each if there are few", above=0, below=1
     )
     test_fraction: float = option(0.0, "fraction held out for the test, evaluated once, at the end", minimum=0, below=1)
+    split_seed: int = split_seed_option()
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     return corpora
 
 
-def split_corpora(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[dict[str, Dataset]]:
+def split_corpora(arguments: CorpusArguments, corpora: list[Corpus]) -> list[dict[str, Dataset]]:
     """Split each corpus of a run by its arguments: see `split_documents`."""
-    fractions = arguments.validation_fraction, arguments.test_fraction
-    return [split_documents(corpus.documents, *fractions, seed) for corpus in corpora]
+    how = arguments.validation_fraction, arguments.test_fraction, arguments.split_seed
+    return [split_documents(corpus.documents, *how) for corpus in corpora]
 
 
 def check_corpora(arguments: CorpusArguments) -> None:

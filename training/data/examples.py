@@ -109,7 +109,7 @@ def check_examples(arguments: ExampleArguments) -> None:
         next(read_rows(path, _columns(arguments), encoding_of(arguments), arguments.columns), None)
 
 
-def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
+def read_examples(arguments: ExampleArguments) -> Examples:
     """Read, balance and split the examples of a run.
 
     Raises:
@@ -121,9 +121,11 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
     if has_one_label:
         _check_names(train)
     if arguments.balance == "undersample":
-        given["train"] = _sample_per_label(train, min(Counter(example.label for example in train).values()), seed)
+        given["train"] = _sample_per_label(
+            train, min(Counter(example.label for example in train).values()), arguments.split_seed
+        )
     splits, duplicates = split_items(
-        given, arguments, seed, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
+        given, arguments, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
     )
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 

@@ -25,6 +25,10 @@ Item = TypeVar("Item", bound=Any)  # an example or a conversation, with its `gro
 SPLITS = ("train", "validation", "test")
 
 
+def split_seed_option() -> Any:
+    return option(0, "seed of the split, apart from --seed: runs with any --seed hold out the same data", minimum=0)
+
+
 @dataclass
 class SplitArguments:
     """Arguments about the splits of a run."""
@@ -36,6 +40,7 @@ class SplitArguments:
     encoding_errors: str = encoding_errors_option()
     validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
     test_fraction: float = option(0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
+    split_seed: int = split_seed_option()
 
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
@@ -82,7 +87,6 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[I
 def split_items(
     given: dict[str, list[Item]],
     arguments: SplitArguments,
-    seed: int,
     key: Callable[[Item], Hashable],
     stratum: Callable[[Item], str | None] = lambda item: None,
 ) -> tuple[dict[str, list[Item]], dict[str, int]]:
@@ -93,7 +97,7 @@ def split_items(
     """
     fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
     train = given["train"]
-    indices = split_indices((item.group.encode() for item in train), fractions, seed, list(map(stratum, train)))
+    indices = split_indices((item.group.encode() for item in train), fractions, arguments.split_seed, list(map(stratum, train)))
     made = {name: [train[index] for index in indices[name]] for name in SPLITS}
     splits, dropped = drop_leakage({**made, **{name: given[name] for name in SPLITS[1:] if given[name]}}, key)
     for name, split in splits.items():

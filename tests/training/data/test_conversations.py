@@ -32,10 +32,10 @@ def as_two_lists(row: dict) -> dict:
     return {"prompt": [question], "completion": [answer]}
 
 
-def read(*sources: str, seed: int = 0, mark: str = "\n", **changes):
+def read(*sources: str, mark: str = "\n", **changes):
     arguments = ConversationArguments(dataset=list(sources), **changes)
     check_conversations(arguments)
-    return read_conversations(arguments, seed, mark)
+    return read_conversations(arguments, mark)
 
 
 def questions(split: list[Conversation]) -> list[str]:
