@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {"tokens": len(tokens.ids) - 1, "bytes": tokens.num_bytes}
     settings = {key: getattr(arguments, key) for key in ("model", "dataset", "split")}
     report = {**settings, "context_length": context_length, "stride": windows.stride, **asdict(metrics), **counts}
-    line = f"{metrics} ({counts['tokens']:,} tokens, {counts['bytes']:,} bytes)"
+    size = "" if tokens.num_bytes is None else f", {tokens.num_bytes:,} bytes"
+    line = f"{metrics} ({counts['tokens']:,} tokens{size})"
     accelerator.print(json.dumps(report) if arguments.json else line)
     accelerator.end_training()
 

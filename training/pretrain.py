@@ -157,7 +157,11 @@ class PretrainRecipe(Recipe[LMMetrics]):
             f"{self.num_duplicates:,}; held out: {len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
         )
         passages = (text for batch in validation.iter(batch_size=100) for text in batch["text"])
-        print_(f"Tokenizer: {len(self.tokenizer):,} tokens; on the held-out text {tokenizer_report(self.tokenizer, passages)}")
+        report = tokenizer_report(self.tokenizer, passages)
+        self.tokenizer_facts = f"{len(self.tokenizer):,} tokens; on the held-out text {report}"
+        if self.held_out["validation"].num_bytes is None:
+            self.tokenizer_facts += "; it loses some of the text, so bits per byte are not reported"
+        print_(f"Tokenizer: {self.tokenizer_facts}")
         for source in self.sources:
             if isinstance(source, PackedExamples):
                 print_(f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the positions hold a token")
@@ -210,7 +214,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",
             metrics=vars(self.test or result.after),
-            data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}"},
+            data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}", "Tokenizer": self.tokenizer_facts},
             settings={"model": config_fields(self.config)},
         )
 

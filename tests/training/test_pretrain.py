@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.training.conftest import LAUNCH, SMALL, evaluations, launch, rows
-from training import pretrain
+from training import evaluate, pretrain
 from training.data import docstrings
 from training.errors import UserError
 
@@ -200,6 +200,18 @@ def test_other_options(windows, book, tmp_path, capsys):
     loss, perplexity = re.search(r"Test text, evaluated once, at the end: loss (\S+), perplexity (\S+),", printed).groups()
     row = f"| after training, on the test text | {loss} | {perplexity} |"
     assert row in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys):
+    folder = tmp_path / "words"
+    pretrain.main(["--dataset", book, *SMALL, "--max_steps", "1", "--tokenizer", "word", "--output_dir", str(folder)])
+    printed, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    assert "bits per byte" not in printed.replace("so bits per byte are not reported", "")
+    (share,) = re.findall(r"tokens per word, (\S+%) of them unknown; it loses some of the text", printed)
+    assert f"{share} of them unknown" in card
+    assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
+    evaluate.main([str(folder), "--dataset", book])
+    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens\)\n", capsys.readouterr().out)
 
 
 def test_probabilities_of_sources():

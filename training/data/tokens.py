@@ -84,7 +84,21 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenizedExamples(ids, offsets, num_bytes, path.stem)
+    return TokenizedExamples(ids, offsets, None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes, path.stem)
+
+
+def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Sequence[str]) -> bool:
+    """True if ids are unknown or, judged by the beginnings of some texts, decoding changes more than their ends.
+
+    Bits per byte would then leave out what is lost, and could not be compared with those of other tokenizers.
+    """
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if any((ids == token).any() for token in unknown):
+        return True
+    beginnings = [text[:500] for text in texts]
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in beginnings]
+    decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in decoded] != [text.strip() for text in beginnings]
 
 
 def tokenize_texts(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from modeling_scratchgpt.atomic import PREFIX
+from modeling_scratchgpt.tokenization_scratchgpt import BYTE_LEVEL, TOKENIZERS
 from training.data import tokens as tokens_module
 from training.data.cache import ABANDONED
 from training.data.corpora import CorpusArguments, read_corpora
@@ -94,6 +95,17 @@ def test_a_damaged_file_is_written_again(cache, tmp_path, capsys, damage):
         assert prepare() == expected
         assert capsys.readouterr().out == f"The cached file {file} is damaged: writing it again\n"
         assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(("kind", "loses"), [(kind, kind in ("word", "wordpiece")) for kind in TOKENIZERS])
+def test_text_that_a_tokenizer_loses(kind, loses):
+    """Rare characters, or white space. What is lost is in no metric, so bits per byte would be too low."""
+    texts = Dataset.from_dict({"text": ["to be,\n  or not to be", " that is the question"]})
+    tokenizer = ScratchGPTTokenizer.train(texts["text"], 300, kind=kind)
+    size = sum(len(text.encode()) for text in texts["text"])
+    assert tokenize_documents(texts, tokenizer, "test").num_bytes == (None if loses else size)
+    rare = Dataset.from_dict({"text": ["to be 🙂"]})
+    assert tokenize_documents(rare, tokenizer, "test").num_bytes == (10 if kind in BYTE_LEVEL else None)
 
 
 def test_leftovers_of_killed_preparations_are_removed(cache):

@@ -10,7 +10,7 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.arguments import EngineArguments
 from training.engine.loop import start_accelerator, training_steps
-from training.engine.metrics import evaluate
+from training.engine.metrics import LMMetrics, evaluate
 from training.engine.optimizers import build_optimizers
 from training.errors import UserError
 
@@ -106,6 +106,10 @@ def test_evaluation_by_hand(tiny_model):
     assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
+
+
+def test_the_perplexity_of_a_model_that_has_diverged_is_short():
+    assert str(LMMetrics(800.0, math.exp(700), None)) == "loss 800.000, perplexity 1.0e+304"
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_model):
