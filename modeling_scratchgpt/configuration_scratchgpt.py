@@ -11,16 +11,15 @@ Notable:
 """
 
 import json
-import sys
-from dataclasses import field
+from dataclasses import asdict, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, PreTrainedConfig
+from transformers import GPT2Config, PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .interchange import NAMES, as_scratchgpt
+from .interchange import NAMES, SPECIAL_IDS, apply_overrides, as_scratchgpt, logger
 
 # GPT-2's published sizes (Radford et al., 2019), by the number of parameters with tied embeddings.
 PRESETS = {
@@ -32,7 +31,6 @@ PRESETS = {
 
 SIZES = ["vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"]
 SIZES += ["num_attention_heads", "num_key_value_heads", "head_dim"]
-LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 MAX_LAYERS = 10_000  # sanity limit: building the model of a corrupt config would take days
 CHOICES = {
     "position_embedding_type": ("learned", "rotary"),
@@ -40,6 +38,13 @@ CHOICES = {
     "mlp_type": ("plain", "gated"),
     "classifier_pooling": ("last", "mean"),
 }
+
+
+class _PresentFields(dict):
+    """The dataclass's fields, and of one config those that it has: with learned positions there is no `rope_parameters`."""
+
+    def __get__(self, config: Any, owner: type | None = None) -> dict[str, Any]:
+        return self if config is None else {name: field for name, field in self.items() if hasattr(config, name)}
 
 
 @strict
@@ -85,18 +90,9 @@ class ScratchGPTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {theirs: ours for ours, theirs in (GPT2Config.attribute_map | NAMES["gpt2"]).items()}
 
-    # Tensor parallelism: attention is split by heads, the MLP by its inner width.
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    # The modules have the names of Qwen3's. Its tensor parallelism splits attention by heads, and the MLP by its inner width.
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan
+    base_model_pp_plan = Qwen3Config.base_model_pp_plan
 
     vocab_size: int = 50257
     max_position_embeddings: int = 1024
@@ -154,22 +150,21 @@ class ScratchGPTConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
-        self.validate_architecture()
+        self.check()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Also register LoRA's default target modules with PEFT, which calls this before it looks them up.
-
-        Importing PEFT to register them would double the import time of this package.
-        """
-        if constants := sys.modules.get("peft.utils.constants"):
-            constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["scratchgpt"] = LORA_TARGETS
-        return super().to_dict()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and asdict(self) == asdict(other)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Also convert the configs of GPT-2 and Qwen3."""
+        """Also convert the configs of GPT-2 and Qwen3, after the overrides of their fields."""
         fields, unused = super().get_config_dict(*args, **kwargs)
-        return as_scratchgpt(fields), unused
+        return as_scratchgpt(fields, unused), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Also check overrides, and ignore special ids outside the vocabulary."""
+        return super().from_dict(apply_overrides(config_dict, kwargs, cls), **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ScratchGPTConfig":
@@ -205,7 +200,14 @@ class ScratchGPTConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters {self.rope_parameters} are invalid: {error}") from error
 
     def validate_architecture(self) -> None:
-        """Raise `ValueError` for invalid fields. Runs on construction and when the config is saved."""
+        """Warn about invalid fields when the config is saved: an error would lose a trained model."""
+        try:
+            self.check()
+        except ValueError as error:
+            logger.warning(f"This config cannot be loaded as it is: {error}")
+
+    def check(self) -> None:
+        """Raise `ValueError` for invalid fields. Runs when a config is made, and when a model is made from it."""
         self._validate_sizes()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -225,8 +227,11 @@ class ScratchGPTConfig(PreTrainedConfig):
             self._validate_rotary()
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_IDS:
             ids = getattr(self, name)
             for value in ids if isinstance(ids, list) else [ids]:
                 if value is not None and not 0 <= value < self.vocab_size:
                     raise ValueError(f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}) or None, got {value}.")
+
+
+ScratchGPTConfig.__dataclass_fields__ = _PresentFields(ScratchGPTConfig.__dataclass_fields__)

@@ -9,10 +9,12 @@ Notable:
   usual three matrix products, and no fourth to recompute the logits.
 - Ignored tokens (-100) cost nothing: they are removed before the first product.
 - It is one opaque operator: `torch.compile` and autograd see inputs and outputs, not the loop.
+- Other derivatives than the first (`create_graph=True`, forward mode, `torch.func`) are computed through the logits.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
@@ -38,9 +40,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
 
 
 def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Cross-entropy of logits (B, T) on positions (B,); those beyond the text are ignored."""
+    """Cross-entropy of logits (B, T) on positions (B,); those outside the text, such as -1, are ignored."""
     positions = positions.flatten()
-    return cross_entropy(logits, positions.masked_fill(positions >= logits.shape[1], IGNORE_INDEX), num_items_in_batch)
+    is_outside = (positions < 0) | (positions >= logits.shape[1])
+    return cross_entropy(logits, positions.masked_fill(is_outside, IGNORE_INDEX), num_items_in_batch)
 
 
 def classification_loss(
@@ -69,8 +72,16 @@ def classification_loss(
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """Check for a head whose weight can be used directly: with LoRA, quantization or tensor parallelism, it must be called."""
-    return type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, Tensor)
+    """Check that a call of the head only multiplies with a matrix in memory, so that its weight can be used directly.
+
+    Not so with hooks (pruning, some norms of the weight), another `forward` (softcap, offloading), or another type of layer or
+    weight (LoRA, quantization, parametrization, tensor parallelism): then the head must be called.
+    """
+    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor) or head.weight.device.type == "meta":
+        return False
+    hooks = [f"{kind}_hooks" for kind in ("_forward", "_forward_pre", "_backward", "_backward_pre")]
+    has_hooks = any(getattr(head, name) or getattr(nn.modules.module, f"_global{name}") for name in hooks)
+    return head.bias is None and "forward" not in vars(head) and not has_hooks
 
 
 def linear_cross_entropy(
@@ -89,15 +100,21 @@ def linear_cross_entropy(
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for a linear layer
-        dtype = torch.get_autocast_dtype(device)
-        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     hidden_states, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum()
     divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden_states.device)
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, weight)]
     with torch.autocast(device, enabled=False):
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return _loss_from_logits(hidden_states, weight, targets, divisor)
         return _linear_cross_entropy(hidden_states, weight, targets, divisor, *needs_grad)[0]
+
+
+def _loss_from_logits(hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
+    """The same loss, of which autograd can compute any derivative."""
+    return cross_entropy(functional.linear(hidden_states, weight.to(hidden_states.dtype)), targets, divisor)
 
 
 @torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=())
@@ -106,6 +123,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed."""
     hidden_grad, weight_grad = _zero_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
+    weight = weight.to(hidden_states.dtype)  # under autocast; here, so that no copy is kept for the backward pass
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     all_scored = len(scored) == len(targets)
@@ -153,19 +171,29 @@ def _(hidden_states, weight, targets, divisor, needs_hidden_grad, needs_weight_g
 
 
 def _save_gradients(ctx, inputs, output) -> None:
-    hidden_states, weight, _, _, ctx.needs_hidden_grad, ctx.needs_weight_grad = inputs
-    ctx.hidden_dtype, ctx.weight_dtype = hidden_states.dtype, weight.dtype
-    ctx.save_for_backward(*output[1:])
+    *tensors, ctx.needs_hidden_grad, ctx.needs_weight_grad = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _scale_gradients(ctx, loss_grad, *_):
-    hidden_grad, weight_grad = ctx.saved_tensors
+    *tensors, hidden_grad, weight_grad = ctx.saved_tensors
+    needed = ctx.needs_hidden_grad, ctx.needs_weight_grad
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must be functions of the inputs
+        with torch.autocast(loss_grad.device.type, enabled=False):
+            # Views, since with tied weights the hidden states depend on the weight, too.
+            hidden_states, weight = (tensor.view_as(tensor) for tensor in tensors[:2])
+            loss = _loss_from_logits(hidden_states, weight, *tensors[2:])
+            hidden_grad, weight_grad = (
+                torch.autograd.grad(loss, tensor, loss_grad, create_graph=True)[0] if is_needed else None
+                for tensor, is_needed in zip((hidden_states, weight), needed, strict=True)
+            )
+        return hidden_grad, weight_grad, None, None, None, None
     # Usually loss_grad is 1 and scaling is skipped. Reading it would synchronize a GPU, and a traced tensor has no value.
     is_readable = type(loss_grad) is Tensor and loss_grad.device.type == "cpu"
     if not (is_readable and loss_grad == 1):
         hidden_grad, weight_grad = hidden_grad * loss_grad, weight_grad * loss_grad
-    hidden_grad = hidden_grad.to(ctx.hidden_dtype) if ctx.needs_hidden_grad else None
-    weight_grad = weight_grad.to(ctx.weight_dtype) if ctx.needs_weight_grad else None
+    hidden_grad = hidden_grad.to(tensors[0].dtype) if ctx.needs_hidden_grad else None
+    weight_grad = weight_grad.to(tensors[1].dtype) if ctx.needs_weight_grad else None
     return hidden_grad, weight_grad, None, None, None, None
 
 

@@ -5,13 +5,14 @@ Notable:
 - Pre-norm: a norm precedes each attention, each MLP and the head.
 - `nn.Linear` everywhere, under the names that PEFT, quantizers and tensor-parallel plans expect.
 - Positions are derived from the attention mask, so padding on either side does not change the result.
-- Attention comes from transformers' registry (SDPA, flash, flex); the eager form is written out below.
+- Attention is in `attention.py`, losses are in `cross_entropy.py`.
 
-Shapes: B batch, T new tokens, S attended tokens, C hidden_size, H query heads, K key-value heads, D head_dim, V vocab_size.
+Shapes: B batch, T new tokens, S attended tokens, C hidden_size, V vocab_size.
 """
 
 import inspect
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,127 +29,18 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import ScratchGPTAttention, ScratchGPTRotaryEmbedding
 from .configuration_scratchgpt import ScratchGPTConfig
 from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, is_plain_head, linear_cross_entropy, span_loss
 from .interchange import InterchangeModel
 from .packed_linear import PackedGenerationMixin
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-
-
-class ScratchGPTRotaryEmbedding(nn.Module):
-    """Rotary position embeddings (Su et al., 2021), with transformers' scaling types for long contexts."""
-
-    def __init__(self, config: ScratchGPTConfig):
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        compute = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = compute(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: ScratchGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (D/2,) and the scale of cosine and sine (1: none)."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (B, T, D) in the dtype of `x`; the angles are computed in float32."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)  # (B, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) of every head in `x` (B, heads, T, D) by the angle of its position."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def eager_attention_forward(
-    module: "ScratchGPTAttention",
-    query: torch.Tensor,  # (B, H, T, D)
-    key: torch.Tensor,  # (B, K, S, D)
-    value: torch.Tensor,  # (B, K, S, D)
-    attention_mask: torch.Tensor | None,  # (B, 1, T, S), 0 where attended and -inf where not
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention (Vaswani et al., 2017): output (B, T, H, D) and weights (B, H, T, S)."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class ScratchGPTAttention(nn.Module):
-    """Causal self-attention; grouped-query if there are fewer key-value heads than query heads."""
-
-    def __init__(self, config: ScratchGPTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        self.fused_inputs = ("q_proj", "k_proj", "v_proj")  # see packed_linear.py
-        query_size, key_value_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # for `_init_weights`, which only gets the module
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        # Copied from the config, whose attribute lookup is slow: decoding reads them in every layer for every token.
-        self.attention_dropout, self.hidden_dropout = config.attention_dropout, config.hidden_dropout
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, C)
-        attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
-
-        if position_embeddings is not None:
-            cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, T, D)
-            query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
-
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention_interface(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        output = output.flatten(-2).contiguous()  # (B, T, H, D) to (B, T, H * D)
-        return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
 
 
 class ScratchGPTMLP(nn.Module):
@@ -217,6 +109,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: ScratchGPTConfig):
+        config.check()  # it may have been changed since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
@@ -238,25 +131,32 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 f"{input_ids.max()}: is this the tokenizer the model was trained with?"
             ) from error
 
-    def _check_shapes(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> None:
+    def _check_shapes(self, inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, past_length: Any) -> None:
         batch, length = inputs_embeds.shape[:2]
         if batch == 0 or length == 0:
             raise ValueError(f"the inputs are empty ({batch} rows, {length} columns): pass at least one token.")
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        if padding_mask is None:
             return
-        rows, columns = attention_mask.shape
-        if rows != batch or (columns != length if past_key_values is None else columns < length):
-            expected = (batch, length + (past_key_values.get_seq_length() if past_key_values is not None else 0))
-            raise ValueError(f"attention_mask is {(rows, columns)}: it must be (batch, cached + new tokens), here {expected}.")
+        # A compiler cannot branch on the length of a static cache. There, the lookup of positions fails for a narrow mask.
+        rows, columns = padding_mask.shape
+        if rows != batch or (not torch.compiler.is_compiling() and columns < past_length + length):
+            expected = f"(batch, cached + new tokens), here {(batch, int(past_length + length))}"
+            raise ValueError(f"attention_mask is {(rows, columns)}: it must be {expected}, or wider.")
 
     def _embed_positions(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, past_length: int | torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """The input of the first block, and the rotary embeddings if the positions are not learned."""
         if self.config.position_embedding_type == "rotary":
+            # An embedding may be in a lower precision than the norms (layerwise casting of a tied head): continue in theirs.
+            dtype = getattr(self.norm, "weight", inputs_embeds).dtype
+            inputs_embeds = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, dtype))
             return inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
+        if isinstance(self.layers[0], nn.Identity):  # a later pipeline stage, whose input has the positions already
+            return inputs_embeds, None
         length, limit = past_length + inputs_embeds.shape[1], self.config.max_position_embeddings
-        if length > limit and position_ids.max() >= limit:
+        # A compiler cannot branch on values, but a compiled embedding checks its indices.
+        if not torch.compiler.is_compiling() and length > limit and position_ids.max() >= limit:
             raise ValueError(
                 f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings): shorten the "
                 "text, or train a model with rotary positions."
@@ -268,7 +168,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, S), 1 for tokens and 0 for padding
+        attention_mask: torch.Tensor | None = None,  # (B, S or more), 1 for tokens and 0 for padding
         position_ids: torch.Tensor | None = None,  # (B, T)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,  # (B, T, C)
@@ -282,26 +182,30 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a mask of another
-                shape; more tokens than learned positions.
+                batch, or narrower than cached plus new tokens; more tokens than learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, past_key_values)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        padding_mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        self._check_shapes(inputs_embeds, padding_mask, past_length)
+        if padding_mask is not None and past_key_values is None:
+            attention_mask = padding_mask = padding_mask[:, : inputs_embeds.shape[1]]
         # First, since packed documents are detected from the caller's position_ids, and only without a cache.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:  # count only real tokens
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        elif position_ids is None:
-            position_ids = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+        if position_ids is None:
+            columns = past_length + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = columns.unsqueeze(0)
+            if padding_mask is not None:  # count only real tokens
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
 
         hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
-        for layer in self.layers:
+        for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -332,6 +236,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ScratchGPTConfig):
@@ -392,16 +297,32 @@ ScratchGPTForCausalLM.forward.__signature__ = inspect.signature(ScratchGPTForCau
 # The other heads ---------------------------------------------------------------------------------------------------------
 
 
-def pool_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str) -> torch.Tensor:
-    """Pool hidden states (B, T, C) over the real tokens of each text to (B, C): the `"last"` or the `"mean"`."""
+def pool_hidden_states(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, how: str, past_length: int | torch.Tensor = 0
+) -> torch.Tensor:
+    """Pool hidden states (B, T, C) over the real tokens of each text to (B, C): the `"last"` or the `"mean"`.
+
+    With a cache, `attention_mask` begins with `past_length` columns for the cached tokens.
+
+    Raises:
+        ValueError: a mask that is not (B, S); with a cache, a text without a real token after the cached ones.
+    """
     if attention_mask is None:
         return hidden_states[:, -1] if how == "last" else hidden_states.mean(1)
-    is_real = (attention_mask != 0).to(hidden_states.device)  # (B, T)
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}: a classifier pools by a mask of (batch, tokens).")
+    indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    is_real = attention_mask.to(hidden_states.device)[:, past_length + indices] != 0  # (B, T)
     if how == "mean":
         return (hidden_states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
-    indices = torch.arange(is_real.shape[1], device=hidden_states.device)
+    # While compiling, values cannot be read.
+    if not torch.compiler.is_compiling() and past_length > 0 and not (is_continued := is_real.any(1)).all():
+        raise ValueError(
+            f"{(~is_continued).sum()} of {len(is_continued)} texts have no token after the cached ones, and the cache has no "
+            "hidden states to classify: pass these texts as a whole, without past_key_values."
+        )
     last = (indices * is_real).argmax(-1)  # (B,)
-    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
@@ -421,6 +342,9 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,  # (B,) classes or targets, or (B, num_labels) probabilities or targets
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -430,9 +354,20 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
         Only the attention mask marks padding, on either side; without a mask all tokens are real. As in transformers,
         `problem_type` is inferred from the labels if not set. Single-label targets may be class probabilities
         (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
+
+        Raises:
+            ValueError: a mask that is not (B, S), or a cache without the hidden states that are to be pooled.
         """
-        output = self.model(input_ids, attention_mask, **kwargs)
-        pooled = pool_hidden_states(output.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        pooling = self.config.classifier_pooling
+        if pooling == "mean" and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "classifier_pooling='mean' needs the hidden states of the whole text, and a cache has only keys and values: "
+                "pass the whole text without past_key_values, or train with classifier_pooling='last'."
+            )
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        hidden_states = output.last_hidden_state
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length() - hidden_states.shape[1]
+        pooled = pool_hidden_states(hidden_states, attention_mask, pooling, past_length)
         logits = self.score(pooled)  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
@@ -456,12 +391,15 @@ class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,  # (B, T), not shifted; -100 is ignored
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Return logits (B, T, num_labels), and the loss if there are labels."""
-        output = self.model(input_ids, attention_mask, **kwargs)
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
         logits = self.score(self.dropout(output.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
@@ -483,13 +421,16 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,  # (B,)
         end_positions: torch.LongTensor | None = None,  # (B,)
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Return start and end logits (B, T), and the mean of both losses. Positions beyond the text are ignored."""
-        output = self.model(input_ids, attention_mask, **kwargs)
+        """Return start and end logits (B, T), and the mean of both losses. Positions outside the text are ignored."""
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -11,10 +11,11 @@ Notable:
   rows. The two products differ by rounding.
 - A packed weight is a second copy in memory until the context ends. It is not cached longer, because changes of the weight
   cannot be detected (merging an adapter writes to `.data`).
-- Only plain float32 `nn.Linear` layers are packed, not layers with an adapter, quantized or compiled ones.
+- Only plain float32 `nn.Linear` layers are packed, not layers with an adapter or quantized ones; and none if anything is
+  compiled, since a compiler cannot trace a clock and compiles again for each new `forward`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from time import perf_counter
@@ -23,9 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 MAX_ROWS = 32  # plain products are as fast for more
 TRIES = 3  # timed calls of each kind
+PIPELINE_TOKENS = 256  # `max_new_tokens` of transformers' text-generation pipeline if neither call nor model set it
 FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # results of the trials, by rows and layer sizes
 
 
@@ -33,7 +37,7 @@ FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # results of the trials, by row
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Context manager for faster products of few rows on a CPU. The weights must not change inside."""
     layers: list[nn.Linear] = []
-    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and not _is_compiled(model):
         for module in model.modules():
             children: dict[str, Any] = {name: child for name, child in module.named_children() if _can_be_packed(child)}
             fused = getattr(module, "fused_inputs", ())
@@ -41,13 +45,12 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             for group in (*groups, *([layer] for layer in children.values())):
                 packed = _PackedLinears(group)
                 for index, layer in enumerate(group):
-                    layer.forward = partial(packed.forward, index)
+                    layer.forward = _PackedForward(packed.forward, index)
                 layers += group
     try:
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # another thread may have removed it
+        _unpack(layers)
 
 
 class PackedGenerationMixin(GenerationMixin):
@@ -60,22 +63,54 @@ class PackedGenerationMixin(GenerationMixin):
         with packed_linears(self):  # type: ignore[arg-type]
             return super().generate(*args, **kwargs)
 
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
-        """Also refuse lengths beyond the learned positions. The last token needs none, since it is not read."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type == "learned" and generation_config.max_length > limit + 1:
-            new = generation_config.max_length - input_ids_length
-            raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
-                f"pass max_new_tokens={max(limit + 1 - input_ids_length, 0)} or less, or shorten the prompt."
-            )
+    def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
+        """Also remove the packed layers if `generate` compiles the forward pass."""
+        if compiles := super()._valid_auto_compile_criteria(*args, **kwargs):
+            _unpack(self.modules())  # type: ignore[attr-defined]
+        return compiles
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
+        """Also refuse lengths beyond the learned positions. Padding uses none, nor does the last token, since it is not read.
+
+        The default length of transformers' pipeline, which no user has asked for, is reduced to what fits.
+        """
+        positions, limit = model_kwargs.get("position_ids"), self.config.max_position_embeddings
+        if self.config.position_embedding_type == "learned" and positions is not None:
+            length = int(positions.max()) + 1
+            new = generation_config.max_new_tokens or max_cache_length + 1 - positions.shape[1]
+            room = max(limit + 1 - length, 0)
+            if new > room and (new != PIPELINE_TOKENS or not room):
+                raise ValueError(
+                    f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
+                    f"pass max_new_tokens={room} or less, or shorten the prompt."
+                )
+            if new > room:
+                logger.warning(f"generation stops after {room} new tokens, at the model's last learned position.")
+                generation_config.max_length -= new - room
+                max_cache_length -= new - room
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
 
 
 def _can_be_packed(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):  # the latter: packed by another thread
         return False
     return type(module.weight) is nn.Parameter and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Detect a module, or the `forward` of one, to which torch.compile was applied."""
+    compiled = "_torchdynamo_orig_callable"  # torch's mark
+    return any(module._compiled_call_impl or hasattr(vars(module).get("forward"), compiled) for module in model.modules())
+
+
+class _PackedForward(partial):
+    """The `forward` of a packed layer."""
+
+
+def _unpack(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(vars(module).get("forward"), _PackedForward):
+            vars(module).pop("forward", None)  # another thread may have removed it
 
 
 class _PackedLinears:
@@ -121,8 +156,7 @@ class _PackedLinears:
                 self._pack(rows)
         elif self.is_settled:
             self.weight = None
-            for layer in self.layers:
-                vars(layer).pop("forward", None)
+            _unpack(self.layers)
         self.seconds.append(0.0)
 
     def _pack(self, rows: int) -> None:

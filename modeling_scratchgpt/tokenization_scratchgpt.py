@@ -5,7 +5,8 @@ Notable:
   decoded unchanged. The other kinds have an unknown token.
 - BOS, EOS and padding are three different tokens: a model whose EOS is also its padding never learns to stop. Text in the
   corpus that spells out a special token is not encoded as that token.
-- A saved tokenizer is a plain `tokenizer.json`: `AutoTokenizer` loads it with or without this file.
+- A saved tokenizer is a plain `tokenizer.json`. `TokenizersBackend` loads it without this file; `AutoTokenizer` needs this
+  package or `trust_remote_code=True`.
 """
 
 import json
@@ -17,13 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 TOKENIZERS = ("bpe", "bpe-gpt4", "word", "wordpiece", "unigram", "character")
 BYTE_LEVEL = ("bpe", "bpe-gpt4")
 MAX_VOCAB_SIZE = 2**24  # sanity limit: `tokenizers` allocates memory for all of it
 LONG_RUN = re.compile(r"(\S{512}|\s{512})")
+# A space before the first word, unless there is one: what ByteLevel has as an option.
+PREFIX_SPACE = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A  "), " ")])
 
 # Like GPT-4's split (tiktoken's cl100k), unlike GPT-2's: contractions in any case, at most three digits, line ends separate.
 # Unlike GPT-4's: a word includes only a space before it, and keeps combining accents.
@@ -44,6 +47,12 @@ def special_tokens(kind: str) -> dict[str, str]:
 def min_vocab_size(kind: str) -> int:
     """Smallest vocabulary of a kind: special tokens and all bytes, or one character (for WordPiece alone and inside a word)."""
     return len(special_tokens(kind)) + (256 if kind in BYTE_LEVEL else 2 if kind == "wordpiece" else 1)
+
+
+def adds_prefix_space(backend: Tokenizer) -> bool:
+    """Check if a tokenizer adds a space before the first word."""
+    is_normalized = str(backend.normalizer) == str(PREFIX_SPACE)
+    return is_normalized or getattr(backend.pre_tokenizer, "add_prefix_space", False)
 
 
 @contextmanager
@@ -74,15 +83,33 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
     @property
     def add_prefix_space(self) -> bool:
-        """Add a space before the first word, as pre-tokenized texts need it. Only "bpe" supports it."""
-        return getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
+        """Add a space before the first word, as pre-tokenized texts need it."""
+        return adds_prefix_space(self.backend_tokenizer)
 
     @add_prefix_space.setter
     def add_prefix_space(self, value: bool) -> None:
-        words = self.backend_tokenizer.pre_tokenizer
+        if "add_prefix_space" not in self.init_kwargs:  # transformers assigns False first: tokenizer.json decides
+            value = value or self.add_prefix_space
+        self.init_kwargs["add_prefix_space"] = value
+        if value == self.add_prefix_space:
+            return
+        backend = self.backend_tokenizer
+        words = backend.pre_tokenizer
         if isinstance(words, pre_tokenizers.ByteLevel):
             words.add_prefix_space = value
-            self.backend_tokenizer.pre_tokenizer = words
+            backend.pre_tokenizer = words
+        elif value and backend.normalizer is not None:
+            raise ValueError("add_prefix_space is not supported for a tokenizer with a normalizer: put spaces into the texts.")
+        else:
+            backend.normalizer = PREFIX_SPACE if value else None
+
+    def _encode_plus(self, *args, **kwargs):
+        try:
+            return super()._encode_plus(*args, **kwargs)
+        except Exception as error:  # `tokenizers` raises bare exceptions
+            if "WordLevel error" not in str(error):
+                raise
+            raise ValueError("a text has characters or words outside the vocabulary, which has no unknown token.") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", show_progress: bool = False) -> Self:

@@ -1,4 +1,7 @@
-"""Fixtures of all tests: the directory of real inputs, tiny models, two processes, a server, a small disk."""
+"""Fixtures of all tests: the directory of real inputs, tiny models, two processes, a server, a small disk.
+
+Functions import the libraries and this project: the process that only distributes the tests needs neither.
+"""
 
 import os
 
@@ -17,21 +20,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
 import pytest
-import torch
-import torch.distributed as dist
-import transformers
 from packaging.version import Version
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-
 ROOT = Path(__file__).parents[1]
-IS_CURRENT = Version(transformers.__version__) >= Version("5.23")  # older versions lack what some tests need
-Model = TypeVar("Model", bound=torch.nn.Module)
+IS_CURRENT = Version(version("transformers")) >= Version("5.23")  # older versions lack what some tests need
+Model = TypeVar("Model")
 MODERN: dict[str, Any] = {
     "position_embedding_type": "rotary", "norm_type": "rmsnorm", "qk_norm": True, "mlp_type": "gated",
     "attention_bias": False, "mlp_bias": False, "num_key_value_heads": 2,
@@ -45,6 +43,7 @@ TINY: dict[str, Any] = {
 # The beginning of a program that runs in its own process, where the packages of this project cannot be imported.
 WITHOUT_THE_PACKAGE = """
 import json, sys
+assert "modeling_scratchgpt" not in sys.modules
 sys.modules["modeling_scratchgpt"] = sys.modules["training"] = None  # importing them raises ModuleNotFoundError
 """
 # `Processes` are forked from one that has imported the libraries, but nothing of this project: they start within a second.
@@ -55,15 +54,24 @@ FORKSERVER.set_forkserver_preload([
 ])  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no process works on one of them alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_surviving", "test_walkthrough", "test_hub_upload"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """A new cache for this test run, and for the processes that it starts."""
+    import datasets
+
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
 
 @pytest.fixture(autouse=True)
 def _reproducible():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -78,6 +86,8 @@ def real_data() -> Path:
 
 def shaken(model: Model, amount: float = 0.1) -> Model:
     """Perturb all parameters, as training would: biases and norms too, and far enough for every part to matter."""
+    import torch
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
@@ -110,6 +120,9 @@ class Processes:
 
 def call(function: Callable, log: Path, cases: Sequence[Sequence[object]], variables: dict[str, str]) -> None:
     """What a new process does."""
+    import torch
+    import torch.distributed as dist
+
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -151,14 +164,18 @@ def mount(tmp_path):
 
 
 @pytest.fixture(params=["gpt2", "modern"])
-def tiny_config(request) -> ScratchGPTConfig:
+def tiny_config(request):
     """Both architectures, tiny."""
+    from modeling_scratchgpt import ScratchGPTConfig
+
     return ScratchGPTConfig(**TINY, **(MODERN if request.param == "modern" else {}))
 
 
 @pytest.fixture
-def tiny_model(tiny_config) -> ScratchGPTForCausalLM:
+def tiny_model(tiny_config):
     """A model whose weights are far enough from zero for every part to matter."""
+    from modeling_scratchgpt import ScratchGPTForCausalLM
+
     return shaken(ScratchGPTForCausalLM(tiny_config), 0.2)
 
 

@@ -1,11 +1,14 @@
 """Two processes on a CPU (gloo): tensor parallelism and FSDP2 give what one process gives."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import IS_CURRENT, on_two_processes
+from training.engine.checkpoints import full_state_dict
 
 IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
 
@@ -50,6 +53,16 @@ def compare(kind: str, folder: str) -> None:
         gradient = whole(two.get_parameter(name).grad)
         torch.testing.assert_close(gradient, one.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
     if kind == "fsdp2":
+        weights, saved = full_state_dict(two), Path(f"{folder}-saved")  # as the recipes save
+        if dist.get_rank() == 0:
+            two.save_pretrained(saved, state_dict=weights)
+            found, expected = (
+                {path.name: path.read_bytes() for path in directory.iterdir()} for directory in (saved, Path(folder))
+            )
+            assert found.keys() == expected.keys()
+            assert [name for name in found if found[name] != expected[name]] == ["model.safetensors"]  # the tied weight twice
+            again = ScratchGPTForCausalLM.from_pretrained(saved)
+            torch.testing.assert_close(again.state_dict(), one.state_dict(), rtol=0, atol=0)
         for model in (one, two):
             torch.optim.AdamW(model.parameters(), lr=1e-2).step()
         name = "model.layers.0.mlp.down_proj.weight"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MODEL_FILES = r"(configuration|modeling|tokenization)_scratchgpt|cross_entropy|packed_linear|interchange"
+MODEL_FILES = r"(configuration|modeling|tokenization)_scratchgpt|attention|cross_entropy|packed_linear|interchange"
 LAYERS = {  # lowest first; the first pattern that matches decides. A module may import from its own layer and from lower ones.
     "files saved with a model": rf"modeling_scratchgpt\.({MODEL_FILES})",
     "modeling_scratchgpt": r"modeling_scratchgpt(\..*)?",

@@ -4,6 +4,7 @@ import json
 import urllib.request
 from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -227,6 +228,30 @@ def test_transformers_serve(server, memorized, tokenizer):
     chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
     assert len(chunks) > 3
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == completion
+
+
+@pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter"])
+def test_peft_has_default_targets(tiny_model, monkeypatch, add):
+    """For all methods for which Qwen3 has some: its modules have the names of ours. For LoRA, all linear layers."""
+    tables = [
+        table
+        for name, table in vars(peft.utils.constants).items()
+        if name.endswith("_TARGET_MODULES_MAPPING") and "qwen3" in table
+    ]
+    for table in tables:
+        monkeypatch.delitem(table, "scratchgpt", raising=False)
+    tiny_model.config.to_dict()
+    assert not any("scratchgpt" in table for table in tables)  # only PEFT makes us write into its tables
+    if add == "add_adapter":
+        tiny_model.add_adapter(peft.LoHaConfig())
+    else:
+        peft.get_peft_model(tiny_model, peft.LoHaConfig(), mixed=add == "mixed")
+    adapted = {name.split(".")[4] for name, _ in tiny_model.named_parameters() if "hada_w1_a" in name}
+    lora = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    layers = {name.rpartition(".")[2] for name, _ in tiny_model.named_modules()}
+    assert adapted == (layers & {*lora["scratchgpt"]} if add == "mixed" else {*lora["qwen3"]})  # PEFT mixes by LoRA's table
+    assert len(tables) > 25
+    assert all(table["scratchgpt"] == table["qwen3"] for table in tables if table is not lora)
 
 
 needs_torchao = pytest.mark.skipif(

@@ -35,6 +35,10 @@ for folder in sys.argv[1:]:
         })
     model.save_pretrained(folder + "-again")
     tokenizer.save_pretrained(folder + "-again")
+
+    from peft import IA3Config, get_peft_model  # after the model was loaded
+
+    results[-1]["adapted"] = sorted(get_peft_model(model, IA3Config()).targeted_module_names)
 print("RESULTS" + json.dumps(results))
 """
 )
@@ -62,8 +66,22 @@ def test_auto_classes_and_pipeline_need_only_the_directory(tmp_path):
             torch.testing.assert_close(torch.tensor(result["logits"]), model(**inputs).logits[0, -1])
             torch.testing.assert_close(torch.tensor(result["hidden"]), model.model(**inputs).last_hidden_state[0, -1])
         assert result["text"].startswith("to be or not")
+        names = [f"model.layers.{layer}.{name}_proj" for layer in (0, 1) for name in ("mlp.down", "self_attn.q", "self_attn.v")]
+        assert result["adapted"] == names
         # What was loaded there and saved again is as complete as what was loaded.
         again = folder.with_name(f"{folder.name}-again")
         assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
         found, expected = (json.loads((path / "config.json").read_text())["auto_map"] for path in (again, folder))
         assert found == expected
+
+
+def test_a_subclass_is_saved_as_the_class_whose_files_are_saved(tmp_path):
+    """Whether it is defined in a script or in a module, its own code would not load without this package."""
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY))
+    model.save_pretrained(tmp_path / "expected")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    for module in ("__main__", __name__):
+        model.__class__ = type("Mine", (ScratchGPTForCausalLM,), {"__module__": module})
+        model.save_pretrained(tmp_path / module)
+        assert {path.name: path.read_bytes() for path in (tmp_path / module).iterdir()} == expected
+        assert type(model).__name__ == "Mine"

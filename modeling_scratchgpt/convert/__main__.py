@@ -16,6 +16,8 @@ is refused. DESTINATION is a new directory, which is written completely or not a
 """
 
 import argparse
+import contextlib
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -123,6 +125,8 @@ def convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"the tokenizer has ids up to {largest}, but the model {config.vocab_size} embeddings: pass --tokenizer."
         )
+    if loaded.tokenizer:  # a tokenizer may have no maximum, or one of another model
+        loaded.tokenizer.model_max_length = min(loaded.tokenizer.model_max_length, config.max_position_embeddings)
     print(
         f"{arguments.source}: {loaded.kind}; {loaded.model.num_parameters():,} parameters, {config.num_hidden_layers} layers x "
         f"{config.hidden_size}, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, "
@@ -148,7 +152,8 @@ def _write(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) 
             config.save_pretrained(directory)  # transformers reads only some of its fields from a GGUF file
             write_gguf(directory / GGUF_FILE, config.model_type, loaded.model, tokenizer, data_type)
             options = {"gguf_file": GGUF_FILE, "config": config, "dtype": torch.float32}
-            loaded.reference = type(loaded.reference).from_pretrained(directory, **options)
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar, which cannot be disabled
+                loaded.reference = type(loaded.reference).from_pretrained(directory, **options)
             print(f"Read back from {data_type}. {verify_outputs(loaded, ROUNDING[data_type])}")
             return
         case "onnx":

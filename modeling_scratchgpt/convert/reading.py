@@ -9,6 +9,7 @@ Notable:
 import json
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +22,16 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
 from ..hub import is_hub_id
-from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict
+from ..interchange import GPT2_MATRICES, HEADS, as_scratchgpt, as_transformers, gpt2_state_dict, model_type_of
 from ..modeling_scratchgpt import ScratchGPTForCausalLM
-from ..tokenization_scratchgpt import ScratchGPTTokenizer, panics_as_errors
+from ..tokenization_scratchgpt import ScratchGPTTokenizer, adds_prefix_space, panics_as_errors
 from .onnx import check_onnx
 from .tensorflow import read_tensorflow_checkpoint
 
@@ -102,10 +103,10 @@ def _read_other(source: str, num_attention_heads: int | None, hidden_act: str | 
 def _read_transformers(source: str) -> LoadedModel:
     """Read a GPT-2 or Qwen3 as transformers saves it, with any head."""
     fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") == "scratchgpt":
+    if model_type_of(fields) == "scratchgpt":
         raise ValueError(f"{source} is a ScratchGPT already: to convert it to another format, pass --to.")
-    ScratchGPTConfig(**as_scratchgpt(fields))  # raises our own errors first
-    class_name = (fields.get("architectures") or [REFERENCES[fields["model_type"]].__name__])[0]
+    ScratchGPTConfig.from_dict(as_scratchgpt(fields))  # raises our own errors first
+    class_name = (fields.get("architectures") or [REFERENCES[model_type_of(fields)].__name__])[0]
     head = class_name.removeprefix("GPT2").removeprefix("Qwen3").replace("LMHeadModel", "ForCausalLM")
     if head not in ("Model", *HEADS):
         raise ValueError(f"{source} is a {class_name}, for which ScratchGPT has no head.")
@@ -191,7 +192,7 @@ def _rename_to_gpt2(content: dict[Any, Any], file: Path) -> State:
     for original, tensor in content.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(original, str):
             raise ValueError(f"{file}: {original} is a {type(tensor).__name__}, not a tensor: this is not a state dict.")
-        name = original.removeprefix("_orig_mod.").removeprefix("module.")  # of torch.compile, of DistributedDataParallel
+        name = re.sub(r"^((_orig_mod|module)\.)+", "", original)  # of torch.compile and DistributedDataParallel
         if name.endswith(MASKS):
             continue
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -275,7 +276,8 @@ def _loading(source: str | Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{source} contains more than weights, which could run code, or is damaged: it is not read."
+            f"{source} contains more than weights, which could run code, or is damaged: it is not read. Save the state "
+            "dict alone, with the program that made this file: torch.save(model.state_dict(), NEW_FILE)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         or_memory = ", or exceeds the memory" if isinstance(error, RuntimeError) else ""
@@ -337,11 +339,14 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
 def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     """Load the tokenizer of a directory or repository as a ScratchGPTTokenizer, or say why there is none."""
     directory, files = Path(source), ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    loader: Any = AutoTokenizer
     if directory.is_dir() and not any((directory / name).is_file() for name in files):
-        return None, f"{source} has none"
+        if not (directory / "vocab.txt").is_file():
+            return None, f"{source} has none"
+        loader = transformers.BertTokenizer  # of many Chinese GPT-2s, whose configs do not name it
     try:
         with panics_as_errors():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = loader.from_pretrained(source, trust_remote_code=False)
         if not tokenizer.is_fast or len(tokenizer) == len(tokenizer.added_tokens_decoder):
             return None, f"{source} has none"
     except Exception as error:  # transformers, tokenizers and the Hub each have their own
@@ -350,16 +355,14 @@ def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
 
 
 def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
-    """Convert a tokenizer to another class."""
-    return tokenizer_class(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        model_max_length=min(tokenizer.model_max_length, 2**40),
-        extra_special_tokens=tokenizer.extra_special_tokens,
-        chat_template=tokenizer.chat_template,
-        padding_side=tokenizer.padding_side,
-        truncation_side=tokenizer.truncation_side,
-        **tokenizer.special_tokens_map,
-    )
+    """Convert a tokenizer to another class, with all settings that are not in `tokenizer.json`."""
+    names = ["model_max_length", "extra_special_tokens", "chat_template", "padding_side", "truncation_side"]
+    names += ["model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"]
+    settings = {name: getattr(tokenizer, name) for name in names}
+    passed = ("add_bos_token", "add_eos_token", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy")
+    settings |= {name: tokenizer.init_kwargs[name] for name in passed if name in tokenizer.init_kwargs}
+    settings |= {"add_prefix_space": adds_prefix_space(tokenizer.backend_tokenizer), **tokenizer.special_tokens_map}
+    return tokenizer_class(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 
 
 def _openai_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
@@ -379,9 +382,11 @@ def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
         ids = parse_plain_pickle(file.read_bytes())["stoi"]
         if not all(isinstance(text, str) and len(text) == 1 for text in ids) or sorted(ids.values()) != [*range(len(ids))]:
             raise ValueError("stoi must number characters from 0")
-        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], cache_capacity=0))
+        # Unlike BPE, it does not drop unknown characters: the unknown token is not in the vocabulary, which is an error.
+        tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token="<|unk|>"))
     except Exception as error:  # a damaged file can raise anything, and `tokenizers` raises bare exceptions
         raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")  # Ruby's syntax: `.` is also a line end
     tokenizer.decoder = decoders.Fuse()
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 

@@ -11,12 +11,15 @@ from modeling_scratchgpt.convert import __main__ as command
 
 @pytest.fixture
 def convert(monkeypatch, capsys) -> Callable[..., str]:
-    """Runs the command, and returns what it prints."""
+    """Runs the command, which must not write to stderr, and returns what it prints."""
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
+        capsys.readouterr()
         command.main()
-        return capsys.readouterr().out
+        output, errors = capsys.readouterr()
+        assert not errors
+        return output
 
     return run
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+from transformers.trainer_utils import align_special_tokens
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 
 ROTARY = {"position_embedding_type": "rotary"}
 
@@ -90,11 +91,35 @@ def test_wrong_types_are_refused(values):
         ScratchGPTConfig(**values)
 
 
-def test_invalid_values_set_later_are_not_saved(tmp_path):
-    config = ScratchGPTConfig()
-    config.norm_type = "batchnorm"
-    with pytest.raises(StrictDataclassError, match="norm_type must be one of"):
-        config.save_pretrained(tmp_path)
+def test_a_trained_model_is_saved_with_a_padding_id_outside_its_vocabulary(tiny_model, tmp_path, caplog):
+    """Trainer copies the ids of the tokenizer to the config before it trains, and saves at the first checkpoint."""
+    tokenizer = ScratchGPTTokenizer.train(["to be or not to be"] * 9, 280)
+    tokenizer.add_special_tokens({"extra_special_tokens": [f"<|{index}|>" for index in range(60)]})
+    tokenizer.pad_token = "<|59|>"
+    align_special_tokens(tiny_model, tokenizer)
+    assert tiny_model.config.pad_token_id >= tiny_model.config.vocab_size
+    tiny_model.save_pretrained(tmp_path)
+    assert "pad_token_id must be within the vocabulary (0 to 299) or None" in caplog.text
+    loaded = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.pad_token_id is None
+    assert loaded.config.eos_token_id == 1
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, tiny_model.state_dict()[name]), name
+
+
+def test_a_changed_config_is_checked_when_a_model_is_made(tiny_config):
+    tiny_config.norm_type = "batchnorm"
+    with pytest.raises(ValueError, match="norm_type must be one of 'layernorm', 'rmsnorm', got 'batchnorm'"):
+        ScratchGPTForCausalLM(tiny_config)
+
+
+def test_overrides_are_checked(tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    for load in (ScratchGPTConfig.from_pretrained, AutoConfig.from_pretrained, ScratchGPTForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="eos_token_id must be within the vocabulary .* got 300"):
+            load(tmp_path, eos_token_id=300)
+    config = ScratchGPTConfig.from_pretrained(tmp_path, n_positions=7, eos_token_id=[5])
+    assert (config.max_position_embeddings, config.eos_token_id, config.pad_token_id) == (7, [5], 2)
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -163,6 +164,9 @@ def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, c
     ids = tokenizer("to be,\nor not")["input_ids"]
     assert ids == [characters.index(character) for character in "to be,\nor not"]
     assert tokenizer.decode(ids) == "to be,\nor not"
+    for text in ("to be 12345", "naïve"):
+        with pytest.raises(ValueError, match="characters or words outside the vocabulary, which has no unknown token"):
+            tokenizer(text)
 
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": Explosive(tmp_path / "ran")}))
     message = refused(tmp_path / "ckpt.pt", tmp_path / "again")
@@ -188,6 +192,22 @@ class Explosive:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+@dataclass
+class Settings:
+    n_head: int = 3
+
+
+def test_a_checkpoint_with_a_dataclass_says_what_to_do(tmp_path, convert, refused):
+    content, theirs = nanogpt(True)
+    torch.save(content | {"config": Settings()}, tmp_path / "ckpt.pt")
+    message = refused(tmp_path / "ckpt.pt", tmp_path / "ours")
+    assert "Save the state dict alone, with the program that made this file: torch.save(" in message
+    state = content["model"]
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "new.pt")  # module._orig_mod.
+    convert(tmp_path / "new.pt", tmp_path / "ours", "--num_attention_heads", 3, "--hidden_act", "gelu")
+    assert difference(ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours"), theirs) < 1e-5
 
 
 def test_a_pickle_with_code_is_refused(tmp_path, refused):
@@ -394,16 +414,29 @@ def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, conve
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "ours")
-    tokenizer = ScratchGPTTokenizer.from_pretrained(tmp_path / "ours", padding_side="left", truncation_side="left")
+    settings = {"padding_side": "left", "truncation_side": "left", "add_prefix_space": True, "split_special_tokens": True}
+    settings |= {"model_input_names": ["input_ids"], "clean_up_tokenization_spaces": True}
+    tokenizer = ScratchGPTTokenizer.from_pretrained(tmp_path / "ours", **settings)
     tokenizer.save_pretrained(tmp_path / "ours")
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "gpt2", "--to", "gpt2")
     convert(tmp_path / "gpt2", tmp_path / "back")
-    for folder in ("gpt2", "back"):
+    for folder in ("ours", "gpt2", "back"):
         other = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert {name: getattr(other, name) for name in settings} == settings
         assert other.chat_template == tokenizer.chat_template
-        assert (other.padding_side, other.truncation_side) == ("left", "left")
         assert "<|tool|>" in other.all_special_tokens
+        text = "to be<|eos|> or"
+        assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert len(other("to", padding="max_length")["input_ids"]) == (1 if folder == "ours" else 64)  # no maximum, positions
+
+
+def test_a_tokenizer_of_a_vocab_txt_alone(gpt2, tmp_path, convert):
+    (gpt2 / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be"]))
+    assert "Tokenizer: 7 tokens" in convert(gpt2, tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer("To be")["input_ids"] == transformers.BertTokenizer.from_pretrained(gpt2)("To be")["input_ids"]
+    assert tokenizer.model_max_length == 32
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 2])

@@ -100,6 +100,56 @@ def test_backward_twice_adds_up():
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
+def hessian_vector_product(function, tensors, vectors):
+    gradients = torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+    return torch.autograd.grad(gradients, tensors, vectors)
+
+
+def gradient_penalty(function, tensors, vectors):
+    loss = function(*tensors)
+    gradients = torch.autograd.grad(3 * loss, tensors, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    return torch.autograd.grad(loss + penalty, tensors)
+
+
+def forward_mode(function, tensors, vectors):
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(tensors, vectors, strict=True)]
+        return (torch.autograd.forward_ad.unpack_dual(function(*duals)).tangent,)
+
+
+def per_sample_gradients(function, tensors, vectors):
+    hidden_states, weight = tensors
+    return (torch.func.vmap(torch.func.grad(function, argnums=1), in_dims=(0, None))(hidden_states[:, None], weight),)
+
+
+DERIVATIVES = {
+    "Hessian-vector product": hessian_vector_product,
+    "gradient penalty": gradient_penalty,
+    "forward mode": forward_mode,
+    "torch.func.grad": lambda function, tensors, vectors: torch.func.grad(function, argnums=(0, 1))(*tensors),
+    "torch.func.jvp": lambda function, tensors, vectors: torch.func.jvp(function, tensors, vectors),
+    "torch.func.hessian": lambda function, tensors, vectors: (torch.func.hessian(function, argnums=1)(*tensors),),
+    "torch.func.vmap of gradients": per_sample_gradients,
+}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_derivatives_other_than_the_first(kind):
+    """The operator computes first derivatives; Sophia, influence functions and gradient penalties ask for others."""
+    hidden_states, weight, targets = inputs(6, 4, 9, 0.3, seed=0)
+    targets = targets[1:2] if "vmap" in kind else targets
+    vectors = torch.randn_like(hidden_states), torch.randn_like(weight)
+
+    def differentiate(loss):
+        def tied(hidden_states, weight):  # the hidden states depend on the weight, too
+            return loss((hidden_states + weight[: len(targets)]).tanh(), weight, targets)
+
+        return DERIVATIVES[kind](tied, (hidden_states, weight), vectors)
+
+    assert_same(differentiate(linear_cross_entropy), differentiate(torchs_own))
+
+
 def test_autocast():
     hidden_states, weight, targets = inputs(40, 16, 50, 0.2, seed=0)
     results = []

@@ -1,16 +1,18 @@
 """The features of `generate` that need no network, on both architectures."""
 
+import logging
 import time
 from functools import partial, partialmethod
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, StaticCache, TextIteratorStreamer
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, StaticCache, TextIteratorStreamer, pipeline
 from transformers.generation import BaseStreamer
+from transformers.integrations.executorch import convert_and_export_with_cache
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel, ScratchGPTTokenizer, packed_linear
 from modeling_scratchgpt.packed_linear import packed_linears
-from tests.conftest import TINY
+from tests.conftest import TINY, shaken
 
 
 def prompts(rows: int = 2, length: int = 7) -> torch.Tensor:
@@ -93,6 +95,8 @@ def test_prompt_lookup_and_assistant_change_only_the_speed(tiny_model):
     torch.manual_seed(1)
     assistant = ScratchGPTForCausalLM(tiny_model.config).eval()
     assert torch.equal(generate(tiny_model, ids, assistant_model=assistant), plain)
+    assert torch.equal(generate(tiny_model, ids, assistant_early_exit=1), plain)  # its own first layer is the assistant
+    assert tiny_model.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -200,6 +204,69 @@ def test_up_to_the_last_learned_position():
     shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     reference = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     assert generate(reference, prompts(), max_new_tokens=58).shape == (2, 65)
+
+
+def test_padding_uses_no_learned_positions():
+    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)))
+    ids = prompts(1, 30)
+    padded = torch.nn.functional.pad(ids, (34, 0), value=2)
+    options = {"attention_mask": (padded != 2).long()}
+    output = generate(model, padded, max_new_tokens=35, **options)
+    assert torch.equal(output[:, 64:], generate(model, ids, max_new_tokens=35)[:, 30:])
+    with pytest.raises(ValueError, match=r"30 tokens and 36 new ones exceed the 64 learned positions .* max_new_tokens=35"):
+        generate(model, padded, max_new_tokens=36, **options)
+    embeddings = model.get_input_embeddings()(padded)
+    assert model.generate(inputs_embeds=embeddings, max_new_tokens=35, eos_token_id=None, **options).shape == (1, 35)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="31 tokens and 35 new ones exceed"):  # cached and new tokens
+        generate(model, prompts(1, 31), max_new_tokens=35, past_key_values=cache)
+
+
+def test_the_default_length_of_a_pipeline_ends_at_the_last_learned_position(tokenizer, caplog, monkeypatch):
+    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, "eos_token_id": None})))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (output,) = pipe("to be", return_tensors=True)
+    assert len(output["generated_token_ids"]) == 65
+    assert "generation stops after 63 new tokens, at the model's last learned position" in caplog.text
+    with pytest.raises(ValueError, match="2 tokens and 100 new ones exceed the 64 learned positions"):
+        pipe("to be", max_new_tokens=100)
+
+
+def test_generation_with_a_compiled_forward(tiny_model, monkeypatch):
+    """One graph for the prompt, one for each next token, none more after plain generation: packed layers are in none."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = generate(tiny_model, prompts())
+    compiled = torch.compile(tiny_model.forward, fullgraph=True, backend=backend)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_model, "forward", compiled)
+            assert torch.equal(generate(tiny_model, prompts(), cache_implementation="static"), expected)
+            assert len(graphs) == 2
+        assert torch.equal(generate(tiny_model, prompts()), expected)
+    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
+    config._compile_all_devices = True  # a CPU too
+    for _ in range(2):
+        output = generate(tiny_model, prompts(), cache_implementation="static", compile_config=config)
+        assert torch.equal(output, expected)
+        assert torch.equal(generate(tiny_model, prompts()), expected)
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
+def test_export_with_a_static_cache(tiny_model):
+    """As for ExecuTorch: the cache is a buffer of the program."""
+    expected = generate(tiny_model, prompts(1))
+    tiny_model.generation_config.update(cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": 30})
+    module = convert_and_export_with_cache(tiny_model).module()
+    for position in range(expected.shape[1] - 1):
+        logits = module(input_ids=expected[:, [position]], cache_position=torch.tensor([position]))
+        assert position < 6 or logits.argmax() == expected[0, position + 1]
 
 
 def wrapped(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -1,11 +1,20 @@
 """The heads: outputs, pooling, and losses that do not depend on the split of a batch."""
 
+import inspect
 import shutil
+from functools import partial
 
+import accelerate
+import peft
 import pytest
 import torch
+import transformers
+from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
+from transformers import DynamicCache, StaticCache
 
+import modeling_scratchgpt
 from modeling_scratchgpt import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
@@ -13,7 +22,8 @@ from modeling_scratchgpt import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
-from tests.conftest import shaken
+from modeling_scratchgpt.interchange import HEADS
+from tests.conftest import TINY, shaken
 
 
 def make(head_class, config: ScratchGPTConfig, **fields):
@@ -38,6 +48,80 @@ def test_pooling_ignores_padding(tiny_config, side, pooling):
     if side == "right":
         padded, mask = torch.cat((ids, padding), dim=1), mask.flip(1)
     torch.testing.assert_close(model(padded, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-4)
+
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=20),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_classifier_continues_from_a_cache(tiny_config, kind):
+    """With the logits of the whole text, padded on either side."""
+    model = make(ScratchGPTForSequenceClassification, tiny_config, num_labels=5)
+    ids, mask, cache = random_ids(3, 12), torch.ones(3, 12, dtype=torch.long), CACHES[kind](model.config)
+    mask[0, :3] = mask[1, 9:] = 0
+    model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    continued = model(ids[:, 7:], attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(continued.logits, model(ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-4)
+    assert continued.past_key_values is cache
+
+
+@torch.no_grad()
+def test_what_a_classifier_cannot_compute_from_a_cache_is_refused(tiny_config):
+    model = make(ScratchGPTForSequenceClassification, tiny_config)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0  # its last real token is in the cache
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="1 of 2 texts have no token after the cached ones"):
+        model(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    model.config.classifier_pooling = "mean"
+    with pytest.raises(ValueError, match="classifier_pooling='mean' needs the hidden states of the whole text"):
+        model(ids[:, 6:], past_key_values=cache)
+    model(ids, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 1, 9, 9\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_arguments_are_those_of_transformers(head):
+    """PEFT and Trainer decide by the signature what they pass."""
+    ours = inspect.signature(getattr(modeling_scratchgpt, f"ScratchGPTFor{head}").forward).parameters
+    theirs = inspect.signature(getattr(transformers, f"Qwen3For{head}").forward).parameters
+    assert [name for name in theirs if name != "use_cache"] == [name for name in ours if name in theirs]
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_prefix_tuning(tiny_config, head):
+    """PEFT passes the prefix as a cache: the gradients are those of the prefix as embeddings' keys and values."""
+    model = make(getattr(modeling_scratchgpt, f"ScratchGPTFor{head}"), tiny_config)
+    task = HEADS[f"For{head}"]
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4)).eval()
+    ids = random_ids(2, 6)
+    labels = {"labels": torch.zeros(2, *([6] if task == "TOKEN_CLS" else []), dtype=torch.long)}
+    if task == "QUESTION_ANS":
+        labels = {"start_positions": torch.zeros(2, dtype=torch.long), "end_positions": torch.ones(2, dtype=torch.long)}
+    output = tuned(input_ids=ids, attention_mask=torch.ones_like(ids), **labels)
+    expected = model(ids, attention_mask=torch.ones(2, 10), past_key_values=tuned.get_prompt(2), **labels)
+    torch.testing.assert_close(output.loss, expected.loss)
+    output.loss.backward()
+    assert all(parameter.grad.any() for parameter in tuned.prompt_encoder.parameters())
+
+
+@torch.no_grad()
+def test_an_exported_classifier_takes_other_shapes():
+    config = ScratchGPTConfig(**{**TINY, "num_hidden_layers": 1, "use_cache": False})
+    model = make(ScratchGPTForSequenceClassification, config)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=64)
+    shapes = {"input_ids": (batch, length), "attention_mask": (batch, length)}
+    example = {"input_ids": random_ids(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    exported = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    ids, mask = random_ids(3, 5), torch.ones(3, 5, dtype=torch.long)
+    mask[0, 3:] = mask[1, :2] = 0
+    found, expected = (function(input_ids=ids, attention_mask=mask).logits for function in (exported, model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_may_be_class_probabilities(tiny_config):
@@ -110,18 +194,17 @@ def test_loss_of_token_classification(tiny_config):
 
 
 def test_loss_of_question_answering(tiny_config):
+    """Positions outside the text are ignored."""
     model = make(ScratchGPTForQuestionAnswering, tiny_config)
-    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, 1]), torch.tensor([2, 3, 99])  # 99: beyond the text
+    ids, starts, ends = random_ids(3, 8), torch.tensor([0, 3, -1]), torch.tensor([2, 3, 99])
     output = model(ids, start_positions=starts, end_positions=ends)
-    expected = functional.cross_entropy(output.start_logits, starts) + functional.cross_entropy(output.end_logits[:2], ends[:2])
-    torch.testing.assert_close(output.loss, expected / 2)
+    logits, positions = (output.start_logits[:2], output.end_logits[:2]), (starts[:2], ends[:2])
+    torch.testing.assert_close(output.loss, sum(map(functional.cross_entropy, logits, positions)) / 2)
     pieces = [
         model(ids[r : r + 1], start_positions=starts[r : r + 1], end_positions=ends[r : r + 1], num_items_in_batch=3).loss
         for r in range(3)
     ]
-    by_hand = functional.cross_entropy(output.start_logits, starts, reduction="sum") + functional.cross_entropy(
-        output.end_logits[:2], ends[:2], reduction="sum"
-    )
+    by_hand = sum(map(partial(functional.cross_entropy, reduction="sum"), logits, positions))
     torch.testing.assert_close(sum(pieces), by_hand / 6)
 
 
@@ -148,20 +231,73 @@ def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_model):
     assert tiny_model(ids, labels=labels, skip_logits=True).logits is None
 
 
-def test_a_wrapped_head_is_called(tiny_model):
-    """A head that is not a plain linear layer must be called, so the loss is computed from the logits."""
+class Doubled(torch.nn.Linear):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
 
-    class Doubled(torch.nn.Linear):
-        def forward(self, hidden_states):
-            return 2 * super().forward(hidden_states)
 
-    wrapped = Doubled(32, 300, bias=False)
-    wrapped.weight = tiny_model.lm_head.weight
-    tiny_model.lm_head = wrapped
-    ids = random_ids(2, 12)
-    with_logits = tiny_model(ids, labels=ids).loss
-    tiny_model.train()
-    torch.testing.assert_close(tiny_model(ids, labels=ids).loss, with_logits)
+def softcap(head):
+    head.forward = lambda hidden_states: 5 * (functional.linear(hidden_states, head.weight) / 5).tanh()
+
+
+def double(module, given, *_):
+    """A hook of any kind, of a head that has no bias."""
+    if getattr(module, "out_features", None) == 300:
+        return 2 * given if isinstance(given, torch.Tensor) else (2 * given[0],)
+
+
+def double_output(module, inputs, output):
+    return double(module, output)
+
+
+def double_weight(head, wrap):
+    """Change what the weight is computed from: it is computed when the head is called."""
+    wrap(head)
+    next(head.parameters()).data.mul_(2)
+
+
+GLOBAL = torch.nn.modules.module
+WRAPPERS = {  # each changes what the head computes, or where its weight is
+    "subclass": lambda head: setattr(head, "__class__", Doubled),
+    "softcap": softcap,
+    "forward hook": lambda head: head.register_forward_hook(double_output),
+    "forward pre-hook": lambda head: head.register_forward_pre_hook(double),
+    "backward hook": lambda head: head.register_full_backward_hook(double),
+    "backward pre-hook": lambda head: head.register_full_backward_pre_hook(double),
+    "global forward hook": lambda head: GLOBAL.register_module_forward_hook(double_output),
+    "global forward pre-hook": lambda head: GLOBAL.register_module_forward_pre_hook(double),
+    "global backward hook": lambda head: GLOBAL.register_module_full_backward_hook(double),
+    "global backward pre-hook": lambda head: GLOBAL.register_module_full_backward_pre_hook(double),
+    "pruning": partial(double_weight, wrap=partial(prune.l1_unstructured, name="weight", amount=0.5)),
+    "weight norm": partial(double_weight, wrap=parametrizations.weight_norm),
+    "weight norm by a hook": partial(double_weight, wrap=torch.nn.utils.weight_norm),
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by a hook": torch.nn.utils.spectral_norm,
+    "CPU offload": partial(accelerate.cpu_offload, execution_device="cpu"),
+    "CPU offload with a hook": lambda head: accelerate.cpu_offload_with_hook(head, execution_device="cpu"),
+    "disk offload": partial(accelerate.disk_offload, execution_device="cpu"),
+    "layerwise casting": partial(
+        attach_layerwise_casting_hooks, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_head_that_is_more_than_a_matrix_is_called(wrapper, tmp_path):
+    """The memory-efficient loss would pass over what wraps the head."""
+    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, tie_word_embeddings=False)), 0.2).train()
+    ids, embedding = random_ids(2, 12), model.model.embed_tokens.weight
+    handle = WRAPPERS[wrapper](model.lm_head, *([tmp_path] if "disk" in wrapper else []))
+    model.lm_head.eval()  # the spectral norm is estimated anew in each training step
+    try:
+        outputs = [model(ids, labels=ids, skip_logits=skip) for skip in (None, True, False)]
+        gradients = [torch.autograd.grad(output.loss, embedding)[0] for output in outputs]
+    finally:
+        if "global" in wrapper:
+            handle.remove()
+    for output, gradient in zip(outputs, gradients, strict=True):
+        torch.testing.assert_close(output.loss, outputs[-1].loss)
+        torch.testing.assert_close(gradient, gradients[-1])
 
 
 @torch.no_grad()

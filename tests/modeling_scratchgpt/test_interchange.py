@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
+    GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -18,6 +19,11 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
 )
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import modeling_scratchgpt
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTModel
@@ -131,6 +137,53 @@ def test_offloaded_to_disk(tmp_path):
     assert difference(ours, theirs) < 1e-5
 
 
+@register_quantization_config("rounding")
+class RoundingConfig(QuantizationConfigMixin):
+    def __init__(self, **_):
+        self.quant_method = "rounding"
+
+
+@register_quantizer("rounding")
+class RoundingQuantizer(HfQuantizer):
+    """Rounds the weights of linear layers while they are loaded, by the same interface as torchao and quanto."""
+
+    requires_calibration, is_trainable = False, False
+
+    def is_serializable(self):
+        return False
+
+    def param_needs_quantization(self, model, param_name, **_):
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, torch.nn.Linear) and name == "weight" and "lm_head" not in param_name
+
+    def get_quantize_ops(self):
+        return Round()
+
+
+class Round(ConversionOps):
+    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **_):
+        ((_, value),) = input_dict.items()  # like theirs, for one parameter
+        module, name = get_module_from_name(model, full_layer_name)
+        module._parameters[name] = torch.nn.Parameter(value[0].mul(8).round())
+        module._parameters[name]._is_hf_initialized = True
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+def test_gpt2_is_quantized_while_it_is_loaded(tmp_path):
+    shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
+    plain = ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2").state_dict()
+    ours, report = ScratchGPTForCausalLM.from_pretrained(
+        tmp_path / "gpt2", quantization_config=RoundingConfig(), output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weight, plain[name].mul(8).round() if name.endswith("_proj.weight") else plain[name]), name
+    changed_config(tmp_path / "gpt2", quantization_config={"quant_method": "rounding"})
+    with pytest.raises(ValueError, match="the weights of this GPT-2 are quantized: load its original weights"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
+
+
 def test_a_model_loaded_from_gpt2_is_saved_as_scratchgpt(tmp_path):
     theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
     theirs.save_pretrained(tmp_path / "gpt2")
@@ -171,6 +224,56 @@ def test_unsupported_features_are_refused_by_name(field, value, tmp_path):
     GPT2Config(**GPT2, **{field: value}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{field} is {value} in this gpt2 config"):
         ScratchGPTConfig.from_pretrained(tmp_path)
+
+
+def changed_config(folder: Path, *removed: str, **changed: object) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    fields = {name: value for name, value in (fields | changed).items() if name not in removed}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept", "line"),
+    [
+        ({"bos_token_id": 50256, "eos_token_id": 50256}, (None, None, None), "bos_token_id 50256, eos_token_id 50256"),
+        ({"eos_token_id": [7, 50256], "bos_token_id": 1, "pad_token_id": -1}, (1, [7], None), "eos_token_id [7, 50256], pad"),
+        (None, (None, None, None), "bos_token_id 50256, eos_token_id 50256"),  # GPT-2's defaults, which are not in the file
+    ],
+)
+def test_special_ids_outside_the_vocabulary_are_ignored(ids, kept, line, tmp_path, caplog):
+    transformers.logging.warning_once.cache_clear()
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    theirs.save_pretrained(tmp_path)
+    changed_config(tmp_path, *(["bos_token_id", "eos_token_id"] if ids is None else []), **(ids or {}))
+    config = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == kept
+    (record,) = [record for record in caplog.records if "token_id" in record.getMessage()]
+    assert f"Ignored outside the vocabulary of 90 tokens: {line}" in record.getMessage()
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path, eos_token_id=3)
+    assert ours.config.eos_token_id == 3
+    assert difference(ours, theirs) < 1e-5
+    with pytest.raises(ValueError, match="eos_token_id must be within the vocabulary .* got 99"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path, eos_token_id=99)
+
+
+def test_a_directory_of_2019(tmp_path):
+    theirs = shaken(GPT2DoubleHeadsModel(GPT2Config(**GPT2, num_labels=1, summary_proj_to_labels=True)))
+    theirs.save_pretrained(tmp_path)
+    changed_config(tmp_path, "model_type", "architectures", "dtype", torch_dtype="bfloat16", output_past=True, n_ctx=32)
+    ours, report = ScratchGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert ours.dtype == reference.dtype == torch.bfloat16
+    assert difference(ours.float(), reference.float()) < 1e-5
+
+
+def test_overrides_of_a_config_win_before_it_is_checked(tmp_path):
+    theirs = shaken(GPT2LMHeadModel(GPT2Config(**GPT2)))
+    theirs.save_pretrained(tmp_path)
+    changed_config(tmp_path, reorder_and_upcast_attn=True)
+    ours = ScratchGPTForCausalLM.from_pretrained(tmp_path, reorder_and_upcast_attn=False, resid_pdrop=0.3)
+    assert difference(ours, theirs) < 1e-5
+    assert ours.config.hidden_dropout == 0.3
 
 
 def test_other_model_types_are_refused(tmp_path):

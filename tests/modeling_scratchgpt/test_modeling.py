@@ -1,8 +1,12 @@
+import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import transformers
+from transformers import Qwen3Config, StaticCache
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 import modeling_scratchgpt
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -105,6 +109,29 @@ def test_padding_does_not_use_up_positions():
     torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 6:], model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_static_cache_does_not_hide_missing_positions():
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**TINY)).eval()
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    model(random_ids(1, 60), past_key_values=cache)
+    with pytest.raises(ValueError, match="65 tokens exceed the 64 learned positions"):
+        model(random_ids(1, 5), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_pipeline_parallel_stages_add_positions_once(tiny_model):
+    """As transformers splits a model: a later stage gets the hidden states of the one before as `inputs_embeds`."""
+    ids = random_ids(2, 7)
+    expected = tiny_model(ids).logits
+    assert tiny_model.pp_plan == {f"model.{name}": how for name, how in Qwen3Config.base_model_pp_plan.items()} | {
+        "lm_head": (["hidden_states"], ["logits"])
+    }
+    stages = [copy.deepcopy(tiny_model) for _ in range(2)]
+    stages[0].model.layers[1] = stages[0].model.norm = stages[1].model.layers[0] = PipelineIdentityLayer()
+    hidden_states = stages[0].model(ids).last_hidden_state
+    torch.testing.assert_close(stages[1](inputs_embeds=hidden_states).logits, expected)
+
+
 def test_inputs_are_ids_or_embeddings(tiny_model):
     ids = random_ids(1, 5)
     embeddings = tiny_model.get_input_embeddings()(ids)
@@ -154,6 +181,23 @@ def test_hidden_states_and_attentions(tiny_model):
     for weights in output.attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
         assert not weights.triu(1).any()
+
+
+def test_configs_are_dataclasses(tiny_config):
+    """Although learned positions have no `rope_parameters`."""
+    same, other = dataclasses.replace(tiny_config), dataclasses.replace(tiny_config, vocab_size=301)
+    assert tiny_config == same
+    assert tiny_config != other
+    assert tiny_config in [other, same]
+    assert tiny_config not in [other, None]
+    fields = dataclasses.asdict(tiny_config)
+    assert [field.name for field in dataclasses.fields(tiny_config)] == list(fields)
+    assert type(tiny_config)(**fields) == tiny_config
+    assert hasattr(tiny_config, "rope_parameters") == ("rope_parameters" in fields) == (fields["qk_norm"])
+    if fields["qk_norm"]:
+        linear = dataclasses.replace(tiny_config, rope_parameters={"rope_type": "linear", "factor": 2.0})
+        assert linear != tiny_config
+        assert dataclasses.replace(linear).rope_parameters["factor"] == 2.0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_model):

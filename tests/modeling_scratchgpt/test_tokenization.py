@@ -6,7 +6,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer, TokenizersBackend
 
 from modeling_scratchgpt import ScratchGPTTokenizer
 from modeling_scratchgpt.tokenization_scratchgpt import TOKENIZERS, min_vocab_size, special_tokens, tokenizer_report
@@ -35,13 +35,26 @@ def test_training_is_repeatable():
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
-def test_add_prefix_space_for_pretokenized_texts(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "plain")
-    spaced = ScratchGPTTokenizer.from_pretrained(tmp_path / "plain", add_prefix_space=True)
-    spaced.save_pretrained(tmp_path / "spaced")
-    for loaded in (spaced, AutoTokenizer.from_pretrained(tmp_path / "spaced")):
-        words = loaded(["that", "is", "the"], is_split_into_words=True)["input_ids"]
-        assert words == tokenizer(" that is the")["input_ids"] == loaded("that is the")["input_ids"]
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_add_prefix_space_is_kept(kind, kinds, tmp_path):
+    spaced = ScratchGPTTokenizer(tokenizer_object=kinds[kind].backend_tokenizer, **special_tokens(kind))
+    spaced.add_prefix_space = True
+    spaced.save_pretrained(tmp_path / "set")
+    kinds[kind].save_pretrained(tmp_path / "plain")
+    passed = ScratchGPTTokenizer.from_pretrained(tmp_path / "plain", add_prefix_space=True)
+    (tmp_path / "set" / "tokenizer_config.json").write_text("{}")  # tokenizer.json holds it too
+    expected = kinds[kind](" that is the")["input_ids"]
+    for loaded in (
+        spaced,
+        passed,
+        *(cls.from_pretrained(tmp_path / "set") for cls in (ScratchGPTTokenizer, TokenizersBackend)),
+    ):
+        assert loaded("that is the")["input_ids"] == loaded(" that is the")["input_ids"] == expected
+        assert loaded(["that", "is", "the"], is_split_into_words=True)["input_ids"] == expected
+        assert loaded("")["input_ids"] == []
+        assert loaded("  to")["input_ids"] == kinds[kind]("  to")["input_ids"]
+    passed.add_prefix_space = False
+    assert passed("that is the")["input_ids"] == kinds[kind]("that is the")["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe-gpt4"])
@@ -263,14 +276,6 @@ def test_the_vocabulary_is_never_larger_than_asked_for(vocab_size, kind):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of bpe, bpe-gpt4, word, .* got 'sentencepiece'"):
         ScratchGPTTokenizer.train(TEXTS, 300, kind="sentencepiece")
-
-
-@pytest.mark.parametrize("kind", ["bpe-gpt4", "word", "unigram", "character"])
-def test_only_bpe_supports_add_prefix_space(kinds, kind):
-    before = kinds[kind].backend_tokenizer.to_str()
-    kinds[kind].add_prefix_space = True
-    assert not kinds[kind].add_prefix_space
-    assert kinds[kind].backend_tokenizer.to_str() == before
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -1,11 +1,14 @@
 """Logits, losses, gradients and greedy text, compared with transformers' models of the same weights."""
 
 import copy
+import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from accelerate.big_modeling import attach_layerwise_casting_hooks
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.conftest import MODERN, TINY, shaken
@@ -99,6 +102,55 @@ def test_same_logits_loss_and_gradients(name, attention):
         our_gradients = gpt2_state_dict(our_gradients)
     for parameter_name, parameter in theirs.named_parameters():
         torch.testing.assert_close(our_gradients[parameter_name], parameter.grad, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "make_cache", [None, DynamicCache, partial(StaticCache, max_cache_len=13)], ids=["no", "dynamic", "static"]
+)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_masks_of_every_width(name, make_cache, attention):
+    """Masks may be preallocated for more tokens. The reference gets positions, which our model counts from the mask."""
+    config, pair = CONFIGS[name]
+    ours = shaken(ScratchGPTForCausalLM(config))
+    theirs = pair(ours)
+    ids = torch.randint(3, config.vocab_size, (3, 10))
+    exact = torch.ones_like(ids)
+    exact[0, :4] = exact[1, -2:] = 0  # padding on the left, on the right and none
+    start = 7 if make_cache else 0  # of the new tokens
+
+    def logits(model, mask):
+        model.set_attn_implementation(attention)
+        cache = make_cache and make_cache(config=config)
+        positions = (exact.cumsum(-1) - 1).clamp(min=0)
+        old, new = ({} if model is ours else {"position_ids": part} for part in (positions[:, :start], positions[:, start:]))
+        if start:
+            model(ids[:, :start], attention_mask=exact[:, :start], past_key_values=cache, **old)
+        output = model(ids[:, start:], attention_mask=mask, past_key_values=cache, **new)
+        return output.logits[exact[:, start:].bool()]
+
+    for width, value in itertools.product((10, 12, 13, 30), (0, 1)):
+        mask = torch.nn.functional.pad(exact, (0, width - 10), value=value)
+        torch.testing.assert_close(logits(ours, mask), logits(theirs, mask), atol=2e-5, rtol=1e-5)
+    for narrow in (exact[:, 7:], exact[:, :9]):
+        with pytest.raises(ValueError, match=r"it must be \(batch, cached \+ new tokens\), here \(3, 10\), or wider"):
+            logits(ours, narrow)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@torch.no_grad()
+def test_layerwise_casting_of_tied_embeddings(name):
+    """The head's weight is stored in bfloat16, and therefore the embedding's output too."""
+    config, pair = CONFIGS[name]
+    ours = shaken(ScratchGPTForCausalLM(config))
+    theirs = pair(ours)
+    ids = torch.randint(3, config.vocab_size, (2, 9))
+    expected = ours(ids).logits
+    for model in (ours, theirs):
+        attach_layerwise_casting_hooks(model, torch.bfloat16, torch.float32)
+        assert model(ids).logits.dtype == torch.float32
+        torch.testing.assert_close(model(ids).logits, expected, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -210,7 +210,7 @@ def train_on_two_processes(kind: str, folder: Path) -> None:
     models = both(folder, KINDS[kind])
     wrapped = [DistributedDataParallel(model.train()) for model in models]
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
-    for step in range(50):
+    for step in range(20):
         ids = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
         for model, optimizer in zip(wrapped, optimizers, strict=True):
             optimizer.zero_grad()

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,11 +30,7 @@ SMALL = [
     "--validation_fraction", "0.1", "--report_to", "none",
     "--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64",
 ]  # fmt: skip
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-    *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-]
+PRETRAIN = str(ROOT / "training" / "pretrain.py")
 # Options with which each recipe learns the data of `nights` from the model of `run`.
 TUNING: dict[ModuleType, list[str]] = {
     pretrain: [
@@ -50,10 +46,10 @@ TUNING: dict[ModuleType, list[str]] = {
 ANSWERS = {"dark": "stormy", "bright": "calm"}
 
 
-def launch(launcher: list[str], *argv: str, script: str = "pretrain.py", **environment: str) -> subprocess.CompletedProcess:
-    variables = {**os.environ, **environment}
-    command = [*launcher, f"training/{script}", *argv]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=280)
+def run_module(name: str, *argv: str) -> None:
+    """Run a module with these arguments, as `python -m` in a process of its own: the launchers."""
+    sys.argv = [name, *argv]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def run_program(name: str, *argv: str) -> None:

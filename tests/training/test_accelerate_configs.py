@@ -1,9 +1,8 @@
 """The files for `accelerate launch --config_file`, as read by Accelerate itself."""
 
 import argparse
-import os
+import re
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from tests.conftest import MODERN, TINY, on_two_processes
-from tests.training.conftest import LAUNCH, ROOT, SMALL, launch
+from tests.conftest import MODERN, TINY, Processes, on_two_processes
+from tests.training.conftest import ROOT, SMALL, run_module, run_program
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
 # name: distributed type, total number of processes, machines, mixed precision
@@ -79,31 +78,21 @@ def test_two_nodes_find_each_other(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = [
-        subprocess.Popen(
-            [*LAUNCH, "--config_file", str(FOLDER / "two_nodes.yaml"), "--machine_rank", str(rank),
-             "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--num_processes", "2",
-             "--mixed_precision", "no", str(script)],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    outputs = [node.communicate(timeout=200) for node in nodes]
-    assert [output.split() for output, _ in outputs] == [["2", "0"], ["2", "1"]], outputs
+    words = ["accelerate.commands.launch", "--config_file", str(FOLDER / "two_nodes.yaml"), "--num_processes", "2"]
+    words += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--mixed_precision", "no", "--machine_rank"]
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    nodes = [Processes(run_module, tmp_path / rank, [*words, rank, str(script)], **on_cpu) for rank in "01"]
+    assert [re.findall(r"^\d \d$", node.wait(), re.M) for node in nodes] == [["2 0"], ["2 1"]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_processes_for_gpus_that_do_not_exist(book, tmp_path):
     """Each would train the whole model, all of them into one directory."""
-    words = ["--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
-    launcher = [*LAUNCH, "--config_file", str(FOLDER / "ddp.yaml"), "--num_processes", "2"]
-    process = launch(launcher, *words)
-    assert process.returncode == 1  # of the launcher
+    words = ["pretrain", "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
+    environment = prepare_multi_gpu_env(launch_arguments("ddp", "--num_processes", "2"))
+    processes = Processes(run_program, tmp_path / "log", words, count=2, **environment)
     line = "pretrain.py: error: 2 processes were started for GPUs that this machine does not have: start one, or several"
-    assert process.stderr.count(line) == 1
+    assert processes.wait(2).count(line) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.lora import load_adapter
-from tests.conftest import WITHOUT_THE_PACKAGE, on_two_processes
+from tests.conftest import WITHOUT_THE_PACKAGE, Processes, on_two_processes
 from tests.training.conftest import ANSWERS, ROOT, TUNING, evaluations, interrupted_after, rows, run_program, scores, snippet_of
 from training import classify, instruct, pretrain
 from training.data.prompts import CHAT_TEMPLATES
@@ -70,7 +68,7 @@ def test_another_seed_holds_out_the_same_data(recipe, finished, tune):
     assert first["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
-def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run):
+def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run, tmp_path):
     """One after another, in a process that cannot import this project."""
     (labels, _), (answers, _) = finished(classify), finished(instruct)
     adapted = tune(classify, "--lora_r", "4", "--max_steps", "2")
@@ -82,13 +80,12 @@ def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run):
     ]
     ids = torch.tensor([[0, 40, 41, 42, 1]])
     use = (
-        f"import torch\nprint('RESULT' + json.dumps([classify({QUESTIONS[classify]!r}), chat({QUESTIONS[instruct]!r}), "
+        f"import torch\nprint('\\nRESULT' + json.dumps([classify({QUESTIONS[classify]!r}), chat({QUESTIONS[instruct]!r}), "
         f"model.eval()(torch.tensor({ids.tolist()})).logits.tolist()]))"
     )
     program = "\n".join([WITHOUT_THE_PACKAGE, *snippets, use])
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
-    (found, *_), (chat,), logits = json.loads(process.stdout.partition("RESULT")[2])
+    printed = Processes(exec, tmp_path / "log", [program, {}]).wait()
+    (found, *_), (chat,), logits = json.loads(re.findall("^RESULT(.*)", printed, re.M)[0])
     assert found[0]["label"] == "dark"
     assert chat["generated_text"][-1] == {"role": "assistant", "content": "stormy"}
     merged = ScratchGPTForSequenceClassification.from_pretrained(adapted)
@@ -258,11 +255,7 @@ MISTAKES = [
 ]
 MISTAKES_OF_ONE = [
     (classify, ["--label_smoothing", "-0.1"], "--label_smoothing must be at least 0 and below 1"),
-    (
-        classify,
-        ["--label_smoothing", "0.1", "--problem_type", "regression"],
-        "--label_smoothing is for one label per text",
-    ),
+    (classify, ["--label_smoothing", "0.1", "--problem_type", "regression"], "--label_smoothing is for one label per text"),
     (classify, ["--context_length", "6"], "all training texts are longer than the limit of 6 tokens"),
     (classify, ["--text_column", "body"], "line 1 has no 'body'"),
     (instruct, ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, TextGenerationPipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from tests.conftest import TINY
 from tests.training.conftest import ANSWERS, ROOT, scores
 from training import instruct
 
@@ -66,7 +67,7 @@ def test_other_chat_templates(tune, tmp_path, template, run):
     model.config.max_position_embeddings = 160  # Alpaca's preamble is long in tokens of a letter
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(run, trust_remote_code=False).save_pretrained(base)
-    folder = tune(instruct, "--chat_template", template, "--num_train_epochs", "30", base=base)
+    folder = tune(instruct, "--chat_template", template, "--num_train_epochs", "30", "--eval_steps", "999", base=base)
     question = "night 26\n\n### Input:\ndark" if template == "alpaca" else "night 26\ndark"
     assert ask(load_chat(folder), question) == "stormy"
 
@@ -110,15 +111,9 @@ def test_preference_tuning_as_in_the_readme(real_data, tmp_path, monkeypatch):
     data = real_data / "instructions"
     examples = json.loads((data / "instruction-data.json").read_text())
     tokenizer = ScratchGPTTokenizer.train([row["instruction"] + row["output"] for row in examples], 2000)
-    config = ScratchGPTConfig(
-        vocab_size=2000,
-        max_position_embeddings=256,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )
-    ScratchGPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shape = {**TINY, "vocab_size": 2000, "max_position_embeddings": 256, "hidden_size": 128, **ids}
+    ScratchGPTForCausalLM(ScratchGPTConfig(**shape)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     words = ["--base_model", str(tmp_path / "base"), "--dataset", str(data / "instruction-data.json"), "--report_to", "none"]
     instruct.main([*words, "--output_dir", str(tmp_path / "outputs" / "instruct")])

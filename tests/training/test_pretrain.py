@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
-from tests.training.conftest import LAUNCH, SMALL, evaluations, launch, rows
+from tests.conftest import Processes
+from tests.training.conftest import SMALL, evaluations, rows, run_program
+from tests.training.test_accelerate_configs import launch_arguments
 from training import evaluate, pretrain
 from training.data import docstrings
 from training.errors import UserError
@@ -22,7 +25,7 @@ from training.errors import UserError
 
 def test_the_model_directory_is_complete(run):
     code = ("configuration_scratchgpt", "modeling_scratchgpt", "tokenization_scratchgpt")
-    code += ("cross_entropy", "interchange", "packed_linear")
+    code += ("cross_entropy", "attention", "interchange", "packed_linear")
     files = {"README.md", "checkpoints", "config.json", "generation_config.json", "loss.png", "metrics.jsonl"}
     files |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", *(f"{name}.py" for name in code)}
     assert {path.name for path in run.iterdir()} == files
@@ -98,13 +101,13 @@ def test_the_samples_can_be_reproduced_from_the_model_directory(run):
 
 
 def test_a_card_is_valid_markdown_whatever_it_contains(book, tmp_path):
-    """Fences, bars, back-ticks and line ends in texts and names are shown verbatim. The run is started as the README says."""
+    """Fences, bars, back-ticks and line ends in texts and names are shown verbatim, also under `accelerate launch`."""
     corpus = tmp_path / "a|b`c\n# d.txt"
     corpus.write_text("```\n# No heading\n" * 20 + Path(book).read_text()[:6000] + "\n```\n# No heading\n" * 60)
     output_dir = tmp_path / "x" / ".." / "out|put"
-    launcher = [*LAUNCH, "--config_file", "training/configs/accelerate/cpu.yaml"]
-    process = launch(launcher, "--dataset", str(corpus), "--output_dir", str(output_dir), *SMALL, "--max_steps", "2")
-    assert process.returncode == 0, process.stderr
+    _, environment = prepare_simple_launcher_cmd_env(launch_arguments("cpu"))
+    words = ["pretrain", "--dataset", str(corpus), "--output_dir", str(output_dir), *SMALL, "--max_steps", "2"]
+    Processes(run_program, tmp_path / "log", words, **environment).wait()
     card = ModelCard((tmp_path / "out|put" / "README.md").read_text())
     parsed = MarkdownIt().enable("table").parse(card.text)
     headings = [parsed[index + 1].content for index, token in enumerate(parsed) if token.type == "heading_open"]

@@ -24,7 +24,14 @@ from training.data.tokens import loses_text
 from training.errors import UserError, one_line, quiet
 
 CONTROL = re.compile(r"<\|\w+\|>")
-ANSWER = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+# The text of a message, which may be a list of parts, or None beside tool calls.
+TEXT = (
+    "{% macro text(message) %}{% if message.content is string %}{{ message.content }}{% elif message.content %}"
+    "{% for part in message.content %}{% if part.type != 'text' %}{{ raise_exception('only text parts are supported') }}"
+    "{% endif %}{{ part.text }}{% endfor %}{% endif %}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{% endmacro %}"
+)
+ANSWER = "{% generation %}{{ text(message) + eos_token }}{% endgeneration %}"
 UNKNOWN = "{% else %}{{ raise_exception(message.role + ' is none of the roles system, user and assistant') }}{% endif %}"
 
 
@@ -38,26 +45,26 @@ class ChatTemplate:
 
 CHAT_TEMPLATES = {
     "chat": ChatTemplate(
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message.role == 'system' %}{{ '<|system|>' + message.content }}"
-        "{% elif message.role == 'user' %}{{ '<|user|>' + message.content }}"
+        TEXT + "{{ bos_token }}{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ '<|system|>' + text(message) }}"
+        "{% elif message.role == 'user' %}{{ '<|user|>' + text(message) }}"
         "{% elif message.role == 'assistant' %}{{ '<|assistant|>' }}" + ANSWER + UNKNOWN + "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     ),
     "alpaca": ChatTemplate(
-        "{{ bos_token }}{% if messages[0].role != 'system' %}"
+        TEXT + "{{ bos_token }}{% if messages[0].role != 'system' %}"
         "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}"
         "{% endif %}{% for message in messages %}"
-        "{% if message.role == 'system' %}{{ message.content }}"
-        "{% elif message.role == 'user' %}{{ '\n\n### Instruction:\n' + message.content }}"
+        "{% if message.role == 'system' %}{{ text(message) }}"
+        "{% elif message.role == 'user' %}{{ '\n\n### Instruction:\n' + text(message) }}"
         "{% elif message.role == 'assistant' %}{{ '\n\n### Response:\n' }}" + ANSWER + UNKNOWN + "{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}",
         input_mark="\n\n### Input:\n",
     ),
     "phi3": ChatTemplate(
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message.role == 'system' %}{{ '<|system|>\n' + message.content + '\n\n' }}"
-        "{% elif message.role == 'user' %}{{ '<|user|>\n' + message.content + '\n\n' }}"
+        TEXT + "{{ bos_token }}{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ '<|system|>\n' + text(message) + '\n\n' }}"
+        "{% elif message.role == 'user' %}{{ '<|user|>\n' + text(message) + '\n\n' }}"
         "{% elif message.role == 'assistant' %}{{ '<|assistant|>\n' }}" + ANSWER + UNKNOWN + "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),

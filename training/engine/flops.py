@@ -22,7 +22,7 @@ PARTS = {
     "norm": "norms",
     "lm_head": "head",
 }
-SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.05, 0.5  # of the measurement of a device's peak
+SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.02, 0.1  # of the measurement of a device's peak
 
 
 def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
@@ -74,7 +74,7 @@ def flops_per_token(
 
 
 def measured_peak(accelerator: Accelerator) -> float:
-    """FLOP/s of all processes in the fastest matrix product found in about half a second: a utilization of 100 %.
+    """FLOP/s of all processes in the fastest matrix product found in about a quarter of a second: a utilization of 100 %.
 
     The matrices grow while a product is quick: devices differ by a factor of a million, and a device that is slow in this
     dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements of each size is taken, since

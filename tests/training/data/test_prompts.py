@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
@@ -60,6 +61,24 @@ def test_each_template_as_text(name):
     assert render_with_loss_mask(encoded, 0, tokenizer) == AS_TEXT[name]
     assert stop_token_id(encoded, tokenizer) == tokenizer.eos_token_id
     assert encoded.examples.num_bytes == len("It is four.")
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_contents_that_are_not_strings(name):
+    """Servers pass lists of parts, and answers that call tools and have no text."""
+    tokenizer = with_template(name)
+
+    def as_text(question: object, answer: object, **more: object) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "two?"}]
+    assert as_text(parts, [{"type": "text", "text": "Two."}]) == as_text("What is two?", "Two.")
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    expected = as_text("Hi", '[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]')
+    assert as_text("Hi", None, tool_calls=calls) == as_text("Hi", "", tool_calls=calls) == expected
+    with pytest.raises(TemplateError, match="only text parts are supported"):
+        as_text([{"type": "image", "url": "x.png"}], "Two.")
 
 
 def test_several_turns_and_a_system():

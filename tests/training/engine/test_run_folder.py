@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from accelerate import Accelerator
 
-from tests.training.conftest import ROOT
+from tests.conftest import Processes
 from training.engine.metrics import LMMetrics
 from training.engine.run_folder import RunFolder
 from training.errors import UserError
@@ -48,6 +46,7 @@ def test_a_system_without_posix_locks(tmp_path):
     """Such as Windows: nothing is locked, and everything else works. (TRL and others lock differently there.)"""
     program = f"""import pathlib, sys
 sys.modules["fcntl"] = None
+assert "training" not in sys.modules
 import training.classify, training.evaluate, training.plan, training.pretrain
 from accelerate import Accelerator
 from training.engine.run_folder import RunFolder
@@ -56,8 +55,7 @@ first.open()
 second.check(resume=True)
 second.open(resume_step=0)
 """
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    Processes(exec, tmp_path.with_name("log"), [program, {}]).wait()
 
 
 def test_a_file_is_not_a_directory(tmp_path):

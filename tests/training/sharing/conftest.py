@@ -14,8 +14,8 @@ from tests.hub_server import Hub
 
 UPLOADED = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "loss.png", "metrics.jsonl", "configuration_scratchgpt.py", "cross_entropy.py", "interchange.py", "modeling_scratchgpt.py",
-    "packed_linear.py", "tokenization_scratchgpt.py",
+    "loss.png", "metrics.jsonl", "attention.py", "configuration_scratchgpt.py", "cross_entropy.py", "interchange.py",
+    "modeling_scratchgpt.py", "packed_linear.py", "tokenization_scratchgpt.py",
 }  # fmt: skip
 
 

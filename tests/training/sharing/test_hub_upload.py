@@ -21,6 +21,8 @@ from tests.training.conftest import ROOT, snippet_of
 from tests.training.sharing.conftest import UPLOADED, edit_card, hub_environment, run_python
 from training import pretrain
 from training.errors import UserError
+from training.sharing import checks
+from training.sharing.checks import check_loads  # `upload` replaces it
 
 LOAD_FROM_HUB = (
     WITHOUT_THE_PACKAGE
@@ -36,16 +38,16 @@ print("RESULT", json.dumps([type(model).__module__, logits[0, -1].tolist()]))
 )
 
 
-def test_upload_and_load_without_the_package(hub, model, upload, tmp_path):
+def test_upload_and_load_without_the_package(hub, model, upload, tmp_path, monkeypatch):
     """An earlier version, pinned by its commit, gives the logits of the local model."""
-    environment = hub_environment(hub, tmp_path)
-    process = run_python(ROOT / "hub_upload.py", model, "ann/book", "--private", env=environment)
-    assert process.returncode == 0, process.stderr
-    assert "Not uploaded: .env, checkpoints, notes.txt, optimizer.pt" in process.stdout
+    monkeypatch.setattr(checks, "check_loads", check_loads)
+    printed = upload(model, "ann/book", "--private")
+    monkeypatch.setattr(checks, "check_loads", lambda *_: None)
+    assert "Not uploaded: .env, checkpoints, notes.txt, optimizer.pt" in printed
     repository = hub.repositories["model", "ann/book"]
     assert repository.private
     assert repository.commits[repository.branches["main"]].keys() - {".gitattributes"} == UPLOADED
-    (oid,) = re.findall(r"from_pretrained\('ann/book', revision='(\w{40})', trust_remote_code=True\)", process.stdout)
+    (oid,) = re.findall(r"from_pretrained\('ann/book', revision='(\w{40})', trust_remote_code=True\)", printed)
     for name in UPLOADED - {"README.md"}:
         assert hub.content("ann/book", name) == (model / name).read_bytes()
     card = hub.content("ann/book", "README.md").decode()
@@ -55,7 +57,9 @@ def test_upload_and_load_without_the_package(hub, model, upload, tmp_path):
     edit_card(model, "\n# ", "\nLater.\n\n# ")
     upload(model, "ann/book")
     assert repository.branches["main"] != oid
-    process = run_python("-c", LOAD_FROM_HUB + snippet_of(card), "ann/book", oid, env=environment, cwd=tmp_path)
+    process = run_python(
+        "-c", LOAD_FROM_HUB + snippet_of(card), "ann/book", oid, env=hub_environment(hub, tmp_path), cwd=tmp_path
+    )
     assert process.returncode == 0, process.stderr
     module, logits = json.loads(re.findall("^RESULT (.*)", process.stdout, re.M)[0])
     assert module == f"transformers_modules.ann.book.{oid}.modeling_scratchgpt"
@@ -187,17 +191,15 @@ def test_stale_weights_are_deleted(hub, model, upload):
     assert "model.safetensors.index.json" in names
 
 
-def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mount, tmp_path):
+def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mount, tmp_path, monkeypatch):
     upload(model, "ann/book")
-    disk, out = mount("size=128k"), tmp_path / "out"
-    argv = ["--base_model", "ann/book", "--dataset", book, "--context_length", "32", "--output_dir", out]
-    environment = hub_environment(hub, tmp_path) | {"HF_HUB_CACHE": str(disk)}
-    process = run_python("training/pretrain.py", *argv, "--validation_fraction", "0.1", cwd=ROOT, env=environment)
-    assert process.returncode == 2
-    last = process.stderr.splitlines()[-1]
-    assert re.fullmatch(r"pretrain.py: error: --base_model ann/book cannot be used .*No space left on device.*", last), last
-    assert "Traceback" not in process.stderr
-    assert not out.exists()
+    address = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"HF_HUB_CACHE": str(mount("size=128k")), "HUGGINGFACE_CO_URL_TEMPLATE": address}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    argv = ["--base_model", "ann/book", "--dataset", book, "--context_length", "32", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="^--base_model ann/book cannot be used .*No space left on device.*$"):
+        pretrain.main([*argv, "--validation_fraction", "0.1"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_space(hub, model, upload, tmp_path):
