@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.engine.machine import available_cores
 from training.engine.run_folder import LOGS
 from training.errors import UserError
 
@@ -64,6 +64,8 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         )
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir / LOGS if output_dir else None,
     )
@@ -73,10 +75,11 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
             f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
         )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # The launchers set one thread per process unless the user chose a number; divide all cores instead.
-        cores = psutil.cpu_count(logical=False) or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
+    is_launched = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
 
 
