@@ -16,6 +16,7 @@ import io
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "maximum": ("at most", float.__le__),
     "below": ("below", float.__lt__),
 }
+OTHERS_WAIT = 3.0  # seconds until another process than the main one prints its error
 SYSTEM_ERRORS = (  # of the output directory: the user can fix them
     *(errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EACCES),
     *(errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
@@ -242,11 +244,26 @@ def option_table(arguments: Any) -> str:
     return "\n".join(lines)
 
 
+def _check_modules() -> None:
+    """Refuse a program of one clone with the modules of another, and hide its directory, which would hide libraries."""
+    modules, program = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+    if program.parent.name == modules.name and program.suffix == ".py" and program.parent != modules:
+        raise UserError(
+            f"{program} would run with the modules in {modules}: run {modules / program.name}, or set "
+            f"PYTHONPATH={program.parents[1]}."
+        )
+    sys.path[:] = [path for path in sys.path if not path or Path(path).resolve() != modules]
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
+    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2.
+
+    Of several processes, the first one that fails prints the line.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
+        _check_modules()
         main()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -254,8 +271,11 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # usually all fail alike: the launcher ends this process when the main one has ended
+            time.sleep(OTHERS_WAIT)
+        name = Path(sys.argv[0]).name + f", process {rank}" * (rank != "0")
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,6 +12,7 @@ libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
@@ -39,6 +40,7 @@ from training.results import cards
 from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
+MIN_PROBABILITY = 1e-6  # of a source
 
 USAGE = f"""from transformers import pipeline
 
@@ -230,8 +232,13 @@ def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] 
     """The probability of each source, proportional to weight^alpha; None to draw every window once per epoch."""
     if not arguments.dataset_weights and arguments.mixing_alpha == 1:
         return None
-    weights = [weight**arguments.mixing_alpha for weight in arguments.dataset_weights or num_tokens]
-    return [weight / sum(weights) for weight in weights]
+    logarithms = arguments.mixing_alpha * np.log(arguments.dataset_weights or num_tokens)
+    probabilities = np.exp(logarithms - logarithms.max())
+    probabilities /= probabilities.sum()
+    if probabilities.min() < MIN_PROBABILITY:
+        rarest = arguments.dataset[int(probabilities.argmin())]
+        raise UserError(f"{rarest} would almost never be read (probability {probabilities.min():.1g}): lower --mixing_alpha.")
+    return probabilities.tolist()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,13 @@
 import errno
+import importlib.util
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from training import cli
 from training.cli import model_config, model_option, option, parse_arguments, run_main
 from training.errors import UserError, printable
 
@@ -141,6 +145,39 @@ def test_errors_of_the_user_are_one_line_and_an_exit_code(error, code, message, 
     assert capsys.readouterr().err == message
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
+
+
+def test_of_several_processes_the_one_that_fails_says_why(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    monkeypatch.setenv("RANK", "3")
+
+    def main():
+        raise UserError("its disk is full")
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_main(main)
+    assert capsys.readouterr().err == "program.py, process 3: error: its disk is full\n"
+    assert waited == [cli.OTHERS_WAIT]
+
+
+def test_a_program_of_another_clone_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "training" / "pretrain.py")])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_main(lambda: 1 / 0)
+    expected = rf"would run with the modules in \S+training: run \S+training/pretrain.py, or set PYTHONPATH={tmp_path}"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_the_programs_do_not_hide_libraries(monkeypatch):
+    """Python puts their directory in front of the others, and one of them is called `evaluate`."""
+    directory = str(Path(cli.__file__).parent)
+    monkeypatch.setattr(sys, "argv", [f"{directory}/pretrain.py"])
+    monkeypatch.setattr(sys, "path", [directory, *sys.path])
+    found = []
+    run_main(lambda: found.append(importlib.util.find_spec("evaluate")))
+    assert [spec for spec in found if spec and spec.origin.startswith(directory)] == []
 
 
 def test_control_characters_are_replaced():

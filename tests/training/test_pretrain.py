@@ -226,6 +226,10 @@ def test_probabilities_of_sources():
     assert mixture(mixing_alpha=0) == pytest.approx([0.5, 0.5])
     assert mixture(dataset_weights=[1, 4]) == pytest.approx([0.2, 0.8])
     assert mixture(dataset_weights=[1, 4], mixing_alpha=0.5) == pytest.approx([1 / 3, 2 / 3])
+    assert mixture(dataset_weights=[1, 4], mixing_alpha=5) == pytest.approx([1 / 1025, 1024 / 1025])
+    for options in ({"mixing_alpha": 200}, {"dataset_weights": [1e-300, 1]}):
+        with pytest.raises(UserError, match=r"a would almost never be read \(probability .*\): lower --mixing_alpha"):
+            mixture(**options)
 
 
 ALL_LIBRARIES = pytest.param(docstrings.DOCS_LIBRARIES, marks=pytest.mark.slow, id="all libraries")

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -144,13 +145,20 @@ def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class GracefulShutdown:
-    """Within this context, SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C ends it."""
+    """Within this context, SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C ends it.
+
+    SIGHUP (a closed terminal) and SIGUSR1 (SLURM, before the time limit) do the same. Only a main thread receives signals.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received = accelerator, False
 
     def __enter__(self) -> "GracefulShutdown":
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        is_main = threading.current_thread() is threading.main_thread()
+        self.previous = {number: signal.signal(number, self._receive) for number in (numbers if is_main else ())}
         return self
 
     def __exit__(self, *exception: object) -> None:
