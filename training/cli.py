@@ -31,6 +31,25 @@ from training.errors import UserError, explain_errors, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
+SYNONYMS = {  # names of the same arguments in other programs
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "max_iters": "max_steps",
+    "num_iterations": "max_steps",
+    "block_size": "context_length",
+    "max_seq_length": "context_length",
+    "max_length": "context_length",
+    "data": "dataset",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "model_name_or_path": "base_model",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "out_dir": "output_dir",
+    "grad_clip": "max_grad_norm",
+    "eval_interval": "eval_steps",
+    "lora_rank": "lora_r",
+}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),
     "above": ("above", float.__gt__),
@@ -106,7 +125,11 @@ class _Parser(HfArgumentParser):
 
 def _hint(unknown: Sequence[str], known: Sequence[str]) -> str:
     """The closest known names, or where all names are listed."""
-    close = [difflib.get_close_matches(name.partition("=")[0], known, n=1) for name in unknown]
+    close = []
+    for name in unknown:
+        word = name.partition("=")[0].lstrip("-").replace("-", "_")
+        dashes = "--" if name.startswith("--") else ""
+        close.append(difflib.get_close_matches(dashes + SYNONYMS.get(word, word), known, n=1))
     meant = " and ".join(dict.fromkeys(names[0] for names in close if names))
     return f": did you mean {meant}?" if meant else f" {HELP}"
 

@@ -53,6 +53,7 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
         ("- a\n- b", (), "it must contain `name: value` lines"),
         ("a: [", (), "invalid YAML"),
         ("number: 7", ("--numbr", "8", "--rat=1"), r"arguments: --numbr 8 --rat=1: did you mean --number and --rate\?"),
+        ("number: 7", ("--lr", "8"), r"arguments: --lr 8 \(--help"),  # has no learning rate
         ("number: 7", ("--quantity", "8"), r"unrecognized arguments: --quantity 8 \(--help lists all arguments\)"),
         ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
         ("number: 7", ("stray",), "unrecognized arguments: stray"),

@@ -166,6 +166,10 @@ def test_a_second_run_does_not_change_the_first(run, book):
         (["--context_length", "100000"], "text has .* tokens, fewer than one window of --context_length 100000"),
         (["--batch_size", "100000"], "--batch_size 100000 is more than the .* windows of the training text: lower it"),
         (["--unknown", "1"], "unrecognized arguments: --unknown 1"),
+        (
+            ["--lr", "1", "--block-size=8"],
+            "unrecognized arguments: --lr 1 --block-size=8: did you mean --learning_rate and --context_length?",
+        ),
         (["--stride", "33"], "--stride must be at most --context_length 32, got 33"),
         (["--dataset_weights", "1", "2"], "--dataset_weights has 2 weights for 1 sources: pass one per source"),
         (["--dataset_weights", "-1"], "--dataset_weights must be positive numbers, got -1.0"),
