@@ -33,6 +33,7 @@ from training.data.files import (
 from training.engine.loop import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
+from training.progress import bar_options
 
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
@@ -63,7 +64,7 @@ def label_texts(arguments: PredictArguments) -> None:
         model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
     )
     texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
-    with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
+    with tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
         while chunk := list(islice(texts, CHUNK)):
             order = [index for index, text in enumerate(chunk) if text.strip()]
             order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths

@@ -36,6 +36,7 @@ from training.data.near_duplicates import drop_near_duplicates, import_datasketc
 from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
 from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
+from training.progress import bar_options
 
 
 @dataclass
@@ -247,7 +248,7 @@ def _store(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
         batch: list[bytes] = []
         size = 0
         with pa.ipc.new_stream(str(path), TEXT.arrow_schema) as writer:
-            for text in tqdm(texts, desc=description, unit=" documents", disable=not description):
+            for text in tqdm(texts, desc=description, unit=" documents", **bar_options(hidden=not description)):
                 encoded = text.encode() if isinstance(text, str) else text
                 if size + len(encoded) > BATCH_BYTES or len(batch) == BATCH_ROWS:
                     writer.write_batch(_record_batch(batch))

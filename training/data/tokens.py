@@ -23,6 +23,7 @@ from modeling_scratchgpt import ScratchGPTTokenizer
 from training.data.cache import CHECKSUM_BYTES, cached_file, digest_texts
 from training.data.datasets import TokenizedExamples
 from training.errors import UserError
+from training.progress import bar_options
 
 # White space after a letter or digit: GPT-2's and GPT-4's pre-tokenizers, and splitting on white space, all start a word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -64,7 +65,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
 
     def write(path: Path) -> None:
         lengths: list[int] = []
-        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
+        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, **bar_options(hidden=not num_bytes))
         with open(path, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)

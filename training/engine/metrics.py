@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.errors import UserError
+from training.progress import bar_options
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def evaluate(
     model.eval()
     parameters = inspect.signature(accelerator.unwrap_model(model).forward).parameters
     nats, tokens, start = 0.0, 0, time.perf_counter()
-    with tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process) as bar:
+    options = bar_options(hidden=not accelerator.is_main_process)
+    with tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, **options) as bar:
         for batch in bar:
             if "skip_logits" in parameters:  # a ScratchGPT computes the loss without materializing the logits
                 nats += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()  # / 1: the sum
