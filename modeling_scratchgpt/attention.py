@@ -1,7 +1,4 @@
-"""Causal self-attention, with rotary position embeddings.
-
-Notable:
-- Attention comes from transformers' registry (SDPA, flash, flex); the eager form is written out below.
+"""Causal self-attention with rotary position embeddings, from transformers' registry (SDPA, flash, flex) or written out here.
 
 Shapes: B batch, T new tokens, S attended tokens, C hidden_size, H query heads, K key-value heads, D head_dim.
 """

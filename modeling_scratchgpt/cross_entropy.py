@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
+LINEAR_FORWARD = nn.Linear.forward  # some libraries replace it
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
 
 
@@ -43,6 +44,8 @@ def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | in
     """Cross-entropy of logits (B, T) on positions (B,); those outside the text, such as -1, are ignored."""
     positions = positions.flatten()
     is_outside = (positions < 0) | (positions >= logits.shape[1])
+    if num_items_in_batch is None:
+        num_items_in_batch = (~is_outside).sum().clamp(min=1)  # no mean over nothing: a batch may have no answer
     return cross_entropy(logits, positions.masked_fill(is_outside, IGNORE_INDEX), num_items_in_batch)
 
 
@@ -75,9 +78,12 @@ def is_plain_head(head: nn.Module) -> bool:
     """Check that a call of the head only multiplies with a matrix in memory, so that its weight can be used directly.
 
     Not so with hooks (pruning, some norms of the weight), another `forward` (softcap, offloading), or another type of layer or
-    weight (LoRA, quantization, parametrization, tensor parallelism): then the head must be called.
+    weight (LoRA, quantization, parametrization, tensor parallelism, sparse): then the head must be called.
     """
-    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor) or head.weight.device.type == "meta":
+    weight = head.weight
+    if type(head) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+        return False
+    if nn.Linear.forward is not LINEAR_FORWARD or weight.layout != torch.strided:
         return False
     hooks = [f"{kind}_hooks" for kind in ("_forward", "_forward_pre", "_backward", "_backward_pre")]
     has_hooks = any(getattr(head, name) or getattr(nn.modules.module, f"_global{name}") for name in hooks)
@@ -97,9 +103,14 @@ def linear_cross_entropy(
 
     Returns:
         The loss in nats, a float32 scalar; nan for a mean over no tokens, as in torch.
+
+    Raises:
+        ValueError: the targets have another shape than the inputs, or are neither ids nor -100.
     """
+    if targets.shape != hidden_states.shape[:-1]:
+        raise ValueError(f"labels are {tuple(targets.shape)}: they must be {tuple(hidden_states.shape[:-1])}, like the inputs.")
     device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):  # as autocast does for a linear layer
+    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:  # as autocast does for a linear layer
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     hidden_states, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     if num_items_in_batch is None:
@@ -121,7 +132,11 @@ def _loss_from_logits(hidden_states: Tensor, weight: Tensor, targets: Tensor, di
 def _linear_cross_entropy(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed."""
+    """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed.
+
+    In float16 the gradients are not yet divided by the divisor: small ones would become zero before the loss scale is applied.
+    """
+    gradient_divisor = 1.0 if hidden_states.dtype == torch.float16 else divisor
     hidden_grad, weight_grad = _zero_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
     weight = weight.to(hidden_states.dtype)  # under autocast; here, so that no copy is kept for the backward pass
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
@@ -139,12 +154,12 @@ def _linear_cross_entropy(
         # Loss and gradient share the softmax: loss = log(sum(exp)) - logit of the target, gradient = softmax - one-hot.
         columns = torch.arange(len(rows), device=rows.device)
         largest = logits.amax(0)
-        loss_sum += (largest - logits[target, columns]).sum()
+        loss_sum += (largest - _select(logits, target)).sum()
         exponentials = logits.sub_(largest).exp_()
         total = exponentials.sum(0)
         loss_sum += total.log().sum()
-        gradient = exponentials.div_(total * divisor)
-        gradient[target, columns] -= 1.0 / divisor
+        gradient = exponentials.div_(total * gradient_divisor)
+        gradient[target, columns] -= 1.0 / gradient_divisor
         gradient = gradient.to(weight.dtype)
         if needs_hidden_grad:
             hidden_grad[rows] = gradient.T @ weight
@@ -154,6 +169,14 @@ def _linear_cross_entropy(
             else:  # half precision: accumulate in float32
                 weight_grad += gradient @ chunk
     return loss_sum / divisor, hidden_grad, weight_grad
+
+
+def _select(logits: Tensor, target: Tensor) -> Tensor:
+    """The logits (of V, n) of the targets (n,). Unlike indexing, `gather` refuses negative ids, and does not wait for a GPU."""
+    try:
+        return logits.gather(0, target[None])[0]
+    except RuntimeError as error:
+        raise ValueError(f"labels must be ids (0 to {len(logits) - 1}) or {IGNORE_INDEX}: {error}.") from error
 
 
 def _zero_gradients(
@@ -188,10 +211,12 @@ def _scale_gradients(ctx, loss_grad, *_):
                 for tensor, is_needed in zip((hidden_states, weight), needed, strict=True)
             )
         return hidden_grad, weight_grad, None, None, None, None
-    # Usually loss_grad is 1 and scaling is skipped. Reading it would synchronize a GPU, and a traced tensor has no value.
-    is_readable = type(loss_grad) is Tensor and loss_grad.device.type == "cpu"
-    if not (is_readable and loss_grad == 1):
-        hidden_grad, weight_grad = hidden_grad * loss_grad, weight_grad * loss_grad
+    scale = loss_grad / tensors[3] if tensors[0].dtype == torch.float16 else loss_grad
+    # Usually the scale is 1 and skipped, but not if the saved gradients may be needed again, since autograd keeps what it gets.
+    # Reading the scale would synchronize a GPU, and a traced or batched tensor has no value.
+    is_traced = type(scale) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(scale)
+    if is_traced or scale.device.type != "cpu" or torch._C._autograd._get_current_graph_task_keep_graph() or scale != 1:
+        hidden_grad, weight_grad = hidden_grad * scale, weight_grad * scale
     hidden_grad = hidden_grad.to(tensors[0].dtype) if ctx.needs_hidden_grad else None
     weight_grad = weight_grad.to(tensors[1].dtype) if ctx.needs_weight_grad else None
     return hidden_grad, weight_grad, None, None, None, None

@@ -4,8 +4,6 @@ import glob
 import os
 import re
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-
 
 def is_hub_id(name: str) -> bool:
     """Return whether `name` has the form of a Hub id, and is neither a local path nor a glob pattern.
@@ -14,4 +12,4 @@ def is_hub_id(name: str) -> bool:
     """
     if os.path.exists(name) or glob.has_magic(name) or os.path.isdir(os.path.dirname(name)):
         return False
-    return REPOSITORY.fullmatch(name) is not None
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII) is not None

@@ -39,62 +39,39 @@ SHARED += ["max_position_embeddings", "hidden_size", "num_hidden_layers", "num_a
 # other fields, and the values of its fields that ScratchGPT cannot change.
 ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt2": {
-        "position_embedding_type": "learned",
-        "norm_type": "layernorm",
-        "qk_norm": False,
-        "mlp_type": "plain",
-        "attention_bias": True,
-        "mlp_bias": True,
+        "position_embedding_type": "learned", "norm_type": "layernorm", "qk_norm": False, "mlp_type": "plain",
+        "attention_bias": True, "mlp_bias": True,
     },
     "qwen3": {
-        "position_embedding_type": "rotary",
-        "norm_type": "rmsnorm",
-        "qk_norm": True,
-        "mlp_type": "gated",
-        "mlp_bias": False,
+        "position_embedding_type": "rotary", "norm_type": "rmsnorm", "qk_norm": True, "mlp_type": "gated", "mlp_bias": False,
     },
-}
+}  # fmt: skip
 NAMES: dict[str, dict[str, str]] = {  # ours to theirs
     "gpt2": {
-        "intermediate_size": "n_inner",
-        "hidden_act": "activation_function",
-        "attention_dropout": "attn_pdrop",
-        "hidden_dropout": "resid_pdrop",
-        "embedding_dropout": "embd_pdrop",
-        "norm_eps": "layer_norm_epsilon",
+        "intermediate_size": "n_inner", "hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon",
+        "attention_dropout": "attn_pdrop", "hidden_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop",
     },
     "qwen3": {
-        "intermediate_size": "intermediate_size",
-        "num_key_value_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "hidden_act": "hidden_act",
-        "attention_bias": "attention_bias",
-        "attention_dropout": "attention_dropout",
-        "norm_eps": "rms_norm_eps",
-        "rope_parameters": "rope_parameters",
+        "intermediate_size": "intermediate_size", "num_key_value_heads": "num_key_value_heads", "head_dim": "head_dim",
+        "hidden_act": "hidden_act", "attention_bias": "attention_bias", "attention_dropout": "attention_dropout",
+        "norm_eps": "rms_norm_eps", "rope_parameters": "rope_parameters",
     },
-}
+}  # fmt: skip
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "gpt2": {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
         "add_cross_attention": False,
     },
     "qwen3": {"use_sliding_window": False},
-}
+}  # fmt: skip
 
 LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 # Parts of weight names, from GPT-2's to ScratchGPT's. The matrices are transposed.
 GPT2_PARTS = {
-    "wte": "embed_tokens",
-    "wpe": "embed_positions",
-    "h": "layers",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "ln_f": "norm",
-}
+    "wte": "embed_tokens", "wpe": "embed_positions", "h": "layers", "ln_f": "norm",
+    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+}  # fmt: skip
 GPT2_MATRICES = {
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attn.c_proj": ["self_attn.o_proj"],

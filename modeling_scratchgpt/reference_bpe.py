@@ -1,16 +1,9 @@
 """Byte-level byte-pair encoding in plain Python, written to be read.
 
-`ScratchGPTTokenizer.train(texts, vocab_size)` has the Rust library `tokenizers` do the same, many times faster. From the same
-texts both learn the same vocabulary and the same merges, and give every text the same ids; the tests hold them to it.
-
-Notable:
-- Training starts with one token per byte, and repeatedly merges the most frequent pair of neighbouring tokens into a new token
-  (Sennrich et al., 2016, "Neural Machine Translation of Rare Words with Subword Units").
-- Starting from the 256 bytes, no text has unknown tokens, and splitting the text into words first keeps tokens from spanning
-  words (Radford et al., 2019, GPT-2).
-- Of several pairs that are equally frequent, `tokenizers` merges the one with the lowest ids: left id first, then right id.
-- A token is a `bytes` object here. Files such as `tokenizer.json` need text, so they show each byte as a printable character
-  (`Ġ` is a space). That is why the ids of the bytes are not in the order of the bytes: the printable ones come first.
+Training starts with one token per byte, and repeatedly merges the most frequent pair of neighbouring tokens into a new token
+(Sennrich et al., 2016). Starting from the 256 bytes, no text has unknown tokens, and splitting the text into words first keeps
+tokens from spanning words (Radford et al., 2019). `ScratchGPTTokenizer.train` has the library `tokenizers` do the same, many
+times faster; the tests compare vocabulary, merges and ids.
 """
 
 from collections import Counter, defaultdict
@@ -29,6 +22,7 @@ Pair = tuple[int, int]  # the ids of two neighbouring tokens
 GPT2_WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_SPLIT = pre_tokenizers.Split(Regex(GPT2_WORD), "isolated")
 
+# In `tokenizer.json` each byte is a printable character (a space is `Ġ`), so the ids begin with the bytes that are printable.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]  # in Latin-1
 BYTES_BY_ID = [*PRINTABLE, *sorted(set(range(256)) - set(PRINTABLE))]
 
@@ -51,24 +45,10 @@ def merge_pair(ids: list[int], pair: Pair, new_id: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ReferenceBPE:
-    """
-    A trained tokenizer.
+    """A trained tokenizer: `ReferenceBPE.train(["low lower lowest"], vocab_size=262)`."""
 
-    Attributes:
-        vocab: the bytes of each token, by id: the special tokens, the 256 bytes, then the merged tokens.
-        merges: for each pair that is merged, the id of the new token; in the order in which they were learned.
-
-    Example:
-
-    ```python
-    >>> bpe = ReferenceBPE.train(["low lower lowest"], vocab_size=262)
-    >>> [bpe.vocab[token_id] for token_id in bpe.encode("lower")]
-    [b'low', b'e', b'r']
-    ```
-    """
-
-    vocab: list[bytes]
-    merges: dict[Pair, int]
+    vocab: list[bytes]  # of each token, by id: the special tokens, the 256 bytes, then the merged tokens
+    merges: dict[Pair, int]  # the id of the new token for each merged pair, in the order in which they were learned
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -89,7 +69,7 @@ class ReferenceBPE:
         for word in tokens:
             count_pairs(word, 1)
         while len(vocab) < vocab_size and (highest := max(counts.values(), default=0)):
-            pair = min(pair for pair, count in counts.items() if count == highest)
+            pair = min(pair for pair, count in counts.items() if count == highest)  # like `tokenizers`: the lowest ids
             merges[pair] = len(vocab)
             for word in words_with.pop(pair):
                 count_pairs(word, -1)

@@ -338,11 +338,14 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
 
 def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     """Load the tokenizer of a directory or repository as a ScratchGPTTokenizer, or say why there is none."""
-    directory, files = Path(source), ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    directory = Path(source)
     loader: Any = AutoTokenizer
-    if directory.is_dir() and not any((directory / name).is_file() for name in files):
-        if not (directory / "vocab.txt").is_file():
-            return None, f"{source} has none"
+    found = [name for name in ("tokenizer.json", "vocab.json", "vocab.txt") if (directory / name).is_file()]
+    settings = directory / "tokenizer_config.json"
+    names_class = settings.is_file() and "tokenizer_class" in settings.read_text(encoding="utf-8", errors="replace")
+    if directory.is_dir() and not found and not names_class:
+        return None, f"{source} has none"
+    if found == ["vocab.txt"] and not names_class:
         loader = transformers.BertTokenizer  # of many Chinese GPT-2s, whose configs do not name it
     try:
         with panics_as_errors():

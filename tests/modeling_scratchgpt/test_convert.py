@@ -431,7 +431,10 @@ def test_all_settings_of_a_tokenizer_are_kept_in_both_directions(tmp_path, conve
         assert len(other("to", padding="max_length")["input_ids"]) == (1 if folder == "ours" else 64)  # no maximum, positions
 
 
-def test_a_tokenizer_of_a_vocab_txt_alone(gpt2, tmp_path, convert):
+@pytest.mark.parametrize("settings", [None, {"do_lower_case": True}])
+def test_a_tokenizer_of_a_vocab_txt_alone(settings, gpt2, tmp_path, convert):
+    if settings:
+        (gpt2 / "tokenizer_config.json").write_text(json.dumps(settings))
     (gpt2 / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be"]))
     assert "Tokenizer: 7 tokens" in convert(gpt2, tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")

@@ -163,6 +163,58 @@ def test_autocast():
         assert (ours - right).abs().max() <= 1.5 * (theirs - right).abs().max() + 1e-6
 
 
+def test_small_gradients_survive_float16():
+    """The divisor of a large batch makes them too small for float16, unless the loss scale is applied first."""
+    tokens_in_the_step, loss_scale = 65536, 65536.0
+    hidden_states, weight, targets = inputs(512, 32, 2000, 0.0, 0, scale=0.1)
+    _, *expected = loss_and_gradients(torchs_own, hidden_states, weight, targets, tokens_in_the_step)
+    hidden_states.grad = weight.grad = None
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(hidden_states, weight, targets, tokens_in_the_step)
+    (loss * loss_scale).backward()
+    for tensor, gradient in zip((hidden_states, weight), expected, strict=True):
+        error = (tensor.grad / loss_scale - gradient).norm() / gradient.norm()
+        assert error < 5e-3
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 4), (0, 5)])
+def test_labels_of_another_shape_are_refused(shape):
+    hidden_states, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"labels are .*: they must be \(3, 5\), like the inputs"):
+        linear_cross_entropy(hidden_states, weight, torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("label", [-1, -5, 9])
+def test_labels_outside_the_vocabulary_are_refused(label):
+    hidden_states, weight, targets = inputs(6, 4, 9, 0.0, 0)
+    targets[2] = label
+    with pytest.raises(ValueError, match=rf"labels must be ids \(0 to 8\) or -100: .*{label}"):
+        linear_cross_entropy(hidden_states, weight, targets)
+
+
+def test_gradients_of_a_kept_graph_are_not_shared():
+    """A first backward pass that keeps the graph, and changes to its gradients, must not change the second."""
+    hidden_states, weight, targets = inputs(6, 4, 9, 0.0, 0)
+    loss = linear_cross_entropy(hidden_states, weight, targets)
+    loss.backward(retain_graph=True)
+    expected = weight.grad.clone()
+    weight.grad.data.zero_()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, expected)
+    weight.grad.mul_(3)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 4 * expected)
+
+
+def test_batched_gradients():
+    hidden_states, weight, targets = inputs(6, 4, 9, 0.0, 0)
+    (ours,), (theirs,) = (
+        torch.autograd.grad(function(hidden_states, weight, targets), weight, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+        for function in (linear_cross_entropy, torchs_own)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_bfloat16_weights():
     hidden_states, weight, targets = inputs(40, 16, 50, 0.2, seed=0)
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden_states, weight)]

@@ -206,6 +206,8 @@ def test_loss_of_question_answering(tiny_config):
     ]
     by_hand = sum(map(partial(functional.cross_entropy, reduction="sum"), logits, positions))
     torch.testing.assert_close(sum(pieces), by_hand / 6)
+    model(ids[2:], start_positions=starts[2:], end_positions=ends[2:]).loss.backward()  # no answer in the batch
+    assert model.qa_outputs.weight.grad.abs().max() == 0
 
 
 def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_model):

@@ -15,13 +15,9 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
 # Words in the names of parameters; the last that occurs decides.
 PARTS = {
-    "embed_tokens": "embeddings",
-    "embed_positions": "positions",
-    "self_attn": "attention",
-    "mlp": "MLP",
-    "norm": "norms",
+    "embed_tokens": "embeddings", "embed_positions": "positions", "self_attn": "attention", "mlp": "MLP", "norm": "norms",
     "lm_head": "head",
-}
+}  # fmt: skip
 SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.02, 0.1  # of the measurement of a device's peak
 
 
@@ -49,13 +45,11 @@ def flops_per_token(
     has_head: bool = True,
     trained_blocks: int | None = None,
 ) -> float:
-    """Floating-point operations of training on one token, forward and backward, counted as in PaLM and nanoGPT.
+    """Floating-point operations of training on one token, forward and backward (Chowdhery et al., 2022, appendix B).
 
     6 per weight of a matrix product: of the blocks, and of the head, also if it is tied; the lookup of an embedding has none.
     And 12 x layers x heads x head_dim x context for attention's scores and weighted sum of values. This counts every pair of
     tokens: a causal model needs half of them, and a kernel that skips the others does fewer operations than counted here.
-
-    Source: Chowdhery et al., 2022, "PaLM", appendix B.
 
     Args:
         context_length: tokens in a window.
