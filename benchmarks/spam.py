@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
 from training.data.examples import ExampleArguments, Examples, read_examples
-from training.data.files import read_rows
+from training.data.files import Encoding, read_rows
 from training.data.splits import SPLITS
 
 COLUMNS = ["label", "text"]
@@ -48,13 +48,13 @@ BASELINES = {
 
 def read_splits(path: Path, seed: int) -> Examples:
     """The splits of a seed, as training/classify.py reads them."""
-    return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample"), seed)
+    return read_examples(ExampleArguments(dataset=[str(path)], columns=COLUMNS, balance="undersample", split_seed=seed))
 
 
 def write_unused_texts(path: Path, splits: Examples, output: Path) -> None:
     """Write the texts that are not in any split, in lowercase."""
     used = {example.text.strip() for name in SPLITS for example in splits.splits[name]}
-    rows = read_rows(path, {"text": "text_column"}, "strict", COLUMNS)
+    rows = read_rows(path, {"text": "text_column"}, Encoding(), COLUMNS)
     unused = (row["text"].lower() for _, row in rows if row["text"].strip() not in used)
     output.write_text("".join(json.dumps({"text": text}) + "\n" for text in unused), encoding="utf-8")
 
@@ -79,7 +79,7 @@ def main() -> None:
         for title, classifier in BASELINES.items():
             accuracies[title].append(baseline_accuracy(classifier, splits))
         with tempfile.TemporaryDirectory() as name:
-            directory, shared = Path(name), ["--seed", str(seed)]
+            directory, shared = Path(name), ["--seed", str(seed), "--split_seed", str(seed)]
             write_unused_texts(path, splits, directory / "ham.jsonl")
             argv = ["--dataset", f"{directory}/ham.jsonl", "--output_dir", f"{directory}/base", *shared]
             minutes[BASE].append(run_recipe("pretrain", *argv, *PRETRAIN.split())[0])

@@ -12,7 +12,7 @@ MODEL_FILES = r"(configuration|modeling|tokenization)_scratchgpt|attention|cross
 LAYERS = {  # lowest first; the first pattern that matches decides. A module may import from its own layer and from lower ones.
     "files saved with a model": rf"modeling_scratchgpt\.({MODEL_FILES})",
     "modeling_scratchgpt": r"modeling_scratchgpt(\..*)?",
-    "cli and errors": r"training(\.(cli|errors))?",
+    "cli and errors": r"training(\.(cli|errors|progress))?",
     "data": r"training\.data(\..*)?",
     "engine": r"training\.engine(\..*)?",
     "results": r"training\.results(\..*)?",

@@ -195,11 +195,11 @@ def test_datasets(tmp_path, seeds, kind):
             elif kind == "examples":
                 arguments: Any = ExampleArguments(dataset=source, test_fraction=0.2, validation_fraction=0.2)
                 check_examples(arguments)
-                read_examples(arguments, 0)
+                read_examples(arguments)
             else:
                 arguments = ConversationArguments(dataset=source, test_fraction=0.2, validation_fraction=0.2)
                 check_conversations(arguments)
-                read_conversations(arguments, 0, "\n")
+                read_conversations(arguments, "\n")
 
     fuzz(data, tmp_path, seeds, use, (UserError,))
 

@@ -96,7 +96,7 @@ class ClassifyRecipe(Recipe[Any]):
         self._prepare_tokenizer()
         accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
-            self.examples = examples.read_examples(arguments, arguments.seed)
+            self.examples = examples.read_examples(arguments)
         self.names = self.examples.names
         self.last_split = "test" if self.examples.splits["test"] else "validation"
         self._tokenize()

@@ -16,6 +16,7 @@ import io
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,32 @@ from training.errors import UserError, explain_errors, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
+SYNONYMS = {  # names of the same arguments in other programs
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "max_iters": "max_steps",
+    "num_iterations": "max_steps",
+    "block_size": "context_length",
+    "max_seq_length": "context_length",
+    "max_length": "context_length",
+    "data": "dataset",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "model_name_or_path": "base_model",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "out_dir": "output_dir",
+    "grad_clip": "max_grad_norm",
+    "eval_interval": "eval_steps",
+    "lora_rank": "lora_r",
+}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),
     "above": ("above", float.__gt__),
     "maximum": ("at most", float.__le__),
     "below": ("below", float.__lt__),
 }
+OTHERS_WAIT = 3.0  # seconds until another process than the main one prints its error
 SYSTEM_ERRORS = (  # of the output directory: the user can fix them
     *(errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EACCES),
     *(errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
@@ -70,10 +91,29 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows the defaults, and the description as it is written."""
 
 
+class _ReplaceDefault(argparse.Action):
+    """A list option that is given several times: its words add up, and replace the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML whose values are the words of a command line: only `null` is special, so `no` and `1e-3` stay as they are."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _Parser(HfArgumentParser):
     """transformers' parser for dataclasses, with one-line errors."""
 
     def add_argument(self, *names: str, **keywords: Any) -> argparse.Action:
+        if keywords.get("nargs") == "+":
+            keywords.setdefault("action", _ReplaceDefault)
         return super().add_argument(*names, **{key: value for key, value in keywords.items() if key not in RANGES})
 
     def error(self, message: str) -> NoReturn:
@@ -85,7 +125,11 @@ class _Parser(HfArgumentParser):
 
 def _hint(unknown: Sequence[str], known: Sequence[str]) -> str:
     """The closest known names, or where all names are listed."""
-    close = [difflib.get_close_matches(name.partition("=")[0], known, n=1) for name in unknown]
+    close = []
+    for name in unknown:
+        word = name.partition("=")[0].lstrip("-").replace("-", "_")
+        dashes = "--" if name.startswith("--") else ""
+        close.append(difflib.get_close_matches(dashes + SYNONYMS.get(word, word), known, n=1))
     meant = " and ".join(dict.fromkeys(names[0] for names in close if names))
     return f": did you mean {meant}?" if meant else f" {HELP}"
 
@@ -138,7 +182,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     """The file's content. A path is relative to the working directory, or else to the directory that holds `training/`."""
     file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
     except OSError as error:
         raise UserError(f"{error.strerror}. Pass the path of a YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -223,11 +267,26 @@ def option_table(arguments: Any) -> str:
     return "\n".join(lines)
 
 
+def _check_modules() -> None:
+    """Refuse a program of one clone with the modules of another, and hide its directory, which would hide libraries."""
+    modules, program = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+    if program.parent.name == modules.name and program.suffix == ".py" and program.parent != modules:
+        raise UserError(
+            f"{program} would run with the modules in {modules}: run {modules / program.name}, or set "
+            f"PYTHONPATH={program.parents[1]}."
+        )
+    sys.path[:] = [path for path in sys.path if not path or Path(path).resolve() != modules]
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
+    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2.
+
+    Of several processes, the first one that fails prints the line.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
+        _check_modules()
         main()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -235,8 +294,11 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # usually all fail alike: the launcher ends this process when the main one has ended
+            time.sleep(OTHERS_WAIT)
+        name = Path(sys.argv[0]).name + f", process {rank}" * (rank != "0")
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

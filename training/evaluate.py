@@ -38,7 +38,6 @@ class EvaluateArguments(CorpusArguments):
     config: str = option("", "YAML file with values for any of these arguments")
     model: str = option("", "directory or Hub id of a causal language model; also the first word of the command line")
     split: str = option("all", "part of the corpus, split as training/pretrain.py does", choices=["all", *SPLITS])
-    seed: int = option(0, "seed of the training run, for --split")
     context_length: int = option(0, "tokens per window; 0: the model's maximum", minimum=0)
     stride: int = option(0, "stride of the windows; 0: --context_length, no overlap", minimum=0)
     batch_size: int = option(4, "windows per batch and process", minimum=1)
@@ -51,7 +50,7 @@ def read_documents(arguments: EvaluateArguments) -> Dataset:
     corpora = read_corpora(arguments)
     if arguments.split == "all":
         return concatenate_datasets([corpus.documents for corpus in corpora])
-    return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora, arguments.seed)])
+    return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora)])
 
 
 def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
@@ -95,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {"tokens": len(tokens.ids) - 1, "bytes": tokens.num_bytes}
     settings = {key: getattr(arguments, key) for key in ("model", "dataset", "split")}
     report = {**settings, "context_length": context_length, "stride": windows.stride, **asdict(metrics), **counts}
-    line = f"{metrics} ({counts['tokens']:,} tokens, {counts['bytes']:,} bytes)"
+    size = "" if tokens.num_bytes is None else f", {tokens.num_bytes:,} bytes"
+    line = f"{metrics} ({counts['tokens']:,} tokens{size})"
     accelerator.print(json.dumps(report) if arguments.json else line)
     accelerator.end_training()
 

@@ -82,7 +82,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         self.num_new_tokens = prompts.set_up_chat_template(self.tokenizer, template, config.max_position_embeddings)
         accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
-            self.conversations = read_conversations(arguments, arguments.seed, template.input_mark)
+            self.conversations = read_conversations(arguments, template.input_mark)
         self._tokenize()
         self._report_data()
         self._prepare_training_rows()

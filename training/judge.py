@@ -27,6 +27,7 @@ from modeling_scratchgpt.atomic import atomic_file
 from training.cli import option, parse_arguments, run_main
 from training.engine.run_folder import CARD, RESPONSES, RESPONSES_PAGE, SCORES
 from training.errors import UserError, explain_errors, one_line
+from training.progress import bar_options
 from training.results.cards import without_directories
 from training.results.responses import Verdicts, read_responses, responses_page, results_table, write_responses
 
@@ -103,7 +104,7 @@ def judge_all(judge: Judge, rows: Sequence[dict[str, Any]]) -> Verdicts:
         UserError: the server gives no reply; the rows keep the grades so far.
     """
     name = without_directories(judge.model)
-    for row in tqdm(rows, desc="Judging", unit=" answers"):
+    for row in tqdm(rows, desc="Judging", unit=" answers", **bar_options()):
         if row.get("judge_model") != name:
             grade, reply = judge.grade(row)
             row |= {"judge": grade, "judge_reply": reply, "judge_model": name}

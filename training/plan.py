@@ -36,6 +36,7 @@ from training.cli import parse_arguments, run_main
 from training.engine.arguments import check_engine
 from training.engine.flops import flops_per_token, measured_peak, parameters_by_part
 from training.engine.loop import start_accelerator, training_steps
+from training.engine.machine import available_memory
 from training.engine.optimizers import build_optimizers
 from training.engine.report import duration
 from training.engine.train import enable_gradient_checkpointing
@@ -182,7 +183,7 @@ def device_memory(device: torch.device) -> tuple[int, int, bool]:
         return torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device), True
     library, version = platform.libc_ver()
     is_old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
-    return psutil.virtual_memory().total, psutil.Process().memory_info().rss, not is_old
+    return available_memory(), psutil.Process().memory_info().rss, not is_old
 
 
 def table(title: str, parts: dict[str, str]) -> str:

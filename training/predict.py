@@ -19,10 +19,21 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
 from training.cli import option, parse_arguments, run_main
-from training.data.files import TABLE_ENDINGS, find_files, get_text, read_lines, read_rows
+from training.data.files import (
+    TABLE_ENDINGS,
+    encoding_errors_option,
+    encoding_of,
+    encoding_option,
+    ending,
+    find_files,
+    get_text,
+    read_lines,
+    read_rows,
+)
 from training.engine.loop import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
+from training.progress import bar_options
 
 CHUNK = 1024  # texts that are labelled before the first of them is written
 
@@ -33,7 +44,8 @@ class PredictArguments:
     input: str = option("-", "a file of lines, a table with --text_column, or - for standard input")
     text_column: str = option("text", "column of the text in a table")
     columns: list[str] = option([], "names of the columns, left to right, of .csv and .tsv files without a header")
-    encoding_errors: str = option("strict", "bytes that are not UTF-8: strict or replace", choices=["strict", "replace"])
+    encoding: str = encoding_option()
+    encoding_errors: str = encoding_errors_option()
     batch_size: int = option(16, "texts per batch", minimum=1)
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
@@ -52,7 +64,7 @@ def label_texts(arguments: PredictArguments) -> None:
         model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
     )
     texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
-    with tqdm(desc="Labelling", unit=" texts", disable=None) as bar:
+    with tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
         while chunk := list(islice(texts, CHUNK)):
             order = [index for index, text in enumerate(chunk) if text.strip()]
             order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths
@@ -81,12 +93,13 @@ def find_sources(arguments: PredictArguments) -> list[Path | None]:
 
 def read_texts(path: Path | None, arguments: PredictArguments) -> Iterator[str]:
     """The texts of a file, or of standard input."""
-    if path and (path.suffix.lower() in TABLE_ENDINGS or arguments.columns):
+    encoding = encoding_of(arguments)
+    if path and (ending(path) in TABLE_ENDINGS or arguments.columns):
         columns = {arguments.text_column: "text_column"}
-        for location, row in read_rows(path, columns, arguments.encoding_errors, arguments.columns):
-            yield get_text(row, arguments.text_column, location, arguments.encoding_errors)
+        for location, row in read_rows(path, columns, encoding, arguments.columns):
+            yield get_text(row, arguments.text_column, location, encoding.errors)
     else:
-        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", arguments.encoding_errors))
+        yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", encoding))
 
 
 def as_row(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
@@ -39,6 +40,7 @@ from training.results import cards
 from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
+MIN_PROBABILITY = 1e-6  # of a source
 
 USAGE = f"""from transformers import pipeline
 
@@ -115,7 +117,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         """Corpora -> splits -> tokenizer -> token files."""
         arguments = self.arguments
         corpora = read_corpora(arguments)
-        splits = split_corpora(arguments, corpora, arguments.seed)
+        splits = split_corpora(arguments, corpora)
         self.texts = {name: concatenate_datasets([split[name] for split in splits]) for name in SPLITS}
         self.num_duplicates = sum(corpus.duplicates + corpus.near_duplicates for corpus in corpora)
         size, length = arguments.vocab_size, arguments.context_length
@@ -157,7 +159,11 @@ class PretrainRecipe(Recipe[LMMetrics]):
             f"{self.num_duplicates:,}; held out: {len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
         )
         passages = (text for batch in validation.iter(batch_size=100) for text in batch["text"])
-        print_(f"Tokenizer: {len(self.tokenizer):,} tokens; on the held-out text {tokenizer_report(self.tokenizer, passages)}")
+        report = tokenizer_report(self.tokenizer, passages)
+        self.tokenizer_facts = f"{len(self.tokenizer):,} tokens; on the held-out text {report}"
+        if self.held_out["validation"].num_bytes is None:
+            self.tokenizer_facts += "; it loses some of the text, so bits per byte are not reported"
+        print_(f"Tokenizer: {self.tokenizer_facts}")
         for source in self.sources:
             if isinstance(source, PackedExamples):
                 print_(f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the positions hold a token")
@@ -210,7 +216,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",
             metrics=vars(self.test or result.after),
-            data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}"},
+            data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}", "Tokenizer": self.tokenizer_facts},
             settings={"model": config_fields(self.config)},
         )
 
@@ -226,8 +232,13 @@ def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] 
     """The probability of each source, proportional to weight^alpha; None to draw every window once per epoch."""
     if not arguments.dataset_weights and arguments.mixing_alpha == 1:
         return None
-    weights = [weight**arguments.mixing_alpha for weight in arguments.dataset_weights or num_tokens]
-    return [weight / sum(weights) for weight in weights]
+    logarithms = arguments.mixing_alpha * np.log(arguments.dataset_weights or num_tokens)
+    probabilities = np.exp(logarithms - logarithms.max())
+    probabilities /= probabilities.sum()
+    if probabilities.min() < MIN_PROBABILITY:
+        rarest = arguments.dataset[int(probabilities.argmin())]
+        raise UserError(f"{rarest} would almost never be read (probability {probabilities.min():.1g}): lower --mixing_alpha.")
+    return probabilities.tolist()
 
 
 def main(argv: list[str] | None = None) -> None:

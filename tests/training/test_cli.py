@@ -1,9 +1,13 @@
 import errno
+import importlib.util
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from training import cli
 from training.cli import model_config, model_option, option, parse_arguments, run_main
 from training.errors import UserError, printable
 
@@ -29,6 +33,10 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     assert (arguments.number, arguments.rate, arguments.words) == (7, 0.25, ["a", "b"])
     assert parse(tmp_path, "number: 7", "--number", "8").number == 8
     assert parse(tmp_path, "words: single").words == ["single"]
+    assert parse(tmp_path, "rate: 1e-3").rate == 1e-3
+    assert parse(tmp_path, "words: no").words == ["no"]  # Norwegian
+    assert parse(tmp_path, "words:\nnumber: null").words == ["one"]
+    assert parse(tmp_path, "words: a", "--words", "b", "c", "--words", "d").words == ["b", "c", "d"]
 
 
 def test_model_fields_are_overridden_one_by_one(tmp_path):
@@ -45,6 +53,7 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
         ("- a\n- b", (), "it must contain `name: value` lines"),
         ("a: [", (), "invalid YAML"),
         ("number: 7", ("--numbr", "8", "--rat=1"), r"arguments: --numbr 8 --rat=1: did you mean --number and --rate\?"),
+        ("number: 7", ("--lr", "8"), r"arguments: --lr 8 \(--help"),  # has no learning rate
         ("number: 7", ("--quantity", "8"), r"unrecognized arguments: --quantity 8 \(--help lists all arguments\)"),
         ("number: 7", ("--number", "x"), "argument --number: invalid int value: 'x'"),
         ("number: 7", ("stray",), "unrecognized arguments: stray"),
@@ -137,6 +146,39 @@ def test_errors_of_the_user_are_one_line_and_an_exit_code(error, code, message, 
     assert capsys.readouterr().err == message
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
+
+
+def test_of_several_processes_the_one_that_fails_says_why(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    monkeypatch.setenv("RANK", "3")
+
+    def main():
+        raise UserError("its disk is full")
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_main(main)
+    assert capsys.readouterr().err == "program.py, process 3: error: its disk is full\n"
+    assert waited == [cli.OTHERS_WAIT]
+
+
+def test_a_program_of_another_clone_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "training" / "pretrain.py")])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_main(lambda: 1 / 0)
+    expected = rf"would run with the modules in \S+training: run \S+training/pretrain.py, or set PYTHONPATH={tmp_path}"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_the_programs_do_not_hide_libraries(monkeypatch):
+    """Python puts their directory in front of the others, and one of them is called `evaluate`."""
+    directory = str(Path(cli.__file__).parent)
+    monkeypatch.setattr(sys, "argv", [f"{directory}/pretrain.py"])
+    monkeypatch.setattr(sys, "path", [directory, *sys.path])
+    found = []
+    run_main(lambda: found.append(importlib.util.find_spec("evaluate")))
+    assert [spec for spec in found if spec and spec.origin.startswith(directory)] == []
 
 
 def test_control_characters_are_replaced():

@@ -59,6 +59,15 @@ def test_the_model_directory_describes_the_run(recipe, finished):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@BOTH
+def test_another_seed_holds_out_the_same_data(recipe, finished, tune):
+    """So a run from a model is validated on data that the model has not been trained on."""
+    folder, _ = finished(recipe)
+    again = tune(recipe, "--seed", "5", "--max_steps", "1", base=folder)
+    last, first = evaluations(folder)[-1], evaluations(again)[0]
+    assert first["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
 def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run, tmp_path):
     """One after another, in a process that cannot import this project."""
     (labels, _), (answers, _) = finished(classify), finished(instruct)

@@ -45,7 +45,7 @@ def test_a_file_a_table_and_standard_input(classifier, nights, label, tmp_path, 
     by_line = label(classifier, "--input", str(lines), "--batch_size", "7")
     nothing = {"label": None, "scores": {}}
     assert by_line == [{"text": "", **nothing}] * 2000 + by_table + [{"text": text, **nothing} for text in ("", "  ")]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO("\r\n".join(texts).encode()))))
     assert label("--model", classifier, "--batch_size", "7") == by_table
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import Processes
 from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module
-from training import pretrain
+from training import evaluate, pretrain
 from training.data import docstrings
 from training.errors import UserError
 
@@ -164,6 +164,10 @@ def test_a_second_run_does_not_change_the_first(run, book):
         (["--context_length", "100000"], "text has .* tokens, fewer than one window of --context_length 100000"),
         (["--batch_size", "100000"], "--batch_size 100000 is more than the .* windows of the training text: lower it"),
         (["--unknown", "1"], "unrecognized arguments: --unknown 1"),
+        (
+            ["--lr", "1", "--block-size=8"],
+            "unrecognized arguments: --lr 1 --block-size=8: did you mean --learning_rate and --context_length?",
+        ),
         (["--stride", "33"], "--stride must be at most --context_length 32, got 33"),
         (["--dataset_weights", "1", "2"], "--dataset_weights has 2 weights for 1 sources: pass one per source"),
         (["--dataset_weights", "-1"], "--dataset_weights must be positive numbers, got -1.0"),
@@ -203,6 +207,18 @@ def test_other_options(windows, book, tmp_path, capsys):
     assert row in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys):
+    folder = tmp_path / "words"
+    pretrain.main(["--dataset", book, *SMALL, "--max_steps", "1", "--tokenizer", "word", "--output_dir", str(folder)])
+    printed, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    assert "bits per byte" not in printed.replace("so bits per byte are not reported", "")
+    (share,) = re.findall(r"tokens per word, (\S+%) of them unknown; it loses some of the text", printed)
+    assert f"{share} of them unknown" in card
+    assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
+    evaluate.main([str(folder), "--dataset", book])
+    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens\)\n", capsys.readouterr().out)
+
+
 def test_probabilities_of_sources():
     def mixture(**options):
         return pretrain.mixture(pretrain.PretrainArguments(dataset=["a", "b"], **options), [100, 900])
@@ -212,6 +228,10 @@ def test_probabilities_of_sources():
     assert mixture(mixing_alpha=0) == pytest.approx([0.5, 0.5])
     assert mixture(dataset_weights=[1, 4]) == pytest.approx([0.2, 0.8])
     assert mixture(dataset_weights=[1, 4], mixing_alpha=0.5) == pytest.approx([1 / 3, 2 / 3])
+    assert mixture(dataset_weights=[1, 4], mixing_alpha=5) == pytest.approx([1 / 1025, 1024 / 1025])
+    for options in ({"mixing_alpha": 200}, {"dataset_weights": [1e-300, 1]}):
+        with pytest.raises(UserError, match=r"a would almost never be read \(probability .*\): lower --mixing_alpha"):
+            mixture(**options)
 
 
 ALL_LIBRARIES = pytest.param(docstrings.DOCS_LIBRARIES, marks=pytest.mark.slow, id="all libraries")

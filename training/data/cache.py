@@ -1,30 +1,60 @@
 """Cache for data that is derived from texts, beside the cache of `datasets`.
 
-A file is named by a hash of all that it is made from: it is reused as long as nothing has changed, and never afterwards.
+A file is named by a hash of all that it is made from: it is reused as long as nothing has changed, and never afterwards. It
+ends with a checksum of its content, so that a damaged file is noticed and written again.
 """
 
 import hashlib
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 
-from modeling_scratchgpt.atomic import atomic_file
+from modeling_scratchgpt.atomic import PREFIX, atomic_file
 
 BATCH_BYTES, BATCH_ROWS = 2**22, 1000  # of texts in memory at a time, unless a single one is longer
+CHECKSUM_BYTES = 4
+ABANDONED = 24 * 3600  # seconds without a write to a temporary file
 
 
-def cached_file(
-    made_from: str, suffix: str, write: Callable[[Path], None], is_complete: Callable[[Path], bool] = Path.exists
-) -> Path:
-    """Path of the cached file for the inputs that `made_from` describes; `write` creates it if it is missing or incomplete."""
+def cached_file(made_from: str, suffix: str, write: Callable[[Path], None]) -> Path:
+    """Path of the cached file for the inputs that `made_from` describes; `write` creates it if it is missing or damaged.
+
+    Its last `CHECKSUM_BYTES` are not content.
+    """
     directory = Path(datasets.config.HF_DATASETS_CACHE) / "scratchgpt"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.{suffix}"
-    if not is_complete(path):
-        with atomic_file(path) as temporary:
-            write(temporary)
+    if path.exists():
+        content, checksum = _checksums(path)
+        if content == checksum:
+            return path
+        print(f"The cached file {path} is damaged: writing it again", flush=True)
+    for leftover in directory.glob(f"{PREFIX}*"):  # of a process that was killed
+        if time.time() - leftover.stat().st_mtime > ABANDONED:
+            leftover.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        write(temporary)
+        with open(temporary, "ab") as file:
+            file.write(bytes(CHECKSUM_BYTES))
+        checksum = _checksums(temporary)[0]
+        with open(temporary, "r+b") as file:
+            file.seek(-CHECKSUM_BYTES, 2)
+            file.write(checksum)
     return path
+
+
+def _checksums(path: Path) -> tuple[bytes, bytes]:
+    """The CRC-32 of a file without its last bytes, and these bytes."""
+    left = path.stat().st_size - CHECKSUM_BYTES
+    checksum = 0
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(BATCH_BYTES, left))):
+            checksum = zlib.crc32(block, checksum)
+            left -= len(block)
+        return checksum.to_bytes(CHECKSUM_BYTES, "big"), file.read()
 
 
 def encode_texts(documents: datasets.Dataset) -> Iterator[memoryview]:

@@ -13,12 +13,23 @@ from typing import Any
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import Row, find_files, get_text, number_rows, read_rows, refuse_empty
+from training.data.files import (
+    JSON_LINES,
+    Encoding,
+    Row,
+    encoding_of,
+    ending,
+    find_files,
+    get_text,
+    number_rows,
+    read_rows,
+    refuse_empty,
+)
 from training.data.sources import hub_splits, is_dataset_id
 from training.data.splits import SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
-ENDINGS = (".json", ".jsonl", ".parquet")
+ENDINGS = (".json", *JSON_LINES, ".parquet")
 ROLES = ("system", "user", "assistant")
 FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 INSTRUCTION = "Say what this does."
@@ -67,21 +78,21 @@ class Conversations:
 def check_conversations(arguments: ConversationArguments) -> None:
     """Validate the arguments and the first row of every file before any long work, without network access."""
     for path in check_splits(arguments, ENDINGS):
-        if path.suffix.lower() not in ENDINGS:
+        if ending(path) not in ENDINGS:
             raise UserError(f"{path} is not a file of conversations: pass one that ends with {', '.join(ENDINGS)}.")
-        for location, row in islice(read_rows(path, {}, arguments.encoding_errors), 1):
+        for location, row in islice(read_rows(path, {}, encoding_of(arguments)), 1):
             _messages(location, row, arguments.encoding_errors, input_mark="")
 
 
-def read_conversations(arguments: ConversationArguments, seed: int, input_mark: str) -> Conversations:
+def read_conversations(arguments: ConversationArguments, input_mark: str) -> Conversations:
     """Read and split the conversations of a run; `input_mark` separates an instruction from its input.
 
     Raises:
         UserError: a source cannot be read; a row is incomplete or does not end with an answer; a split would be empty.
     """
-    given = read_given(arguments, lambda source: _read_source(source, arguments.encoding_errors, input_mark))
+    given = read_given(arguments, lambda source: _read_source(source, encoding_of(arguments), input_mark))
     distinct = {name: list({repr(it.messages): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
-    splits, leaked = split_items(distinct, arguments, seed, key=lambda conversation: _opening(conversation.messages))
+    splits, leaked = split_items(distinct, arguments, key=lambda conversation: _opening(conversation.messages))
     return Conversations(splits, sum(len(given[name]) - len(distinct[name]) for name in given), leaked)
 
 
@@ -91,13 +102,14 @@ def _opening(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in opening)
 
 
-def _read_source(source: str, errors: str, input_mark: str) -> dict[str, list[Conversation]]:
+def _read_source(source: str, encoding: Encoding, input_mark: str) -> dict[str, list[Conversation]]:
+    errors = encoding.errors
     if source == "docs":
         return {"train": [Conversation(_messages("docs", row, errors, input_mark), module) for module, row in _docstrings()]}
     if is_dataset_id(source):
         splits = {name: number_rows(rows, f"{source}: {name} row") for name, rows in hub_splits(source).items()}
     else:
-        splits = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, errors))}
+        splits = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, encoding))}
     return {name: _conversations(rows, errors, input_mark) for name, rows in splits.items()}
 
 

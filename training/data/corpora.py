@@ -20,11 +20,23 @@ from tqdm.auto import tqdm
 from training.cli import option
 from training.data.cache import BATCH_BYTES, BATCH_ROWS, cached_file, digest_texts, encode_texts
 from training.data.docstrings import TEXT, read_docs
-from training.data.files import check_columns, check_file, digest_of, find_files, get_text, read_file
+from training.data.files import (
+    check_columns,
+    check_file,
+    digest_of,
+    encoding_errors_option,
+    encoding_of,
+    encoding_option,
+    ending,
+    find_files,
+    get_text,
+    read_file,
+)
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
 from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
-from training.data.splits import SPLITS, check_fractions, split_indices
+from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
+from training.progress import bar_options
 
 
 @dataclass
@@ -33,10 +45,12 @@ class CorpusArguments:
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs`; .txt, .md, .jsonl, .parquet, .csv and .tsv files, directories and globs of them; ids of datasets on the Hub",
+        "`docs`; .txt, .md, .json, .jsonl, .parquet, .csv and .tsv files, also compressed, directories and globs of them; ids "
+        "of datasets on the Hub",
     )
     text_column: str = option("text", "column with the text, in tables and datasets")
-    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    encoding: str = encoding_option()
+    encoding_errors: str = encoding_errors_option()
     streaming: bool = option(False, "stream datasets from the Hub: download only what is read")
     max_documents: int = option(0, "maximum number of documents from each source; 0: all", minimum=0)
     near_duplicates: float = option(
@@ -49,6 +63,7 @@ class CorpusArguments:
         0.01, "fraction held out for validation: whole documents, or the end of each if there are few", above=0, below=1
     )
     test_fraction: float = option(0.0, "fraction held out for the test, evaluated once, at the end", minimum=0, below=1)
+    split_seed: int = split_seed_option()
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,10 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     return corpora
 
 
-def split_corpora(arguments: CorpusArguments, corpora: list[Corpus], seed: int) -> list[dict[str, Dataset]]:
+def split_corpora(arguments: CorpusArguments, corpora: list[Corpus]) -> list[dict[str, Dataset]]:
     """Split each corpus of a run by its arguments: see `split_documents`."""
-    fractions = arguments.validation_fraction, arguments.test_fraction
-    return [split_documents(corpus.documents, *fractions, seed) for corpus in corpora]
+    how = arguments.validation_fraction, arguments.test_fraction, arguments.split_seed
+    return [split_documents(corpus.documents, *how) for corpus in corpora]
 
 
 def check_corpora(arguments: CorpusArguments) -> None:
@@ -98,8 +113,9 @@ def check_corpora(arguments: CorpusArguments) -> None:
         UserError: the fractions leave nothing to train on; a source is missing; the beginning of a file is invalid.
     """
     check_fractions({"validation": arguments.validation_fraction, "test": arguments.test_fraction})
+    encoding = encoding_of(arguments)
     for path in check_sources(arguments.dataset):
-        check_file(path, arguments.text_column, arguments.encoding_errors)
+        check_file(path, arguments.text_column, encoding)
 
 
 def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> dict[str, Dataset]:
@@ -180,16 +196,16 @@ def _is_blank(text: Any) -> bool:
 
 
 def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
-    column, errors, limit = arguments.text_column, arguments.encoding_errors, arguments.max_documents
+    column, encoding, limit = arguments.text_column, encoding_of(arguments), arguments.max_documents
     if source == "docs":
         documents = read_docs()
         return documents.take(limit or len(documents))
     if is_dataset_id(source):
         return _stream(source, column, limit) if arguments.streaming else _download(source, column, limit)
     files = find_files(source)
-    digests = [(path.suffix.lower(), digest_of(path)) for path in files]
-    texts = itertools.chain.from_iterable(read_file(path, column, errors) for path in files)
-    key = f"files {column} {errors} {limit} {digests}"
+    digests = [(ending(path), path.suffix, digest_of(path)) for path in files]
+    texts = itertools.chain.from_iterable(read_file(path, column, encoding) for path in files)
+    key = f"files {column} {encoding} {limit} {digests}"
     return _store(key, itertools.islice(texts, limit or None), f"Reading {source}")
 
 
@@ -232,7 +248,7 @@ def _store(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
         batch: list[bytes] = []
         size = 0
         with pa.ipc.new_stream(str(path), TEXT.arrow_schema) as writer:
-            for text in tqdm(texts, desc=description, unit=" documents", disable=not description):
+            for text in tqdm(texts, desc=description, unit=" documents", **bar_options(hidden=not description)):
                 encoded = text.encode() if isinstance(text, str) else text
                 if size + len(encoded) > BATCH_BYTES or len(batch) == BATCH_ROWS:
                     writer.write_batch(_record_batch(batch))
@@ -241,11 +257,7 @@ def _store(key: str, texts: Iterable[str | bytes], description: str) -> Dataset:
                 size += len(encoded)
             writer.write_batch(_record_batch(batch))
 
-    path = cached_file(key, "arrow", write)
-    try:
-        return Dataset.from_file(str(path))
-    except pa.ArrowException as error:
-        raise UserError(f"the cached texts {path} are corrupt ({error}): delete the file.") from error
+    return Dataset.from_file(str(cached_file(key, "arrow", write)))
 
 
 def _record_batch(texts: list[bytes]) -> pa.RecordBatch:

@@ -29,7 +29,7 @@ class TokenizedExamples:
 
     ids: np.ndarray  # (N,), of all examples
     offsets: np.ndarray  # (E + 1,), example e is `ids[offsets[e] : offsets[e + 1]]`
-    num_bytes: int = 0  # length of the text in UTF-8
+    num_bytes: int | None = None  # length of the text in UTF-8, if the ids hold all of it
     digest: str = ""  # of the text and the tokenizer
     loss_mask: np.ndarray | None = None  # bool (N,), True for the ids to compute the loss on; all of them if None
     labels: np.ndarray | None = None  # float32 (E, C), of a classifier

@@ -20,7 +20,16 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import TABLE_ENDINGS, check_columns, find_files, get_text, number_rows, read_rows, refuse_empty
+from training.data.files import (
+    TABLE_ENDINGS,
+    check_columns,
+    encoding_of,
+    find_files,
+    get_text,
+    number_rows,
+    read_rows,
+    refuse_empty,
+)
 from training.data.sources import hub_splits, is_dataset_id
 from training.data.splits import SPLITS, SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
@@ -36,8 +45,8 @@ class ExampleArguments(SplitArguments):
 
     dataset: list[str] = option(
         ["docs"],
-        "`docs` (docstrings labelled by their library); .csv, .tsv, .jsonl and .parquet files, directories and globs of them; "
-        "ids of datasets on the Hub",
+        "`docs` (docstrings labelled by their library); .csv, .tsv, .json, .jsonl and .parquet files, directories and globs of "
+        "them; ids of datasets on the Hub",
     )
     text_column: str = option("text", "column with the text")
     label_column: list[str] = option(["label"], "column with the label or number; several columns for several labels (0 or 1)")
@@ -97,10 +106,10 @@ def check_examples(arguments: ExampleArguments) -> None:
     if "docs" in arguments.dataset and kind != SINGLE:
         raise UserError(f"--dataset docs has one label per text: it is not for --problem_type {kind}.")
     for path in paths:
-        next(read_rows(path, _columns(arguments), arguments.encoding_errors, arguments.columns), None)
+        next(read_rows(path, _columns(arguments), encoding_of(arguments), arguments.columns), None)
 
 
-def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
+def read_examples(arguments: ExampleArguments) -> Examples:
     """Read, balance and split the examples of a run.
 
     Raises:
@@ -112,9 +121,11 @@ def read_examples(arguments: ExampleArguments, seed: int) -> Examples:
     if has_one_label:
         _check_names(train)
     if arguments.balance == "undersample":
-        given["train"] = _sample_per_label(train, min(Counter(example.label for example in train).values()), seed)
+        given["train"] = _sample_per_label(
+            train, min(Counter(example.label for example in train).values()), arguments.split_seed
+        )
     splits, duplicates = split_items(
-        given, arguments, seed, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
+        given, arguments, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
     )
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
@@ -144,7 +155,7 @@ def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Exa
     if is_dataset_id(source):
         splits = _hub_rows(source, arguments)
     else:
-        options = _columns(arguments), arguments.encoding_errors, arguments.columns
+        options = _columns(arguments), encoding_of(arguments), arguments.columns
         splits = {"train": (row for path in find_files(source, TABLE_ENDINGS) for row in read_rows(path, *options))}
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
 

@@ -4,31 +4,100 @@ Notable:
 - The loaders of `datasets` are not used: they guess types, read a missing column and the text "NA" as null, and cannot name the
   line of an error.
 - Every error in a file is a `UserError` that names the file, the line or row, the problem and the remedy.
-- Text is UTF-8. A byte order mark at its beginning is dropped.
+- Text is UTF-8 unless `--encoding` or a byte order mark of UTF-16 says otherwise. A byte order mark is dropped.
+- Files may be compressed: `rows.jsonl.gz` is a table like `rows.jsonl`.
 """
 
+import bz2
 import codecs
 import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from training.cli import option
 from training.errors import UserError, one_line
 
-TABLE_ENDINGS = (".jsonl", ".parquet", ".csv", ".tsv")
+JSON_LINES = (".jsonl", ".ndjson")
+TABLE_ENDINGS = (*JSON_LINES, ".json", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
 Row = dict[str, Any]
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first, since UTF-16's begins the same
+BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
 HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
 LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow's offsets have 32 bits
+DAMAGED = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # of compressed files
+
+
+def _open_zip(path: Path, mode: str = "rb") -> Any:
+    archive = zipfile.ZipFile(path)
+    if len(names := archive.namelist()) != 1:
+        raise UserError(f"{path} contains {len(names)} files: unpack it, or pass an archive of one file.")
+    return archive.open(names[0])
+
+
+def _open_zstd(path: Path, mode: str = "rb") -> Any:
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENERS |= {".zst": _open_zstd, ".zip": _open_zip}
+
+
+class Encoding(NamedTuple):
+    """The codec of a text, and "strict" or "replace" for bytes that it does not know."""
+
+    name: str = "utf-8"
+    errors: str = "strict"
+
+
+def encoding_option() -> Any:
+    return option("utf-8", "encoding of text, JSON, .csv and .tsv files, such as latin-1; UTF-16 with its mark is recognized")
+
+
+def encoding_errors_option() -> Any:
+    return option("strict", "bytes that are not text: strict (an error) or replace", choices=["strict", "replace"])
+
+
+def encoding_of(arguments: Any) -> Encoding:
+    """The encoding that the options name; `UserError` if Python does not know it."""
+    try:
+        "".encode(arguments.encoding)
+    except LookupError as error:
+        raise UserError(f"--encoding {arguments.encoding}: {error}; such as utf-8, latin-1, cp1252 or utf-16.") from error
+    name = codecs.lookup(arguments.encoding).name
+    return Encoding("utf-8" if name == "utf-8-sig" else name, arguments.encoding_errors)
+
+
+def ending(path: Path) -> str:
+    """The extension that tells the format of a file, in lower case; of a compressed file, the one before."""
+    return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
+
+
+def _walk(directory: Path, fail: Callable[[OSError], None]) -> Iterator[Path]:
+    """Yield the files below a directory, also in directories that are symbolic links, but none that is hidden."""
+    seen = set()
+    for name, children, files in os.walk(directory, onerror=fail, followlinks=True):
+        real = os.path.realpath(name)
+        children[:] = [child for child in children if not child.startswith((".", "__MACOSX"))] if real not in seen else []
+        if real not in seen:
+            yield from (Path(name) / file for file in files if not file.startswith("."))
+        seen.add(real)
 
 
 def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Path]:
@@ -42,8 +111,7 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
         str(path).encode()
         if path.is_dir():
             problem = f"this directory has no {', '.join(endings)} file"
-            names = (Path(directory) / file for directory, _, files in os.walk(path, onerror=fail) for file in files)
-            found = sorted(name for name in names if name.suffix.lower() in endings and name.is_file())
+            found = sorted(file for file in _walk(path, fail) if ending(file) in endings and file.is_file())
         elif not path.exists() and glob.has_magic(str(path)):
             problem = "no file matches this pattern"
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
@@ -58,27 +126,26 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
     return found
 
 
-def read_file(path: Path, text_column: str, errors: str) -> Iterator[str]:
+def read_file(path: Path, text_column: str, encoding: Encoding) -> Iterator[str]:
     """Yield the text of every row of a table (null as an empty text), or the whole text of any other file.
-
-    Args:
-        errors: of bytes that are not UTF-8: `"strict"` raises, `"replace"` replaces them by �.
 
     Raises:
         UserError: the file cannot be read, is not what its extension promises, or has a row without text.
     """
-    if path.suffix.lower() in TABLE_ENDINGS:
-        for location, row in read_rows(path, {text_column: "text_column"}, errors):
-            yield get_text(row, text_column, location, errors)
+    if ending(path) in TABLE_ENDINGS:
+        for location, row in read_rows(path, {text_column: "text_column"}, encoding):
+            yield get_text(row, text_column, location, encoding.errors)
     else:
         with _system_errors(path):
-            yield _text_file(path, errors)
+            yield _text_file(path, encoding)
 
 
 def read_rows(
-    path: Path, columns: dict[str, str], errors: str, header: Sequence[str] | None = None
+    path: Path, columns: dict[str, str], encoding: Encoding, header: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a table, each with its location, with which errors about the row begin.
+
+    A column "meta.text" is the field `text` of the objects in the column `meta`.
 
     Args:
         path: a file with any other extension is read as tab-separated.
@@ -88,34 +155,43 @@ def read_rows(
     Raises:
         UserError: the file cannot be read, is not what its extension promises, or lacks a column.
     """
-    if header and path.suffix.lower() in (".json", ".jsonl", ".parquet"):
+    if header and ending(path) not in (".csv", ".tsv") and ending(path) in TABLE_ENDINGS:
         raise UserError(f"{path} has its own column names: leave out --columns.")
     with _system_errors(path):
-        match path.suffix.lower():
+        match ending(path):
             case ".json":
-                yield from _check_rows(_json_rows(path, errors), columns)
-            case ".jsonl":
-                yield from _check_rows(_jsonl_rows(path, columns, errors), columns)
+                yield from _check_rows(_json_rows(path, columns, encoding), columns)
+            case ".jsonl" | ".ndjson":
+                yield from _check_rows(_json_lines(path, columns, encoding), columns)
             case ".parquet":
-                yield from _parquet_rows(path, columns, errors)
+                yield from _parquet_rows(path, columns, encoding.errors)
             case _:
-                yield from _separated_rows(path, columns, errors, header)
+                yield from _separated_rows(path, columns, encoding, header)
 
 
-def read_lines(path: Path | str, errors: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a file, or of standard input if the path is "-"; `UserError` if one is not UTF-8."""
-    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield number, _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, errors)
+def read_lines(path: Path | str, encoding: Encoding) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a file, or of standard input if the path is "-"; `UserError` if one is not text."""
+    with _open(path, encoding) as (file, codec):
+        if codec == "utf-8":
+            for number, line in enumerate(file, start=1):
+                yield (
+                    number,
+                    _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, encoding.errors),
+                )
+            return
+        try:
+            yield from enumerate(io.TextIOWrapper(file, codec, encoding.errors, newline="\n"), start=1)
+        except UnicodeError as error:
+            raise UserError(f"{path}: not {codec} text ({error}): set --encoding or --encoding_errors replace.") from error
 
 
-def check_file(path: Path, text_column: str, errors: str) -> None:
+def check_file(path: Path, text_column: str, encoding: Encoding) -> None:
     """Check the beginning of a file, with the errors of `read_file`."""
-    if path.suffix.lower() in TABLE_ENDINGS:
-        next(read_file(path, text_column, errors), None)
+    if ending(path) in TABLE_ENDINGS:
+        next(read_file(path, text_column, encoding), None)
     else:
         with _system_errors(path):
-            _text_file(path, errors, HEAD)
+            _text_file(path, encoding, HEAD)
 
 
 def digest_of(path: Path) -> str:
@@ -160,10 +236,10 @@ def refuse_empty(locations: list[str], field: str) -> None:
 
 def check_columns(location: str, columns: dict[str, str], existing: Iterable[str], advice: str = "") -> None:
     """Raise `UserError` if one of the columns, each given with the option that names it, does not exist."""
-    for column, option in columns.items():
+    for column, name in columns.items():
         if column not in existing:
             names = ", ".join(map(str, existing)) or "nothing"
-            raise UserError(f"{location} has no {column!r}; it has {names:.200}. Set --{option}{advice}.")
+            raise UserError(f"{location} has no {column!r}; it has {names:.200}. Set --{name}{advice}.")
 
 
 @contextmanager
@@ -172,31 +248,49 @@ def _system_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from error
+    except DAMAGED as error:
+        raise UserError(f"{path}: a damaged {path.suffix} file ({one_line(error)}).") from error
 
 
-def _text_file(path: Path, errors: str, num_bytes: int = -1) -> str:
+@contextmanager
+def _open(path: Path | str, encoding: Encoding) -> Iterator[tuple[Any, str]]:
+    """Yield the decompressed content of a file, or standard input for "-", and its codec."""
+    opener = OPENERS.get(Path(path).suffix.lower(), open)
+    content: Any = nullcontext(sys.stdin.buffer) if path == "-" else opener(path, "rb")
+    with content as file:
+        marks = (codec for mark, codec in BYTE_ORDER_MARKS.items() if file.peek(len(mark)).startswith(mark))
+        yield file, next(marks, encoding.name)
+
+
+def _text_file(path: Path, encoding: Encoding, num_bytes: int = -1) -> str:
     """The text of a file, or of the lines in its first bytes."""
-    if path.stat().st_size > LONGEST_DOCUMENT:
+    with _open(path, encoding) as (file, codec):
+        data = file.read(num_bytes if num_bytes >= 0 else LONGEST_DOCUMENT + 1)
+    if max(path.stat().st_size, len(data)) > LONGEST_DOCUMENT:
         raise UserError(f"{path}: a document may have at most 2 GB: split the file.")
-    with open(path, "rb") as file:
-        data = file.read(num_bytes)
-    if len(data) == num_bytes:
-        data = data[: data.rfind(b"\n") + 1]  # it may end inside a character
-    return _decoded(data, path, 1, errors).removeprefix("\ufeff")
-
-
-def _json_rows(path: Path, errors: str) -> Iterator[tuple[str, Any]]:
+    is_part = len(data) == num_bytes  # it may end inside a character
+    if codec == "utf-8":
+        return _decoded(data[: data.rfind(b"\n") + 1] if is_part else data, path, 1, encoding.errors).removeprefix("\ufeff")
     try:
-        rows = json.loads(_text_file(path, errors))
+        return codecs.getincrementaldecoder(codec)(encoding.errors).decode(data, final=not is_part)
+    except UnicodeError as error:
+        raise UserError(f"{path}: not {codec} text ({error}): set --encoding or --encoding_errors replace.") from error
+
+
+def _json_rows(path: Path, columns: dict[str, str], encoding: Encoding) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of a list, or of a file with one object per line."""
+    text = _text_file(path, encoding)
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path, columns, encoding)
+        return
+    try:
+        yield from number_rows(json.loads(text), f"{path}: row")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or be named .jsonl.") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} is not a list but {type(rows).__name__}: it must be a list of objects.")
-    yield from number_rows(rows, f"{path}: row")
+        raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or one object per line.") from error
 
 
-def _jsonl_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Any]]:
-    for number, line in read_lines(path, errors):
+def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Iterator[tuple[str, Any]]:
+    for number, line in read_lines(path, encoding):
         if line.isspace():
             continue
         try:
@@ -210,8 +304,19 @@ def _check_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str]) -> Ite
     for location, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
-        check_columns(location, columns, row)
-        yield location, row
+        yield location, _with_fields(row, columns, location)
+
+
+def _with_fields(row: Row, columns: dict[str, str], location: str) -> Row:
+    """The row with the columns that are fields of others, such as "meta.text"; `UserError` if one does not exist."""
+    for column in columns:
+        value: Any = row
+        for name in column.split(".") if column not in row else ():
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not row and value is not None:
+            row = {**row, column: value}
+    check_columns(location, columns, row)
+    return row
 
 
 def _expect_object(columns: dict[str, str]) -> str:
@@ -219,11 +324,18 @@ def _expect_object(columns: dict[str, str]) -> str:
     return f"it must look like {{{example}}}"
 
 
-def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Sequence[str] | None) -> Iterator[tuple[str, Row]]:
+def _separated_rows(
+    path: Path, columns: dict[str, str], encoding: Encoding, names: Sequence[str] | None
+) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
-    is_csv = path.suffix.lower() == ".csv"  # in TSV, quotes have no special meaning
-    lines = (line for _, line in read_lines(path, errors))
+    is_csv = ending(path) == ".csv"  # in TSV, quotes have no special meaning
+    lines: Iterator[str] = (line for _, line in read_lines(path, encoding))
     options: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if is_csv and not names:
+        first = next(lines, "")
+        lines = chain([first], lines)
+        has_columns = (mark for mark in ",;\t" if columns.keys() <= {*next(csv.reader([first], delimiter=mark), [])})
+        options["delimiter"] = next(has_columns, ",")
     reader = csv.reader(lines, **options)
     try:
         header = names or next(reader, [])
@@ -247,14 +359,19 @@ def _separated_rows(path: Path, columns: dict[str, str], errors: str, names: Seq
 def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            check_columns(f"{path}", columns, file.schema_arrow.names)
-            names = list(columns) or file.schema_arrow.names
+        compressed = OPENERS.get(path.suffix.lower())
+        source: Any = pa.BufferReader(compressed(path).read()) if compressed else path
+        with pq.ParquetFile(source, memory_map=not compressed) as file:
+            existing = file.schema_arrow.names
+            top_level = {name if name in existing else name.split(".")[0]: source for name, source in columns.items()}
+            check_columns(f"{path}", top_level, existing)
+            names = list(top_level) or existing
             for batch in file.iter_batches(batch_size=100, columns=names):
                 for values in zip(*(batch.column(name) for name in names), strict=True):
                     number += 1
                     cells = (_cell(value, path, number, errors) for value in values)
-                    yield f"{path}: row {number}", dict(zip(names, cells, strict=True))
+                    location = f"{path}: row {number}"
+                    yield location, _with_fields(dict(zip(names, cells, strict=True)), columns, location)
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a Parquet file, or a corrupt one ({error}).") from error
     except (ValueError, OverflowError, LookupError) as error:  # invalid texts or times, or two columns of one name
@@ -270,13 +387,13 @@ def _cell(value: Any, path: Path, number: int, errors: str) -> Any:
 def _decoded(data: Any, path: Path | str, first: int, errors: str, unit: str = "line") -> str:
     """Decode bytes that begin with line `first` of the file, or are row `first`."""
     if unit == "line" and b"\0" in data:
-        raise UserError(f"{path}: a binary file; ScratchGPT reads UTF-8 text.")
+        raise UserError(f"{path}: a binary file, or text in another encoding: set --encoding, such as utf-16.")
     try:
         return str(data, "utf-8", errors)
     except UnicodeDecodeError as error:
         number = first + (error.object.count(b"\n", 0, error.start) if unit == "line" else 0)
         start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1 if unit == "line" else 0)
         raise UserError(
-            f"{path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): save it as "
-            "UTF-8, or set --encoding_errors replace."
+            f"{path}: not UTF-8 text (byte {start} of {unit} {number} is {error.object[error.start]:#x}): set --encoding, "
+            "such as latin-1, or --encoding_errors replace."
         ) from error

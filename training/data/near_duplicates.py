@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from training.data.cache import cached_file, digest_texts
 from training.errors import UserError
+from training.progress import bar_options
 
 NUM_PERMUTATIONS = 128  # of a MinHash; the fraction of equal minima estimates the Jaccard similarity within 4 %
 SHINGLE = 5  # words
@@ -56,7 +57,7 @@ def _select_dissimilar(texts: Dataset, threshold: float) -> Iterator[int]:
     datasketch = import_datasketch()
     index = datasketch.MinHashLSH(threshold, NUM_PERMUTATIONS, params=params)
     empty = datasketch.MinHash(NUM_PERMUTATIONS, hashfunc=int)
-    for number, text in enumerate(tqdm(texts["text"], desc="Finding near-duplicates", unit=" documents")):
+    for number, text in enumerate(tqdm(texts["text"], desc="Finding near-duplicates", unit=" documents", **bar_options())):
         shingles, sketch = _shingles(text), empty.copy()
         for start in range(0, len(shingles), 10_000):
             sketch.update_batch(shingles[start : start + 10_000].tolist())

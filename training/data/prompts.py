@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.data.conversations import Conversation, Message
 from training.data.datasets import TokenizedExamples
+from training.data.tokens import loses_text
 from training.errors import UserError, one_line, quiet
 
 CONTROL = re.compile(r"<\|\w+\|>")
@@ -149,11 +150,12 @@ def tokenize_conversations(
                 ids.append(np.array(row, dtype=np.int32))
                 masks.append(np.array(mask, dtype=bool) | (not completion_only_loss))
         _check_prompts(part, rendered, tokenizer)
-    answers = (message["content"] for it in kept for message in it.messages if message["role"] == "assistant")
+    answers = [message["content"] for it in kept for message in it.messages if message["role"] == "assistant"]
+    all_ids = np.concatenate(ids)
     examples = TokenizedExamples(
-        np.concatenate(ids),
+        all_ids,
         np.cumsum([0, *map(len, ids[1:])]),
-        num_bytes=sum(len(answer.encode()) for answer in answers),
+        num_bytes=None if loses_text(tokenizer, all_ids, answers[:20]) else sum(len(answer.encode()) for answer in answers),
         loss_mask=np.concatenate(masks),
     )
     return TokenizedConversations(kept, examples, len(plain) - len(kept), len(conversations) - len(plain))

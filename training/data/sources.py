@@ -10,7 +10,7 @@ from datasets import DatasetDict, load_dataset
 from huggingface_hub.errors import HTTPError
 
 from modeling_scratchgpt import hub
-from training.data.files import FILE_ENDINGS, find_files
+from training.data.files import FILE_ENDINGS, ending, find_files
 from training.errors import UserError, one_line
 
 
@@ -30,7 +30,7 @@ def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -
 
 def is_dataset_id(source: str) -> bool:
     """True for `name`, `owner/name` or `owner/name:configuration`, except for local paths and extensions of data files."""
-    is_file = source == "docs" or os.path.exists(source) or source.lower().endswith((*FILE_ENDINGS, ".json"))
+    is_file = source == "docs" or os.path.exists(source) or ending(Path(source)) in FILE_ENDINGS
     return not is_file and not glob.has_magic(source) and hub.is_hub_id(parse_hub_id(source)[0])
 
 

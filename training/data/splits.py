@@ -17,11 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from training.cli import option
+from training.data.files import encoding_errors_option, encoding_of, encoding_option
 from training.data.sources import check_sources
 from training.errors import UserError
 
 Item = TypeVar("Item", bound=Any)  # an example or a conversation, with its `group`
 SPLITS = ("train", "validation", "test")
+
+
+def split_seed_option() -> Any:
+    return option(0, "seed of the split, apart from --seed: runs with any --seed hold out the same data", minimum=0)
 
 
 @dataclass
@@ -31,9 +36,11 @@ class SplitArguments:
     dataset: list[str] = option(["docs"], "training data")
     validation_dataset: list[str] = option([], "validation data; default: a fraction of --dataset is held out")
     test_dataset: list[str] = option([], "test data, evaluated once, at the end; default: a fraction of --dataset")
-    encoding_errors: str = option("strict", "invalid UTF-8: strict (an error) or replace", choices=["strict", "replace"])
+    encoding: str = encoding_option()
+    encoding_errors: str = encoding_errors_option()
     validation_fraction: float = option(0.1, "fraction held out for validation if no data is given for it", minimum=0, below=1)
     test_fraction: float = option(0.2, "fraction held out for the test if no data is given for it; 0: none", minimum=0, below=1)
+    split_seed: int = split_seed_option()
 
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
@@ -46,6 +53,7 @@ def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Pa
     sources = [*arguments.dataset, *arguments.validation_dataset, *arguments.test_dataset]
     if "docs" in sources and len(sources) > 1:
         raise UserError("--dataset docs is split by modules and cannot be combined with other sources.")
+    encoding_of(arguments)
     return check_sources(sources, endings)
 
 
@@ -79,7 +87,6 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[I
 def split_items(
     given: dict[str, list[Item]],
     arguments: SplitArguments,
-    seed: int,
     key: Callable[[Item], Hashable],
     stratum: Callable[[Item], str | None] = lambda item: None,
 ) -> tuple[dict[str, list[Item]], dict[str, int]]:
@@ -90,7 +97,7 @@ def split_items(
     """
     fractions = {name: 0.0 if given[name] else getattr(arguments, f"{name}_fraction") for name in SPLITS[1:]}
     train = given["train"]
-    indices = split_indices((item.group.encode() for item in train), fractions, seed, list(map(stratum, train)))
+    indices = split_indices((item.group.encode() for item in train), fractions, arguments.split_seed, list(map(stratum, train)))
     made = {name: [train[index] for index in indices[name]] for name in SPLITS}
     splits, dropped = drop_leakage({**made, **{name: given[name] for name in SPLITS[1:] if given[name]}}, key)
     for name, split in splits.items():

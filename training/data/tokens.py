@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTTokenizer
-from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
-from training.data.cache import cached_file, digest_texts
+from training.data.cache import CHECKSUM_BYTES, cached_file, digest_texts
 from training.data.datasets import TokenizedExamples
 from training.errors import UserError
+from training.progress import bar_options
 
 # White space after a letter or digit: GPT-2's and GPT-4's pre-tokenizers, and splitting on white space, all start a word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -35,7 +35,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
     """Train a tokenizer on the column `text`, or load it from the cache.
 
     Raises:
-        UserError: the vocabulary is too small for the corpus; the cached file is corrupt.
+        UserError: the vocabulary is too small for the corpus.
     """
 
     def write(path: Path) -> None:
@@ -48,13 +48,9 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
         path.write_text(json.dumps(content))
 
     path = cached_file(f"tokenizer {kind} {vocab_size} {digest_texts(texts)[0]}", "json", write)
-    try:
-        content = json.loads(path.read_text())
-        with panics_as_errors():
-            backend = Tokenizer.from_str(content["tokenizer"])
-        return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=context_length, **content["special_tokens"])
-    except Exception as error:  # `tokenizers` raises bare exceptions
-        raise UserError(f"the cached tokenizer {path} is corrupt ({error}): delete it.") from error
+    content = json.loads(path.read_bytes()[:-CHECKSUM_BYTES])
+    backend = Tokenizer.from_str(content["tokenizer"])
+    return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=context_length, **content["special_tokens"])
 
 
 def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExamples:
@@ -69,7 +65,7 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
 
     def write(path: Path) -> None:
         lengths: list[int] = []
-        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, disable=not num_bytes)
+        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, **bar_options(hidden=not num_bytes))
         with open(path, "wb") as file, bar:
             for pieces in _batches_of_pieces(texts):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
@@ -80,16 +76,30 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
                     lengths += [0] * is_first
                     lengths[-1] += len(ids)
                     bar.update(len(text.encode()))
-            # The lengths of the documents follow the ids; the last 16 bytes show whether the file is complete.
+            # The lengths of the documents follow the ids, and then the numbers of both.
             file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
 
     made_from = f"tokens {marks} {backend.to_str()} {digest}"
-    path = cached_file(made_from, dtype.name, write, lambda path: _read_counts(path, dtype) is not None)
-    num_documents, num_ids = _read_counts(path, dtype) or (0, 0)  # never None: the file is complete now
+    path = cached_file(made_from, dtype.name, write)
+    num_documents, num_ids = np.fromfile(path, np.uint64, count=2, offset=path.stat().st_size - CHECKSUM_BYTES - 16).tolist()
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenizedExamples(ids, offsets, num_bytes, path.stem)
+    return TokenizedExamples(ids, offsets, None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes, path.stem)
+
+
+def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Sequence[str]) -> bool:
+    """True if ids are unknown or, judged by the beginnings of some texts, decoding changes more than their ends.
+
+    Bits per byte would then leave out what is lost, and could not be compared with those of other tokenizers.
+    """
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if any((ids == token).any() for token in unknown):
+        return True
+    beginnings = [text[:500] for text in texts]
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in beginnings]
+    decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in decoded] != [text.strip() for text in beginnings]
 
 
 def tokenize_texts(
@@ -135,12 +145,3 @@ def cut_into_pieces(text: str) -> list[str]:
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
-
-
-def _read_counts(path: Path, dtype: np.dtype) -> tuple[int, int] | None:
-    """Number of documents and of ids in a token file; None if it is incomplete."""
-    size = path.stat().st_size if path.exists() else 0
-    if size < 16:
-        return None
-    num_documents, num_ids = np.fromfile(path, dtype=np.uint64, offset=size - 16).tolist()
-    return (num_documents, num_ids) if size == num_ids * dtype.itemsize + (num_documents + 2) * 8 else None

@@ -1,6 +1,7 @@
 """Arguments that all recipes share."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -28,7 +29,7 @@ class EngineArguments(OptimizerArguments):
     )
     resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
     report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")
-    seed: int = option(0, "seed of the weights, the held-out data, the order of the data, and dropout", minimum=0, below=2**32)
+    seed: int = option(0, "seed of the weights, the order of the data, and dropout", minimum=0, below=2**32)
     license: str = option("", "license of the model, for its card: an id of the Hub, such as apache-2.0 or mit")
     language: str = option("", "language of the texts, for the card: a two-letter code, such as en")
     output_dir: str = option("outputs/run", "new directory for the model")
@@ -48,7 +49,13 @@ Epochs = TypeVar("Epochs", bound=EpochArguments)
 
 
 def check_engine(arguments: EngineArguments, num_processes: int) -> None:
-    """Validate the batch size against the number of processes."""
+    """Validate what also depends on the launcher: the number of processes, and its own accumulation of gradients."""
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched not in ("1", str(arguments.gradient_accumulation_steps)):
+        raise UserError(
+            f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read: pass "
+            f"--gradient_accumulation_steps {launched}."
+        )
     if arguments.batch_size % num_processes:
         raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
 

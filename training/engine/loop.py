@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.engine.machine import available_cores
 from training.engine.run_folder import LOGS
 from training.errors import UserError
 
@@ -64,6 +65,8 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         )
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir / LOGS if output_dir else None,
     )
@@ -73,10 +76,11 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
             f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
         )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # The launchers set one thread per process unless the user chose a number; divide all cores instead.
-        cores = psutil.cpu_count(logical=False) or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
+    is_launched = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
 
 
@@ -141,13 +145,20 @@ def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class GracefulShutdown:
-    """Within this context, SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C ends it."""
+    """Within this context, SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C ends it.
+
+    SIGHUP (a closed terminal) and SIGUSR1 (SLURM, before the time limit) do the same. Only a main thread receives signals.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received = accelerator, False
 
     def __enter__(self) -> "GracefulShutdown":
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        is_main = threading.current_thread() is threading.main_thread()
+        self.previous = {number: signal.signal(number, self._receive) for number in (numbers if is_main else ())}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.errors import UserError
+from training.progress import bar_options
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,27 @@ class LMMetrics:
 
     loss: float  # nats per token
     perplexity: float
-    bits_per_byte: float  # of the text in UTF-8: comparable across tokenizers
+    bits_per_byte: float | None  # of the text in UTF-8: comparable across tokenizers that lose nothing of it
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.3f}, perplexity {self.perplexity:,.1f}, {self.bits_per_byte:.3f} bits per byte"
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
+        return f"loss {self.loss:.3f}, perplexity {readable(self.perplexity)}{bits}"
+
+
+def readable(perplexity: float) -> str:
+    """The number for people: that of a model that has diverged has 300 digits."""
+    return f"{perplexity:,.1f}" if perplexity < 1e6 else f"{perplexity:.1e}"
 
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, dataloader: Iterable[dict[str, torch.Tensor]], num_bytes: int
+    accelerator: Accelerator, model: nn.Module, dataloader: Iterable[dict[str, torch.Tensor]], num_bytes: int | None
 ) -> LMMetrics:
     """Score every label of the dataloader once; all tokens count equally.
 
     Args:
         accelerator, model, dataloader: prepared by Accelerate; the model is any causal language model of transformers.
-        num_bytes: length of the scored text in UTF-8 bytes.
+        num_bytes: length of the scored text in UTF-8 bytes; None if the tokenizer loses some of it.
 
     Raises:
         UserError: the loss is not finite.
@@ -45,7 +52,8 @@ def evaluate(
     model.eval()
     parameters = inspect.signature(accelerator.unwrap_model(model).forward).parameters
     nats, tokens, start = 0.0, 0, time.perf_counter()
-    with tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process) as bar:
+    options = bar_options(hidden=not accelerator.is_main_process)
+    with tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, **options) as bar:
         for batch in bar:
             if "skip_logits" in parameters:  # a ScratchGPT computes the loss without materializing the logits
                 nats += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()  # / 1: the sum
@@ -58,7 +66,8 @@ def evaluate(
     loss = nats / tokens
     if not math.isfinite(loss):
         raise UserError(f"the held-out loss is {loss}: the run has diverged, or the model has weights that are not finite.")
-    return LMMetrics(loss, math.exp(min(loss, 700)), nats / math.log(2) / num_bytes)
+    bits_per_byte = None if num_bytes is None else nats / math.log(2) / num_bytes
+    return LMMetrics(loss, math.exp(min(loss, 700)), bits_per_byte)
 
 
 def _sum_nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, has_logits_to_keep: bool) -> float:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.engine.loop import Step
 from training.errors import printable
+from training.progress import bar_options, is_interactive
 
 PROMPT_CHARACTERS = 60
 
@@ -30,8 +31,9 @@ class ProgressBar(tqdm):
     """
 
     def __init__(self, num_steps: int, accelerator: Accelerator, flops_per_token: float, peak: float, done: int = 0):
-        is_hidden = not accelerator.is_main_process
-        super().__init__(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, disable=is_hidden)
+        options = bar_options(hidden=not accelerator.is_main_process)
+        super().__init__(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, **options)
+        self.is_main = accelerator.is_main_process
         self.loss = self.speed = 0.0
         self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
 
@@ -50,9 +52,9 @@ class ProgressBar(tqdm):
         self.update()
 
     def print(self, text: str) -> None:
-        """Print a text above the bar."""
-        if not self.disable:
-            self.write(text)
+        """Print a text, above the bar if there is one."""
+        if self.is_main:
+            self.write(text) if is_interactive() and not self.disable else print(text, flush=True)
 
 
 def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_scratchgpt.hub import is_hub_id
 from training.data.sources import is_dataset_id, short_name
+from training.engine.metrics import readable
 from training.engine.pretrained import LoraArguments
 from training.engine.run_folder import ADAPTER, CARD, CURVE
 from training.results.markdown import block, code, plain, table
@@ -88,7 +89,9 @@ def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardDa
         base_model=(base_model if not base_model or is_hub_id(base_model) else Path(base_model).resolve().name) or None,
         model_name=plain(Path(arguments.output_dir).resolve().name, 100),
         eval_results=[
-            EvalResult(**held_out, metric_type=name, metric_value=round(value, 4)) for name, value in content.metrics.items()
+            EvalResult(**held_out, metric_type=name, metric_value=round(value, 4))
+            for name, value in content.metrics.items()
+            if value is not None
         ],
     )
 
@@ -96,8 +99,9 @@ def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardDa
 def losses_table(metrics: dict[str, dict[str, float]]) -> str:
     """Metrics of a language model as Markdown, a row per name."""
     rows = (
-        (name, f"{row['loss']:.3f}", f"{row['perplexity']:,.1f}", f"{row['bits_per_byte']:.3f}")
+        (name, f"{row['loss']:.3f}", readable(row["perplexity"]), "" if bits is None else f"{bits:.3f}")
         for name, row in metrics.items()
+        for bits in [row["bits_per_byte"]]
     )
     return table("| | loss (nats per token) | perplexity | bits per byte |", rows)
 

@@ -25,6 +25,7 @@ from modeling_scratchgpt.atomic import atomic_file
 from training.data.conversations import Conversation, Message
 from training.engine.run_folder import RESPONSES, RESPONSES_PAGE
 from training.errors import printable
+from training.progress import bar_options
 from training.results.cards import losses_table
 from training.results.markdown import MAX_TEXT, block, code, table
 
@@ -94,7 +95,9 @@ def respond(
     starts = [len(ids) for ids in rows]
     limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
     unfinished, stage = list(range(len(rows))), FIRST_STAGE
-    with tqdm(total=sum(limits) - sum(starts), desc=progress, unit=" tokens at most", leave=False, disable=not progress) as bar:
+    with tqdm(
+        total=sum(limits) - sum(starts), desc=progress, unit=" tokens at most", leave=False, **bar_options(hidden=not progress)
+    ) as bar:
         while unfinished:
             unfinished.sort(key=lambda index: -len(rows[index]))
             for first in range(0, len(unfinished), batch_size):

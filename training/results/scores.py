@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from training.data.examples import MULTI, REGRESSION, SINGLE
+from training.progress import bar_options
 
 NUM_BINS = 15  # of the calibration error, as in Guo et al., 2017
 
@@ -135,7 +136,8 @@ def predict(accelerator: Accelerator, model: nn.Module, dataloader: DataLoader, 
     """
     model.eval()
     parts = []
-    for batch in tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, disable=not accelerator.is_main_process):
+    options = bar_options(hidden=not accelerator.is_main_process)
+    for batch in tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, **options):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         parts.append(accelerator.gather_for_metrics(logits.float()).cpu())
     return torch.cat(parts).numpy()[np.argsort(order)]

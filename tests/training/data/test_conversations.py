@@ -32,10 +32,10 @@ def as_two_lists(row: dict) -> dict:
     return {"prompt": [question], "completion": [answer]}
 
 
-def read(*sources: str, seed: int = 0, mark: str = "\n", **changes):
+def read(*sources: str, mark: str = "\n", **changes):
     arguments = ConversationArguments(dataset=list(sources), **changes)
     check_conversations(arguments)
-    return read_conversations(arguments, seed, mark)
+    return read_conversations(arguments, mark)
 
 
 def questions(split: list[Conversation]) -> list[str]:
@@ -219,8 +219,8 @@ def test_empty_answers_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "rows.json is not JSON .*: it must be a list of objects, or be named .jsonl"),
-        ("{}", "rows.json is not a list but dict"),
+        ("[", "rows.json is not JSON .*: it must be a list of objects, or one object per line"),
+        ("{}", "rows.json: line 1 must have messages"),
         ("[]", "has no examples"),
         ("[" * 100_000, "rows.json is not JSON"),
     ],

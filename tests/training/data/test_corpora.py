@@ -1,9 +1,15 @@
 import ast
+import bz2
 import csv
+import gzip
 import inspect
+import io
 import itertools
 import json
+import lzma
 import os
+import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,6 +30,14 @@ def write(folder, name, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
+
+
+def zipped(*contents):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for number, content in enumerate(contents):
+            archive.writestr(str(number), content)
+    return file.getvalue()
 
 
 def read(sources, **options):
@@ -115,6 +129,81 @@ def test_line_ends_and_accents_are_kept(tmp_path):
     assert texts(tmp_path / "a.csv") == [text, 'a, "b"\n', "NA", "x" * 200_000]
 
 
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    ".zip": zipped,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one ü"),
+        ("a.jsonl", '{"text": "one ü"}\n{"text": "two"}\n'),
+        ("a.ndjson", '{"text": "one ü"}\n{"text": "two"}\n'),
+        ("a.json", '{"text": "one ü"}\n{"text": "two"}\n'),
+        ("a.JSON", '[{"text": "one ü"},\n{"text": "two"}]'),
+        ("a.csv", "text,n\none ü,1\ntwo,2\n"),
+        ("a.csv", "n;text\n1;one ü\n2;two\n"),
+        ("a.csv", "n\ttext\n1\tone ü\n2\ttwo\n"),
+        ("a.tsv", "text\tn\none ü\t1\ntwo\t2\n"),
+    ],
+)
+def test_every_format_compressed_and_in_other_encodings(tmp_path, name, content, compression):
+    expected = ["one ü"] if name == "a.txt" else ["one ü", "two"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "latin-1"):
+        options = {"encoding": "latin-1"} if encoding == "latin-1" else {}  # the others have a mark
+        path = write(tmp_path, f"{encoding}/{name}{compression}", COMPRESS[compression](content.encode(encoding)))
+        assert texts(path, **options) == texts(Path(path).parent, **options) == expected
+
+
+def test_columns_in_objects(tmp_path):
+    rows = [{"meta": {"text": text, "id": 3}} for text in ("one", "two")]
+    assert texts(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))), text_column="meta.text") == ["one", "two"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", text_column="meta.text") == ["one", "two"]
+    for file in ("a.jsonl", "a.parquet"):
+        with pytest.raises(UserError, match=r"has no 'meta.txt'; it has meta. Set --text_column"):
+            texts(tmp_path / file, text_column="meta.txt")
+
+
+def test_linked_and_hidden_directories(tmp_path):
+    write(tmp_path, "elsewhere/a.txt", "linked")
+    for name in (".git/a.txt", ".a.txt", "__MACOSX/a.txt", "b/.ipynb_checkpoints/a.txt"):
+        write(tmp_path / "data", name, "no data")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "data")
+    assert texts(tmp_path / "data") == ["linked"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a damaged \.gz file"),
+        ("a.txt.xz", b"text", r"a damaged \.xz file"),
+        ("a.txt.bz2", b"text", "Invalid data stream"),
+        ("a.txt.zst", b"text", "ZSTD decompress failed"),
+        ("a.txt.zip", b"text", r"a damaged \.zip file"),
+        ("two.zip", zipped(b"1", b"2"), "contains 2 files: unpack it"),
+        ("a.txt", "ü".encode("utf-16")[:3], "not utf-16 text .*: set --encoding"),
+        ("a.txt", "üä".encode("utf-16-le"), "not UTF-8 text|text in another encoding: set --encoding"),
+    ],
+)
+def test_damaged_and_undecodable_files(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        check([write(tmp_path, name, content)])
+
+
+def test_an_unknown_encoding():
+    with pytest.raises(UserError, match="--encoding rot13.* such as utf-8, latin-1"):
+        check(["docs"], encoding="rot13")
+
+
 def test_nothing_is_read_after_max_documents(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b"}\nnot JSON')
     assert texts(path, max_documents=2) == ["a", "b"]
@@ -129,7 +218,7 @@ def test_nothing_is_read_after_max_documents(tmp_path):
         ("a.jsonl", '{"text": "a"}\n{"text": 1}', r"line 2 has no text under 'text' but int"),
         ("a.jsonl", '\n["text"]', r'line 2 is not an object but list: it must look like \{"text": "..."\}'),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"', r"line 2 is not JSON \(Expecting ',' delimiter"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', r"not UTF-8 text \(byte 13 of line 2 is 0xe9\): save it as"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', r"not UTF-8 text \(byte 13 of line 2 is 0xe9\): set --encoding"),
         ("a.jsonl", '{"text": "\\ud83d"}', "line 1 has half of a character"),
         ("a.csv", "id,txt\n1,a\n", r"a\.csv has no 'text'; it has id, txt"),
         ("a.csv", "", r"a\.csv has no 'text'; it has nothing"),
@@ -206,7 +295,9 @@ def test_missing_sources_are_reported(source, message):
 
 def test_sources_without_files_are_rejected(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"this directory has no \.txt, \.md, \.jsonl, \.parquet, \.csv, \.tsv file"):
+    with pytest.raises(
+        UserError, match=r"this directory has no \.txt, \.md, \.jsonl, \.ndjson, \.json, \.parquet, \.csv, \.tsv file"
+    ):
         check([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="--dataset is empty"):
         check([])

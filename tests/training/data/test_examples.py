@@ -25,8 +25,8 @@ from training.errors import UserError
 ROWS = [{"text": f"text {number}, or so", "label": "even" if number % 2 == 0 else "odd"} for number in range(40)]
 
 
-def read(path: Path, rows: list[dict], seed: int = 0, **changes):
-    return read_examples(ExampleArguments(dataset=[write_rows(path, rows)], **changes), seed)
+def read(path: Path, rows: list[dict], **changes):
+    return read_examples(ExampleArguments(dataset=[write_rows(path, rows)], **changes))
 
 
 def texts(split: list[Example]) -> set[str]:
@@ -50,14 +50,14 @@ def test_a_table_without_a_header(tmp_path, name):
     """Like the SMS Spam Collection: tabs, no column names, no extension."""
     arguments = ExampleArguments(dataset=[write_rows(tmp_path / name, ROWS)], columns=["text", "label"])
     check_examples(arguments)
-    found = read_examples(arguments, seed=0)
+    found = read_examples(arguments)
     assert sum(map(len, found.splits.values())) == len(ROWS)
 
 
 def test_the_seed_decides_the_splits_and_the_order_of_the_rows_does_not(tmp_path):
     test = texts(read(tmp_path / "one.jsonl", ROWS).splits["test"])
     assert texts(read(tmp_path / "two.jsonl", ROWS[::-1]).splits["test"]) == test
-    assert texts(read(tmp_path / "one.jsonl", ROWS, seed=1).splits["test"]) != test
+    assert texts(read(tmp_path / "one.jsonl", ROWS, split_seed=1).splits["test"]) != test
 
 
 def test_duplicates_stay_in_one_split_and_the_fractions_hold(tmp_path):
@@ -72,7 +72,7 @@ def test_given_splits_lose_the_texts_of_later_ones(tmp_path):
         validation_dataset=[write_rows(tmp_path / "validation.jsonl", ROWS[:6])],
         test_dataset=[write_rows(tmp_path / "test.jsonl", [{**ROWS[0], "text": f" {ROWS[0]['text']}\n"}, *ROWS[4:10]])],
     )
-    found = read_examples(arguments, seed=0)
+    found = read_examples(arguments)
     assert found.duplicates == {"train": 10, "validation": 3, "test": 0}
     assert [len(found.splits[name]) for name in SPLITS] == [30, 3, 7]
 
@@ -133,12 +133,12 @@ def test_a_hub_dataset_has_its_own_splits_and_label_names(monkeypatch):
     parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
     monkeypatch.setattr(training.data.sources, "load_dataset", lambda *_: DatasetDict(parts))
     arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
-    found = read_examples(arguments, seed=0)
+    found = read_examples(arguments)
     assert found.names == ["glad", "sad"]
     assert texts(found.splits["validation"]) == {f"validation {n}" for n in range(10)}
     assert [len(found.splits[name]) for name in SPLITS] == [8, 10, 2]
     with pytest.raises(UserError, match="someone/feelings has no 'text'; it has sentence, feeling. Set --text_column"):
-        read_examples(replace(arguments, text_column="text"), seed=0)
+        read_examples(replace(arguments, text_column="text"))
 
 
 def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):
@@ -149,7 +149,7 @@ def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):
     ]
     rows += [{**rows[0], "docstring": "What both say."}, {**rows[-1], "docstring": "What both say."}]
     monkeypatch.setattr(training.data.examples, "read_docstrings", lambda: Dataset.from_list(rows))
-    found = read_examples(ExampleArguments(), seed=0)
+    found = read_examples(ExampleArguments())
     assert "What both say." not in set().union(*(texts(split) for split in found.splits.values()))
     groups = [{example.group for example in found.splits[name]} for name in SPLITS]
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
@@ -213,7 +213,7 @@ def test_a_table_that_begins_with_data_and_the_wrong_column(tmp_path):
     with pytest.raises(UserError, match="Set --text_column, or, if these are not names but the first row, .* with --columns"):
         check_examples(ExampleArguments(dataset=[str(table)]))
     with pytest.raises(UserError, match="--label_column has 40 different labels for 40 texts, such as 'The number 0'"):
-        read_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]), seed=0)
+        read_examples(ExampleArguments(dataset=[str(table)], columns=["text", "label"]))
 
 
 def test_odd_numbers_as_labels(tmp_path):

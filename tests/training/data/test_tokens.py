@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modeling_scratchgpt import ScratchGPTTokenizer
+from modeling_scratchgpt.atomic import PREFIX
+from modeling_scratchgpt.tokenization_scratchgpt import BYTE_LEVEL, TOKENIZERS
 from training.data import tokens as tokens_module
+from training.data.cache import ABANDONED
+from training.data.corpora import CorpusArguments, read_corpora
 from training.data.datasets import PaddedExamples
 from training.data.tokens import cut_into_pieces, tokenize_documents, tokenize_texts, train_tokenizer
-from training.errors import UserError
 
 TEXTS = Dataset.from_dict({"text": ["to be or not to be", "that is the question", "größer 🙂"]})
 
@@ -63,21 +67,56 @@ def test_cached_files_are_reused_until_something_changes(cache):
     assert len(files()) == 3 * len(first)
 
 
-@pytest.mark.parametrize("size", [0, 5, 40])
-def test_a_truncated_token_file_is_made_again(cache, size):
-    tokenizer = train_tokenizer(TEXTS, 270, "bpe", 16)
-    whole = tokenize_documents(TEXTS, tokenizer, "test").ids.tolist()
-    (file,) = cache.glob("*.uint16")
-    os.truncate(file, size)
-    assert tokenize_documents(TEXTS, tokenizer, "test").ids.tolist() == whole
+DAMAGE = {
+    "empty": lambda content: b"",
+    "short": lambda content: content[:3],
+    "truncated": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "one bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+}
 
 
-def test_a_corrupt_tokenizer_is_reported(cache):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_written_again(cache, tmp_path, capsys, damage):
+    (tmp_path / "rows.csv").write_text("text\none\ntwo\n")
+
+    def prepare():
+        (corpus,) = read_corpora(CorpusArguments([str(tmp_path / "rows.csv")]))
+        tokenizer = train_tokenizer(TEXTS, 270, "bpe", 16)
+        return corpus.documents["text"][:], tokenizer("naïve"), tokenize_documents(TEXTS, tokenizer, "test").ids.tolist()
+
+    expected = prepare()
+    files = sorted(cache.glob("*"))
+    assert [file.suffix for file in sorted(files, key=lambda file: file.suffix)] == [".arrow", ".json", ".uint16"]
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(DAMAGE[damage](content))
+        capsys.readouterr()
+        assert prepare() == expected
+        assert capsys.readouterr().out == f"The cached file {file} is damaged: writing it again\n"
+        assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(("kind", "loses"), [(kind, kind in ("word", "wordpiece")) for kind in TOKENIZERS])
+def test_text_that_a_tokenizer_loses(kind, loses):
+    """Rare characters, or white space. What is lost is in no metric, so bits per byte would be too low."""
+    texts = Dataset.from_dict({"text": ["to be,\n  or not to be", " that is the question"]})
+    tokenizer = ScratchGPTTokenizer.train(texts["text"], 300, kind=kind)
+    size = sum(len(text.encode()) for text in texts["text"])
+    assert tokenize_documents(texts, tokenizer, "test").num_bytes == (None if loses else size)
+    rare = Dataset.from_dict({"text": ["to be 🙂"]})
+    assert tokenize_documents(rare, tokenizer, "test").num_bytes == (10 if kind in BYTE_LEVEL else None)
+
+
+def test_leftovers_of_killed_preparations_are_removed(cache):
     train_tokenizer(TEXTS, 270, "bpe", 16)
-    (file,) = cache.glob("*.json")
-    os.truncate(file, 100)
-    with pytest.raises(UserError, match=r"the cached tokenizer .*\.json is corrupt .*: delete it"):
-        train_tokenizer(TEXTS, 270, "bpe", 16)
+    old, new = (cache / f"{PREFIX}{name}.json" for name in ("old", "new"))
+    for path, age in ((old, 2 * ABANDONED), (new, 60)):
+        path.write_text("")
+        os.utime(path, (time.time() - age,) * 2)
+    train_tokenizer(TEXTS, 271, "bpe", 16)
+    assert new.exists()
+    assert not old.exists()
 
 
 def test_an_interrupted_run_leaves_no_file(cache, monkeypatch):

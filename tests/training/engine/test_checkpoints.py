@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,12 +128,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_config, tmp_path, monkey
 
 
 def test_signals_request_a_stop():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
         with GracefulShutdown(Accelerator()) as shutdown:
             assert not shutdown.requested()
             os.kill(os.getpid(), number)
             assert shutdown.requested()
             with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C
                 os.kill(os.getpid(), signal.SIGINT)
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_a_thread_trains_without_signals():
+    with ThreadPoolExecutor(1) as pool:
+        shutdown = pool.submit(lambda: GracefulShutdown(Accelerator()).__enter__()).result()
+    assert not shutdown.requested()

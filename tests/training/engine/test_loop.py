@@ -8,9 +8,11 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.engine.arguments import EngineArguments
+from training.engine import loop, machine
+from training.engine.arguments import EngineArguments, check_engine
 from training.engine.loop import start_accelerator, training_steps
-from training.engine.metrics import evaluate
+from training.engine.machine import available_cores, available_memory
+from training.engine.metrics import LMMetrics, evaluate
 from training.engine.optimizers import build_optimizers
 from training.errors import UserError
 
@@ -108,6 +110,10 @@ def test_evaluation_by_hand(tiny_model):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
 
 
+def test_the_perplexity_of_a_model_that_has_diverged_is_short():
+    assert str(LMMetrics(800.0, math.exp(700), None)) == "loss 800.000, perplexity 1.0e+304"
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
@@ -115,10 +121,48 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_model):
         evaluate(Accelerator(), tiny_model, batches(2), num_bytes=1)
 
 
-def test_all_cores_are_used_although_the_launcher_sets_one_thread(monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 8),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 8),  # set by the launcher, not by the user
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({"OMP_NUM_THREADS": "1"}, 3),
+        ({"OMP_NUM_THREADS": "5", "LOCAL_WORLD_SIZE": "2"}, 3),
+    ],
+)
+def test_threads(monkeypatch, variables, threads):
+    chosen = []
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loop, "available_cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     start_accelerator()
-    assert torch.get_num_threads() == psutil.cpu_count(logical=False)
-    torch.set_num_threads(before)
+    assert (chosen or [3]) == [threads]
+
+
+def test_cores_and_memory_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
+    assert available_cores() == 6
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (available_cores(), available_memory()) == (6, psutil.virtual_memory().total)
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert (available_cores(), available_memory()) == (3, 2**20)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    assert available_cores() == 1
+
+
+def test_a_number_of_accumulated_batches_in_the_accelerate_config(monkeypatch):
+    """Accelerate would divide each loss by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    assert start_accelerator().gradient_accumulation_steps == 1
+    check_engine(EngineArguments(gradient_accumulation_steps=8), 1)
+    with pytest.raises(UserError, match="is 8 in the Accelerate config.*: pass --gradient_accumulation_steps 8"):
+        check_engine(EngineArguments(), 1)

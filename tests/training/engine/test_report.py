@@ -1,10 +1,18 @@
 """What a user sees of a run, compared with arithmetic by hand."""
 
+import io
+import re
+import sys
+import time
+
 import pytest
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
+from training import progress
 from training.engine.loop import Step
 from training.engine.report import ProgressBar, duration
+from training.progress import bar_options
 
 
 def test_progress_bar_shows_loss_speed_and_mfu():
@@ -17,6 +25,28 @@ def test_progress_bar_shows_loss_speed_and_mfu():
         # The mean of both steps: (4 + 2) / 2 = 3; (400 + 1,200) / 2 = 800 tokens/s; 800 x 3,000 / 6,000,000 = 40 %
         assert "2/10" in str(bar)
         assert "loss 3.000, 800 tokens/s, MFU 40%, " in str(bar)
+
+
+def test_a_file_gets_whole_lines_instead_of_a_bar(monkeypatch):
+    """At most one every few seconds, and what is printed between them begins at a line's start."""
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    with ProgressBar(40, Accelerator(), flops_per_token=3.0, peak=6e6) as bar:
+        for number in range(1, 41):
+            time.sleep(0.005)
+            bar.log(Step(number, loss=4.0, grad_norm=1.0, learning_rate=0.1, tokens=800, seconds=2.0))
+            if number % 20 == 0:
+                for _ in tqdm(range(9), desc="Evaluating", leave=False, **bar_options()):
+                    pass
+                bar.print(f"Step {number}: loss 4.000")
+    lines = file.getvalue().split("\n")
+    assert "\r" not in file.getvalue()
+    assert [line for line in lines if line.startswith("Step")] == ["Step 20: loss 4.000", "Step 40: loss 4.000"]
+    bars = [line for line in lines if line and not line.startswith("Step")]
+    assert all(re.match(r"Training:\s+\d+%.* \d+/40 \[.*, loss 4\.000, 400 tokens/s", line) for line in bars)
+    assert 1 <= len(bars) <= 8
 
 
 @pytest.mark.parametrize(

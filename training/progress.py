@@ -1,0 +1,34 @@
+"""Progress bars on a terminal and in notebooks; a line every ten seconds where the output is a file."""
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+SECONDS = 10.0  # between two lines in a file
+
+
+class _Lines:
+    """A text stream that gets whole lines, without the control characters of a bar."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.encoding = stream, getattr(stream, "encoding", None)
+
+    def write(self, text: str) -> None:
+        if shown := text.strip("\r\n \x1b[A"):
+            self.stream.write(shown + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def is_interactive() -> bool:
+    """True if a bar can be redrawn: on a terminal or in a notebook."""
+    return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+
+
+def bar_options(hidden: bool = False) -> dict[str, Any]:
+    """Arguments for tqdm; without `disable` if it is shown, so that the variable `TQDM_DISABLE` counts."""
+    if hidden:
+        return {"disable": True}
+    return {} if is_interactive() else {"file": _Lines(sys.stderr), "mininterval": SECONDS, "delay": SECONDS}
