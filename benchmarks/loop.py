@@ -58,7 +58,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     accelerator = start_accelerator()
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     model = ScratchGPTForCausalLM(config)
-    optimizers, schedulers = build_optimizers(arguments, model)
+    optimizers = build_optimizers(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     windows = random_windows(directory / "tokens", config.vocab_size, arguments.context_length)
     sampler = MixtureBatchSampler([len(windows)], arguments.batch_size, num_steps, seed=0)
@@ -78,7 +78,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
             optimizer.zero_grad()
         loss.item()
 
-    steps = training_steps(accelerator, prepared_model, prepared, schedulers, dataloader, arguments)
+    steps = training_steps(accelerator, prepared_model, prepared, dataloader, arguments)
     loop, bare = [], []
     with ProgressBar(num_steps, accelerator, flops_per_token(config, arguments.context_length), 1e12) as bar:
         start = time.perf_counter()

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.interchange import ARCHITECTURE
 from training.engine.arguments import EngineArguments
-from training.engine.optimizers import build_optimizers, muon_initialization
+from training.engine.optimizers import build_optimizers, muon_initialization, set_learning_rates
 
 CONTEXT = 64
 SHAPE = {"n_positions": CONTEXT, "n_embd": 128, "n_layer": 4, "n_head": 4}
@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, ids: torch.Tensor) -> float:
 
 def train(name: str, text: Text, model: nn.Module, arguments: EngineArguments, **group: object) -> Run:
     """Train on windows at random offsets; `group` changes the parameter groups of the first optimizer."""
-    optimizers, schedulers = build_optimizers(arguments, model)
+    optimizers = build_optimizers(arguments, model)
     for parameters in optimizers[0].param_groups:
         parameters.update(group)
     run = Run(name, sum(parameter.numel() for parameter in model.parameters()), arguments.max_steps)
@@ -111,9 +111,9 @@ def train(name: str, text: Text, model: nn.Module, arguments: EngineArguments, *
         offsets = torch.randint(len(text.train) - CONTEXT, (arguments.batch_size, 1), generator=generator)
         batch_loss(model, text.train[offsets + torch.arange(CONTEXT + 1)]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+        set_learning_rates(optimizers, step - 1, arguments)
+        for optimizer in optimizers:
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
         seconds += time.perf_counter() - start
         if step % arguments.eval_steps == 0 or step == arguments.max_steps:

@@ -143,15 +143,18 @@ def test_checkpoint(model, tmp_path, seeds):
     trained = ScratchGPTForCausalLM.from_pretrained(model)
     ids = torch.arange(10)[None]
     trained(ids, labels=ids).loss.backward()
-    optimizers = build_optimizers(EngineArguments(optimizer="muon", learning_rate=0.01, warmup_ratio=0.0), trained)[0]
+    optimizers = build_optimizers(EngineArguments(optimizer="muon", learning_rate=0.01, warmup_ratio=0.0), trained)
     for optimizer in optimizers:
         optimizer.step()
     checkpoints, skipped = tmp_path / "checkpoints", []
     for step in (1, 2):
-        save_checkpoint(checkpoints, Accelerator(), trained, optimizers, {"step": step, "eval_loss": 1.0}, save_total_limit=2)
+        state = {"step": step, "eval_loss": 1.0}
+        save_checkpoint(
+            checkpoints, Accelerator(), trained, optimizers, state, 2, lambda path, _: trained.save_pretrained(path)
+        )
     last = checkpoints / "step-00000002"
     contents = {path.name: path.read_bytes() for path in last.iterdir()}
-    assert len(contents) == 4
+    assert {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"} <= contents.keys()
     names = sorted(contents)
     for seed in seeds:
         draw = random.Random(seed)

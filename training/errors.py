@@ -37,10 +37,13 @@ def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> It
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this context, transformers logs errors only."""
-    level = logging.get_verbosity()
+    """Within this context, transformers logs errors only, and shows no progress bars."""
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -48,7 +48,7 @@ print(chat(messages)[0]["generated_text"][-1]["content"])"""
 
 @dataclass
 class InstructArguments(pretrained.TuningArguments, EpochArguments, ConversationArguments):
-    RESUME_MAY_CHANGE: ClassVar[set[str]] = EpochArguments.RESUME_MAY_CHANGE | {"max_new_tokens", "repetition_penalty"}
+    WITHOUT_EFFECT: ClassVar[set[str]] = EpochArguments.WITHOUT_EFFECT | {"max_new_tokens", "repetition_penalty"}
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments")
     chat_template: str = option(
         "",

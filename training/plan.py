@@ -86,12 +86,12 @@ class MemoryTracker(TorchDispatchMode):
             self.freed += size
 
 
-def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[ScratchGPTForCausalLM, list, list]:
-    """A new model in training mode, its optimizers and its learning rate schedules."""
+def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[ScratchGPTForCausalLM, list]:
+    """A new model in training mode, and its optimizers."""
     model = ScratchGPTForCausalLM(config).train()
     if arguments.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    return model, *build_optimizers(arguments, model)
+    return model, build_optimizers(arguments, model)
 
 
 def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, tracker: MemoryTracker) -> int:
@@ -105,7 +105,7 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
         tracker.mark(tensor, "activations")
         return tensor
 
-    model, optimizers, _ = build_run(config, arguments)
+    model, optimizers = build_run(config, arguments)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.mark(tensor, "weights")
     for parameter in model.parameters():
@@ -159,13 +159,13 @@ def peak_memory(
 
 def probe(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig, seconds: float) -> list[float]:
     """Train on random tokens for about `seconds`; returns the seconds of each step but the first, which loads libraries."""
-    model, optimizers, schedulers = build_run(config, arguments)
+    model, optimizers = build_run(config, arguments)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     rows = arguments.batch_size // accelerator.num_processes
     ids = torch.randint(0, config.vocab_size, (rows, arguments.context_length + 1), device=accelerator.device)
     batches = itertools.repeat({"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]})
     taken: list[float] = []
-    for step in training_steps(accelerator, prepared_model, prepared, schedulers, batches, arguments):
+    for step in training_steps(accelerator, prepared_model, prepared, batches, arguments):
         taken.append(step.seconds)
         # The main process decides, because all processes must take the same number of steps.
         if step.number > 2 and gather_object([sum(taken[1:])])[0] >= seconds:

@@ -3,6 +3,7 @@
 Read `run_recipe` first: every run is these steps. pretrain.py, classify.py and instruct.py fill in the methods of `Recipe`.
 """
 
+import hashlib
 import inspect
 import os
 import platform
@@ -22,11 +23,13 @@ from modeling_scratchgpt.lora import trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
+from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.loop import start_accelerator
 from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
+from training.errors import quiet
 from training.results.cards import CardContent, format_command, write_card
 
 
@@ -53,6 +56,16 @@ class Recipe(Task[Metrics]):
     def build_model(self) -> PreTrainedModel:
         """The model before the first step; the same at every call."""
 
+    def save_model(self, model: PreTrainedModel, directory: Path, weights: dict[str, Any]) -> None:
+        with quiet():
+            save_trained(directory, model, weights, self.tokenizer, self.build_model)
+
+    def digests(self, model: PreTrainedModel) -> dict[str, str]:
+        """What must be the same on all processes."""
+        tokenizer: Any = self.tokenizer
+        vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        return {"data": self.data_digest, "tokenizer": vocabulary, "initial weights": weights_digest(model)}
+
     @abstractmethod
     def evaluate_test(self, model: Any) -> None:
         """Evaluate the final model on the test split, if there is one, and print and keep the metrics."""
@@ -69,18 +82,22 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     """Train a model as the command line says, and publish it in the output directory."""
     argv = sys.argv[1:] if argv is None else argv
     arguments: Any = parse_arguments(recipe_class.arguments_class, description, argv)
-    accelerator, run_folder = setup(arguments, recipe_class.check)
+    accelerator, run_folder, start = setup(arguments, recipe_class.check)
+    if start.is_finished:
+        accelerator.print(f"The run in {run_folder.path} is finished. To train longer, raise its number of steps or epochs.")
+        return
     recipe = recipe_class(arguments, accelerator)
     model = recipe.build_model()
-    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator.num_processes)}")
-    result = train(accelerator, recipe, model, run_folder)
+    check_processes(accelerator, recipe.digests(model))
+    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator)}")
+    result = train(accelerator, recipe, model, run_folder, start)
     recipe.evaluate_test(model)
     publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
     accelerator.end_training()
 
 
-def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, RunFolder]:
-    """Start Accelerate and check arguments and output directory, before any data is read."""
+def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, RunFolder, Start]:
+    """Start Accelerate, check arguments and output directory, and find the checkpoint to resume, before any data is read."""
     output_dir = Path(os.path.expanduser(arguments.output_dir))
     accelerator = start_accelerator(arguments.report_to, output_dir)
     run_folder = RunFolder(output_dir, accelerator)
@@ -89,7 +106,7 @@ def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, Ru
     if accelerator.is_main_process:
         run_folder.check(arguments.resume)
     accelerator.wait_for_everyone()
-    return accelerator, run_folder
+    return accelerator, run_folder, find_start(accelerator, arguments, run_folder)
 
 
 def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_folder: RunFolder, command: str) -> None:
@@ -100,12 +117,13 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
         facts = {
             "Parameters": parameters(model),
             "Training": str(result),
-            "Hardware": hardware(accelerator.num_processes),
+            "Hardware": hardware(accelerator),
+            **({"Notes": "; ".join(result.notes)} if result.notes else {}),
             "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
             "Command": command,
         }
         with run_folder.publish() as directory:
-            save_trained(directory, model, weights, recipe.tokenizer, recipe.build_model)
+            recipe.save_model(model, directory, weights)
             draw_loss(run_folder.history, directory / CURVE, recipe.loss_unit)
             recipe.write_results(directory, result)
             write_card(directory, recipe.arguments, recipe.card(result), facts)
@@ -121,7 +139,12 @@ def parameters(model: PreTrainedModel) -> str:
     return trainable_parameters(model) if is_frozen else f"{model.num_parameters():,} parameters"
 
 
-def hardware(num_processes: int) -> str:
-    """The device and the number of processes and threads, for people."""
+def hardware(accelerator: Accelerator) -> str:
+    """The device, the processes and threads, the precision and the compiler, for people."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, processes: {num_processes}, threads per process: {torch.get_num_threads()}"
+    settings = launcher_settings(accelerator)
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(settings["mixed_precision"], "float8")
+    compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"
+    sharding = f" ({settings['distributed_type']})" if settings["distributed_type"] in ("fsdp", "deepspeed") else ""
+    processes = f"{settings['num_processes']}{sharding}"
+    return f"{device}, processes: {processes}, threads per process: {torch.get_num_threads()}, {precision}{compiled}"

@@ -130,8 +130,9 @@ def tune(run, nights, tmp_path) -> Callable[..., Path]:
 
     def start(recipe: Any, *argv: str, output: str = "model", base: Path = run) -> Path:
         output_dir = tmp_path / output
-        words = ["--base_model", str(base), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
-        recipe.main([*words, *TUNING[recipe], *argv])
+        words = ["--base_model", str(base), "--output_dir", str(output_dir), *TUNING[recipe]]
+        words += [] if "--dataset" in argv else ["--dataset", nights[recipe]]  # a second one would be read, too
+        recipe.main([*words, *argv])
         return output_dir
 
     return start

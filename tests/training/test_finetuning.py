@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.lora import load_adapter
@@ -17,6 +25,7 @@ from tests.conftest import WITHOUT_THE_PACKAGE, Processes, on_two_processes
 from tests.training.conftest import ANSWERS, ROOT, TUNING, evaluations, interrupted_after, rows, run_program, scores, snippet_of
 from training import classify, instruct, pretrain
 from training.data.prompts import CHAT_TEMPLATES
+from training.engine.pretrained import load_config_and_tokenizer, load_model_and_tokenizer
 from training.errors import UserError
 
 BOTH = pytest.mark.parametrize("recipe", [classify, instruct], ids=["classify", "instruct"])
@@ -170,6 +179,19 @@ def test_the_adapter_on_its_base_equals_the_merged_model(recipe, tune, run, caps
         assert not torch.allclose(new[1], new[2], atol=1e-2)  # equal before training
 
 
+def check_model_directory(recipe, checkpoint: Path, base: Path) -> None:
+    """A checkpoint is a model that transformers and the programs load; an adapter is merged in it."""
+    auto_class = AutoModelForSequenceClassification if recipe is classify else AutoModelForCausalLM
+    model, tokenizer = load_model_and_tokenizer(str(checkpoint), False, torch.device("cpu"), auto_class)
+    config, _ = load_config_and_tokenizer(str(checkpoint), 8)
+    assert config.hidden_size == model.config.hidden_size
+    ids = torch.tensor([tokenizer("A night")["input_ids"]])
+    if recipe is pretrain:
+        adapted = PeftModel.from_pretrained(ScratchGPTForCausalLM.from_pretrained(base), checkpoint / "adapter").eval()
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(model(ids).logits, ScratchGPTForCausalLM.from_pretrained(base).eval()(ids).logits, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("recipe", "step", "options"),
     [
@@ -191,6 +213,7 @@ def test_an_interrupted_run_resumes_with_its_own_data_and_base_only(recipe, step
         tune(recipe, *options, output="resumed", base=base)
     folder = tmp_path / "resumed"
     assert not (folder / "config.json").exists()
+    check_model_directory(recipe, max((folder / "checkpoints").iterdir()), base)
     model = ScratchGPTForCausalLM.from_pretrained(base)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.01
     model.save_pretrained(tmp_path / "other")

@@ -104,7 +104,7 @@ def test_predicted_memory_equals_what_torch_allocates(shape, checkpointing, accu
     model = ScratchGPTForCausalLM(config).train()
     if checkpointing:
         enable_gradient_checkpointing(model)
-    optimizers, _ = build_optimizers(arguments, model)
+    optimizers = build_optimizers(arguments, model)
     ids = torch.randint(0, config.vocab_size, (8, 64))
 
     def step() -> None:

@@ -12,10 +12,17 @@ from training.errors import UserError
 
 @dataclass
 class EngineArguments(OptimizerArguments):
-    """Arguments shared by all recipes; those in `RESUME_MAY_CHANGE` may differ on `--resume`."""
+    """Arguments shared by all recipes."""
 
-    RESUME_MAY_CHANGE: ClassVar[set[str]] = {
+    WITHOUT_EFFECT: ClassVar[set[str]] = {  # on the weights
         *("config", "resume", "report_to", "save_steps", "save_total_limit", "license", "language", "output_dir"),
+    }
+    # These may change on `--resume`: they affect only the steps to come, or (the data's path) are compared by content.
+    RESUME_MAY_CHANGE: ClassVar[set[str]] = {
+        *("dataset", "encoding", "encoding_errors", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+        *("max_steps", "num_train_epochs", "eval_steps", "early_stopping_patience", "max_grad_norm", "weight_decay"),
+        *("learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_ratio", "decay_ratio", "min_lr_ratio"),
+        *("mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
     }
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)

@@ -3,6 +3,8 @@
 Notable:
 - A checkpoint appears under its name when all of it is on the disk, so a killed run leaves only complete ones.
 - Reading verifies digests: if one byte differs, the checkpoint before it is used.
+- A checkpoint is a model directory, which `from_pretrained` loads, with the optimizer's state beside the model. With LoRA the
+  adapters are merged in that model, and saved once more as they are, to resume from.
 - Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code. Tensors are full and
   named by parameter, so the number of processes and the sharding may differ when the run is resumed.
 - The state of random number generators is not saved: it follows from the seed and the step (see `loop.py`), as the batches do.
@@ -10,6 +12,7 @@ Notable:
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,14 +23,22 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
 
 from modeling_scratchgpt.atomic import atomic_directory, remove_abandoned
+from modeling_scratchgpt.lora import lora_layers
 from training.engine.run_folder import explain_full_disk
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+ADAPTERS = "trained.safetensors"
+NAME = re.compile(r"step-\d{8}")  # others, such as the user's copies, are never deleted
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-TRAINED = replace(FULL, ignore_frozen_params=True)  # with LoRA only the adapter; the base is loaded from where it was
+TRAINED = replace(FULL, ignore_frozen_params=True)
 
 
 def save_checkpoint(
@@ -37,6 +48,7 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
     save_total_limit: int,
+    save_model: Callable[[Path, dict[str, Any]], None],
 ) -> None:
     """Write `directory/step-N`; then delete all but the last `save_total_limit` and the one with the lowest `eval_loss`.
 
@@ -45,36 +57,33 @@ def save_checkpoint(
     Args:
         model, optimizers: without Accelerate's wrappers.
         state: JSON values, with `step` and `eval_loss` among them.
+        save_model: writes a model directory, given its path and the full state dict.
     """
-    state_dicts: Any = get_state_dict(model, optimizers, options=TRAINED)
-    weights, moments = state_dicts
+    weights = full_state_dict(model)
+    moments: Any = get_optimizer_state_dict(model, optimizers, options=TRAINED)
     if accelerator.is_main_process:
         path = directory / f"step-{state['step']:08d}"
         directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one, which the run has resumed before
         with explain_full_disk(directory), atomic_directory(path) as temporary:
-            save_file(_without_ties(weights), temporary / WEIGHTS)
+            save_model(temporary, weights)
+            if lora_layers(model):
+                trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+                adapters = {name: tensor for name, tensor in weights.items() if name in trained}
+                save_file(_without_ties(adapters), temporary / ADAPTERS)
             flat = {f"{name}/{key}": value.contiguous() for name, own in moments["state"].items() for key, value in own.items()}
             save_file(flat, temporary / OPTIMIZER)
             (temporary / STATE).write_text(json.dumps({**state, "param_groups": moments["param_groups"]}))
-            digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
+            files = (path for path in temporary.rglob("*") if path.is_file())
+            digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
             (temporary / MANIFEST).write_text(json.dumps(digests))
-        paths = sorted(directory.glob("step-*"))
+        paths = _checkpoints(directory)
         best = min(paths, key=_eval_loss)  # the first of those saved since one evaluation: the weights that were evaluated
         for path in paths[:-save_total_limit]:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
-
-
-def frozen_digest(model: nn.Module) -> str:
-    """A digest of the parameters that are not trained, and so not saved, by the first numbers of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode() + parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -84,11 +93,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The latest valid checkpoint, or that with the lowest `eval_loss`, and its state; damaged ones are reported to `warn`."""
-    paths = sorted(directory.glob("step-*"), reverse=not best)
+    paths = _checkpoints(directory)[:: 1 if best else -1]
     for path in sorted(paths, key=_eval_loss) if best else paths:
         try:
             digests = json.loads((path / MANIFEST).read_text())
-            damaged = [name for name in (WEIGHTS, OPTIMIZER, STATE) if _digest(path / name) != digests[name]]
+            damaged = [name for name in {*digests, WEIGHTS, OPTIMIZER, STATE} if _digest(path / name) != digests[name]]
             if not damaged:
                 return path, json.loads((path / STATE).read_text())
             reason = f"the content of {', '.join(damaged)} has changed"
@@ -99,7 +108,15 @@ def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = F
 
 
 def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Load the weights and the optimizer state of a verified checkpoint; every process calls it."""
+    """Load the weights and the optimizer state of a verified checkpoint; every process calls it.
+
+    The optimizers keep their hyperparameters, such as the learning rate: they are those of the arguments.
+    """
+    hyperparameters = [
+        {name: value for name, value in group.items() if name != "params"}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
     moments: dict[str, Any] = {}
     for name, tensor in load_file(path / OPTIMIZER).items():
         parameter, _, moment = name.rpartition("/")
@@ -107,10 +124,18 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
     set_state_dict(
         model,
         optimizers,
-        model_state_dict=dict(load_file(path / WEIGHTS)),
+        model_state_dict=dict(load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else WEIGHTS))),
         optim_state_dict={"state": moments, "param_groups": state["param_groups"]},
         options=replace(TRAINED, strict=False),  # of tied tensors only the first name was saved
     )
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    for group, values in zip(groups, hyperparameters, strict=True):
+        group.update(values)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, by step."""
+    return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

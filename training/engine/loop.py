@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,9 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.engine.arguments import EngineArguments
 from training.engine.machine import available_cores
+from training.engine.optimizers import set_learning_rates
 from training.engine.run_folder import LOGS
 from training.errors import UserError
 
@@ -88,16 +89,14 @@ def training_steps(
     accelerator: Accelerator,
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
-    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
     dataloader: Iterable[dict[str, torch.Tensor]],
-    arguments: Any,
+    arguments: EngineArguments,
     first_step: int = 1,
 ) -> Iterator[Step]:
     """Train until the end of the dataloader; yield after each optimizer step.
 
     Args:
-        accelerator, model, optimizers, dataloader: prepared by Accelerate; `schedulers` are not, they advance once per step.
-        arguments: with `gradient_accumulation_steps` (batches per step), `max_grad_norm` (for clipping) and `seed`.
+        accelerator, model, optimizers, dataloader: prepared by Accelerate.
         first_step: its number; above 1 for a resumed run, whose dataloader begins there.
 
     Raises:
@@ -122,10 +121,10 @@ def training_steps(
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
-        learning_rate = float(schedulers[0].get_last_lr()[0])
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+        set_learning_rates(optimizers, number - 1, arguments)
+        learning_rate = optimizers[0].param_groups[0]["lr"]
+        for optimizer in optimizers:
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         if not math.isfinite(mean_loss):

@@ -19,14 +19,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from training.cli import option
@@ -182,11 +180,20 @@ def lr_factor(step: int, arguments: OptimizerArguments) -> float:
     return 1 - (1 - arguments.min_lr_ratio) * SCHEDULES[arguments.lr_scheduler_type](step, warmup_steps, arguments)
 
 
-def build_optimizers(arguments: OptimizerArguments, model: nn.Module) -> tuple[list[Optimizer], list[LambdaLR]]:
-    """The optimizers of a run, for the parameters that require a gradient, and a learning rate schedule for each."""
+def set_learning_rates(optimizers: Iterable[Optimizer], step: int, arguments: OptimizerArguments) -> None:
+    """Set the learning rates of a step (from 0): the peak rates times `lr_factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(step, arguments)
+
+
+def build_optimizers(arguments: OptimizerArguments, model: nn.Module) -> list[Optimizer]:
+    """The optimizers of a run, for the parameters that require a gradient."""
     parameters = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers = OPTIMIZERS[arguments.optimizer](parameters, arguments)
-    return optimizers, [LambdaLR(optimizer, partial(lr_factor, arguments=arguments)) for optimizer in optimizers]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]  # the peak; also the name that torch's schedulers use
+    return optimizers
 
 
 def muon_initialization(model: PreTrainedModel) -> None:

@@ -198,7 +198,7 @@ def _check_place(name: str) -> None:
         raise UserError(f"{missing}: pass the directory or the Hub id of a model{train}.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / METRICS).is_file():
-            raise UserError(f"{name} contains an unfinished run: finish it first, with --resume.")
+            raise UserError(f"{name} contains an unfinished run: finish it, with --resume, or pass one of its checkpoints.")
         raise UserError(f"{name} has no config.json: it is not a model directory.")
 
 

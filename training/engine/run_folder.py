@@ -46,21 +46,21 @@ class RunFolder:
         self.history: list[dict[str, Any]] = []
 
     def check(self, resume: bool) -> None:
-        """Refuse a directory that is not empty; with `resume`, only one without an unfinished run. Nothing is overwritten.
+        """Refuse a directory that is not empty; with `resume`, only one without a run. Nothing is overwritten.
 
         Raises:
             UserError: the directory is not empty, is not a directory, or cannot be written; another run is writing there.
         """
         if not self._check_writable():
             return
+        if resume and (self.path / METRICS).exists():
+            return
         if (self.path / "config.json").exists():
             problem = "already contains a finished model: pass another --output_dir, or move it"
         elif not (self.path / METRICS).exists():
             problem = "is not empty: pass another --output_dir, or move it"
-        elif not resume:
-            problem = "already contains an unfinished run: resume it with --resume, or pass another --output_dir"
         else:
-            return
+            problem = "already contains an unfinished run: resume it with --resume, or pass another --output_dir"
         raise UserError(f"--output_dir {self.path} {problem}.")
 
     def _check_writable(self) -> bool:

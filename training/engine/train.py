@@ -7,7 +7,9 @@ evaluates, saves checkpoints, stops early or on a signal, and resumes a run that
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator, skip_first_batches
@@ -15,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from training.engine.arguments import EngineArguments
-from training.engine.checkpoints import find_checkpoint, frozen_digest, load_checkpoint, save_checkpoint
+from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from training.engine.consistency import Start, weights_digest
 from training.engine.flops import measured_peak
 from training.engine.loop import GracefulShutdown, training_steps
 from training.engine.optimizers import build_optimizers
@@ -25,6 +27,7 @@ from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
+WORSE = 1.01  # a final loss that is this many times the lowest is reported
 
 
 class Task(ABC, Generic[Metrics]):
@@ -52,6 +55,10 @@ class Task(ABC, Generic[Metrics]):
     def preview(self, model: Any) -> list[str]:
         """Examples of what the model does, as text for the terminal; the first one is shown at every evaluation."""
 
+    @abstractmethod
+    def save_model(self, model: PreTrainedModel, directory: Path, weights: dict[str, Any]) -> None:
+        """Write a directory that `from_pretrained` loads; `weights` is the full state dict, since the model may be sharded."""
+
 
 @dataclass(frozen=True)
 class TrainResult(Generic[Metrics]):
@@ -64,55 +71,62 @@ class TrainResult(Generic[Metrics]):
     steps: int
     tokens: int
     seconds: float
+    notes: list[str] = field(default_factory=list)  # what the card should say about the run
 
     def __str__(self) -> str:
         return f"{self.steps:,} steps, {self.tokens:,} tokens, {duration(self.seconds)} (excluding evaluation)"
 
 
-def train(accelerator: Accelerator, task: Task[Metrics], model: PreTrainedModel, run_folder: RunFolder) -> TrainResult[Metrics]:
-    """Train the model in place, from its first step or from the latest checkpoint.
+def train(
+    accelerator: Accelerator, task: Task[Metrics], model: PreTrainedModel, run_folder: RunFolder, start: Start
+) -> TrainResult[Metrics]:
+    """Train the model in place, from its first step or from a checkpoint.
 
     Args:
         model: with the weights that a new run starts from, not prepared by Accelerate.
 
     Raises:
-        UserError: the run to resume had other settings or data; the loss is not finite.
+        UserError: the run to resume had other data or another base model; the loss is not finite.
     """
-    run = _Run(accelerator, task, model, run_folder)
+    run = _Run(accelerator, task, model, run_folder, start)
     before, preview_before = run.resume_or_start()
     run.train_until_done()
     after, preview_after = run.restore_best()
     rows = [row for row in run_folder.history if "loss" in row]
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
-    return TrainResult(before, after, preview_before, preview_after, run.step, tokens, seconds)
+    return TrainResult(before, after, preview_before, preview_after, run.step, tokens, seconds, run.notes)
 
 
 class _Run(Generic[Metrics]):
     """The state of a run while it trains."""
 
-    def __init__(self, accelerator: Accelerator, task: Task[Metrics], model: PreTrainedModel, run_folder: RunFolder):
-        self.accelerator, self.task, self.model, self.run_folder = accelerator, task, model, run_folder
+    def __init__(
+        self, accelerator: Accelerator, task: Task[Metrics], model: PreTrainedModel, run_folder: RunFolder, start: Start
+    ):
+        self.accelerator, self.task, self.model, self.run_folder, self.start = accelerator, task, model, run_folder, start
         self.arguments = task.arguments
         if self.arguments.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        self.optimizers, self.schedulers = build_optimizers(self.arguments, model)
-        self.frozen = frozen_digest(model)
+        self.optimizers = build_optimizers(self.arguments, model)
+        self.frozen = weights_digest(model, lambda parameter: not parameter.requires_grad)
         self.prepared_model, *self.prepared_optimizers = accelerator.prepare(model, *self.optimizers)
         self.step = 0
         self.losses: list[float] = []  # held-out, of each evaluation
+        self.notes: list[str] = []  # for the card
         self.evaluated: tuple[Metrics, list[str]] | None = None  # metrics and preview of the current weights
 
     def resume_or_start(self) -> tuple[Metrics, list[str]]:
-        """Evaluate the initial model, then load the latest checkpoint if the run is resumed, and open the run's directory."""
-        arguments, run_folder = self.arguments, self.run_folder
-        found = find_checkpoint(run_folder.checkpoints, self.accelerator.print) if arguments.resume else None
+        """Evaluate the initial model, then load the checkpoint if the run is resumed, and open the run's directory."""
+        arguments, run_folder, found = self.arguments, self.run_folder, self.start.checkpoint
         if found:
-            self._check_resumable(found[1])
+            self._check_content(found[1])
         before = self._evaluate()
         self.accelerator.print(f"\nBefore training: {before[0]}\n\n{_lines(before[1])}")
         if found:
             self._load(*found)
             self.accelerator.print(f"Resuming from step {self.step:,}: {found[0]}")
+            if self.start.changes:
+                self._note(f"from step {self.step:,} with {', '.join(self.start.changes)}")
         elif arguments.resume:
             self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
@@ -131,7 +145,7 @@ class _Run(Generic[Metrics]):
         batches = skip_first_batches(batches, self.step * arguments.gradient_accumulation_steps)
         peak = measured_peak(self.accelerator)
         prepared = self.prepared_model, self.prepared_optimizers
-        steps = training_steps(self.accelerator, *prepared, self.schedulers, batches, arguments, self.step + 1)
+        steps = training_steps(self.accelerator, *prepared, batches, arguments, self.step + 1)
         with (
             ProgressBar(arguments.max_steps, self.accelerator, self.task.flops_per_token, peak, self.step) as bar,
             GracefulShutdown(self.accelerator) as shutdown,
@@ -159,14 +173,24 @@ class _Run(Generic[Metrics]):
 
     def restore_best(self) -> tuple[Metrics, list[str]]:
         """With early stopping, load the checkpoint with the lowest held-out loss; return metrics and preview of the model."""
-        if self.arguments.early_stopping_patience and self.losses and min(self.losses) < self.losses[-1]:
+        if self.losses and min(self.losses) < self.losses[-1]:
             best = find_checkpoint(self.run_folder.checkpoints, self.accelerator.print, best=True)
-            if best:
+            if best and self.arguments.early_stopping_patience:
                 last_step = self.step
                 self._load(*best)
-                self.accelerator.print(f"Restored the model of step {self.step:,}, which has the lowest held-out loss")
+                self._note(f"restored the model of step {self.step:,}, which has the lowest held-out loss")
                 self.step, self.evaluated = last_step, None
+            elif WORSE * min(self.losses) < self.losses[-1]:
+                self._warn_of_better(best)
         return self._evaluate()
+
+    def _warn_of_better(self, best: tuple[Path, dict[str, Any]] | None) -> None:
+        """Say that the final model is not the best of the run, and where the best one is."""
+        saved = f", whose model is in {best[0].name}" if best and best[1]["eval_loss"] == min(self.losses) else ""
+        self._note(
+            f"the final model has a held-out loss of {self.losses[-1]:.3f}; the lowest was {min(self.losses):.3f}{saved}: to "
+            "keep the best model, pass --early_stopping_patience"
+        )
 
     def _evaluate(self) -> tuple[Metrics, list[str]]:
         """Metrics and preview of the current weights."""
@@ -189,32 +213,27 @@ class _Run(Generic[Metrics]):
             "step": self.step,
             "eval_loss": self.losses[-1] if self.losses else math.inf,
             "eval_losses": self.losses,
-            "settings": _settings(self.arguments),
+            "settings": self.start.settings,
+            "notes": self.notes,
             "frozen": self.frozen,
             "data": self.task.data_digest,
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
-        save_checkpoint(directory, self.accelerator, self.model, self.optimizers, state, limit)
+        save_model = partial(self.task.save_model, self.model)
+        save_checkpoint(directory, self.accelerator, self.model, self.optimizers, state, limit, save_model)
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
         self.step, self.evaluated = state["step"], None
-        self.losses = self.losses or state["eval_losses"]
+        self.losses, self.notes = self.losses or state["eval_losses"], self.notes or state["notes"]
 
-    def _check_resumable(self, state: dict[str, Any]) -> None:
-        """Refuse settings, a base model or data that differ from those of the run."""
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.accelerator.print(text[0].upper() + text[1:])
+
+    def _check_content(self, state: dict[str, Any]) -> None:
+        """Refuse a base model or data that differ from those of the run."""
         path = self.run_folder.path
-        now, saved = _settings(self.arguments), state["settings"]
-        for name in sorted(now.keys() | saved.keys()):
-            if now.get(name) != saved.get(name):
-                advice = ", from the finished model, with --base_model" if name == "max_steps" else ""
-                raise UserError(
-                    f"--{name} is {now.get(name)}, but the run in {path} was started with {saved.get(name)}: resume it with "
-                    f"that value, or start a new run in another --output_dir{advice}."
-                )
         if self.frozen != state["frozen"]:
             raise UserError(f"the base model of the run in {path} has changed since it was started: resume with that one.")
         if self.task.data_digest != state["data"]:
@@ -225,12 +244,6 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
     # Renamed in transformers 5.23; the oldest supported version has only the old name.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-
-
-def _settings(arguments: EngineArguments) -> dict[str, Any]:
-    """The arguments that determine the final weights."""
-    names = {field.name for field in fields(arguments)} - arguments.RESUME_MAY_CHANGE
-    return {name: getattr(arguments, name) for name in sorted(names)}
 
 
 def _lines(preview: list[str]) -> str:

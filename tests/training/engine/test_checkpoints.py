@@ -14,7 +14,7 @@ from training.engine import checkpoints
 from training.engine.arguments import EngineArguments
 from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.loop import GracefulShutdown
-from training.engine.optimizers import build_optimizers
+from training.engine.optimizers import build_optimizers, set_learning_rates
 from training.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Run:
         torch.manual_seed(0)
         self.model = ScratchGPTForCausalLM(config).train()
         arguments = EngineArguments(optimizer=optimizer, learning_rate=1e-2, max_steps=10, warmup_ratio=0.2)
-        self.optimizers, self.schedulers = build_optimizers(arguments, self.model)
+        self.arguments, self.optimizers = arguments, build_optimizers(arguments, self.model)
         self.done = 0
 
     def train(self, steps: int) -> None:
@@ -33,20 +33,20 @@ class Run:
             self.done += 1
             ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(self.done))
             self.model(ids, labels=ids).loss.backward()
-            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            set_learning_rates(self.optimizers, self.done - 1, self.arguments)
+            for optimizer in self.optimizers:
                 optimizer.step()
-                scheduler.step()
                 optimizer.zero_grad()
 
     def save(self, folder: Path, eval_loss: float = 1.0) -> None:
-        schedulers = [scheduler.state_dict() for scheduler in self.schedulers]
-        state = {"step": self.done, "eval_loss": eval_loss, "schedulers": schedulers}
-        save_checkpoint(folder, Accelerator(), self.model, self.optimizers, state, save_total_limit=2)
+        state = {"step": self.done, "eval_loss": eval_loss}
+        save_checkpoint(folder, Accelerator(), self.model, self.optimizers, state, 2, self.save_model)
+
+    def save_model(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+        self.model.save_pretrained(directory, state_dict=weights)
 
     def load(self, path: Path, state: dict) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
         self.done = state["step"]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -79,7 +79,11 @@ def test_the_last_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
     for loss in (5.0, 3.0, 4.0, 4.5, 4.2):
         run.train(1)
         run.save(tmp_path, loss)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+        if run.done == 1:
+            shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001-copy")  # the user's own is not deleted
+    names = ["step-00000001-copy", "step-00000002", "step-00000004", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert find_checkpoint(tmp_path, print)[0].name == names[-1]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])

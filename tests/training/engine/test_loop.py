@@ -31,8 +31,8 @@ def batches(count: int, rows: int = 2, length: int = 12) -> list[dict[str, torch
 
 def train(model: ScratchGPTForCausalLM, dataloader, first_step: int = 1, **options):
     arguments = EngineArguments(**{"learning_rate": 1e-2, "max_steps": 10, "warmup_ratio": 0.2, **options})
-    optimizers, schedulers = build_optimizers(arguments, model)
-    return list(training_steps(Accelerator(), model, optimizers, schedulers, dataloader, arguments, first_step))
+    optimizers = build_optimizers(arguments, model)
+    return list(training_steps(Accelerator(), model, optimizers, dataloader, arguments, first_step))
 
 
 def joined(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def test_the_default_base_before_it_is_trained(tmp_path, monkeypatch):
         load_config_and_tokenizer("outputs/pretrain", 8)
     (tmp_path / "outputs" / "pretrain").mkdir(parents=True)
     (tmp_path / "outputs" / "pretrain" / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="outputs/pretrain contains an unfinished run: finish it first, with --resume"):
+    with pytest.raises(UserError, match="outputs/pretrain contains an unfinished run: finish it, with --resume, or"):
         load_config_and_tokenizer("outputs/pretrain", 8)
 
 

@@ -14,6 +14,8 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.conftest import TINY
 from training.data.samplers import MixtureBatchSampler
 from training.engine.arguments import EngineArguments
+from training.engine.consistency import Start, find_start
+from training.engine.optimizers import lr_factor
 from training.engine.run_folder import RunFolder
 from training.engine.train import TrainResult, train
 from training.errors import UserError
@@ -61,7 +63,8 @@ class RandomTask:
 
     def train_dataloader(self) -> DataLoader:
         num_batches = self.arguments.max_steps * self.arguments.gradient_accumulation_steps
-        return DataLoader(self.rows, batch_sampler=MixtureBatchSampler([100], 2, num_batches, seed=0))
+        sampler = MixtureBatchSampler([100], self.arguments.batch_size, num_batches, seed=0)
+        return DataLoader(self.rows, batch_sampler=sampler)
 
     @torch.no_grad()
     def evaluate(self, model, split: str = "validation") -> Metrics:
@@ -71,6 +74,9 @@ class RandomTask:
         self.number = getattr(self, "number", -1) + 1
         return Metrics(measured if self.losses is None or not self.number else self.losses[self.number - 1])
 
+    def save_model(self, model, directory, weights) -> None:
+        model.save_pretrained(directory, state_dict=weights)
+
     def preview(self, model) -> list[str]:
         return [f"{model.model.norm.weight.sum():.4f}", "second example"]
 
@@ -78,7 +84,8 @@ class RandomTask:
 def run(path, task: RandomTask) -> tuple[TrainResult, ScratchGPTForCausalLM, RunFolder]:
     accelerator, model = Accelerator(cpu=True), task.build_model()
     run_folder = RunFolder(path, accelerator)
-    return train(accelerator, task, model, run_folder), model, run_folder
+    start = find_start(accelerator, task.arguments, run_folder)
+    return train(accelerator, task, model, run_folder, start), model, run_folder
 
 
 def history(run_folder: RunFolder) -> list[dict]:
@@ -122,8 +129,13 @@ def test_early_stopping_restores_the_model_with_the_lowest_loss(tmp_path, capsys
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.5}, "--learning_rate is 0.5, but the run in .* was started with 0.01: resume it with that value"),
-        ({"max_steps": 99}, "start a new run in another --output_dir, from the finished model, with --base_model"),
+        ({"seed": 5}, "--seed is 5, but the run in .* was started with 0: resume it with that value"),
+        ({"optimizer": "muon"}, "--optimizer is muon, but the run in .* was started with adamw"),
+        (
+            {"batch_size": 4},
+            "--batch_size times --gradient_accumulation_steps is 8, but 4 in the run in .*: resume it with",
+        ),
+        ({"max_steps": 1}, "--max_steps is 1, but the run in .* has done 2: pass at least as many"),
         ({"data_digest": "other"}, "the data of the run in .* has changed since it was started"),
     ],
 )
@@ -137,6 +149,54 @@ def test_a_run_is_resumed_only_with_its_own_settings_and_data(tmp_path, change, 
     task.evaluate = None
     with pytest.raises(UserError, match=message):
         run(tmp_path, task)
+
+
+def test_a_run_is_resumed_with_settings_that_affect_only_the_steps_to_come(tmp_path, capsys):
+    """They are printed, recorded, and take effect; the steps before are those of the first settings."""
+    _, _, straight_folder = run(tmp_path / "straight", RandomTask())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed", RandomTask(interrupt_after=17))
+    options = {"batch_size": 4, "gradient_accumulation_steps": 1, "eval_steps": 2, "gradient_checkpointing": True}
+    _, _, folder = run(tmp_path / "resumed", RandomTask(resume=True, max_steps=7, **options))
+    first, second = ([row["loss"] for row in history(one) if "loss" in row] for one in (straight_folder, folder))
+    assert second[:2] == first[:2]
+    assert second == pytest.approx(first[:7], abs=0.05)  # the same rows of other random numbers for dropout
+    del folder
+    gc.collect()
+    result, _, folder = run(tmp_path / "resumed", RandomTask(resume=True, learning_rate=1e-4, max_steps=10, **options))
+    rates = [row["learning_rate"] for row in history(folder) if "loss" in row]
+    assert rates[7:] == [1e-4 * lr_factor(step, RandomTask(max_steps=10).arguments) for step in (7, 8, 9)]
+    changes = "batch_size 2 -> 4, eval_steps 3 -> 2, gradient_accumulation_steps 2 -> 1, gradient_checkpointing False -> True"
+    assert result.notes == [
+        f"from step 2 with {changes}, max_steps 9 -> 7",
+        "from step 7 with learning_rate 0.01 -> 0.0001, max_steps 7 -> 10",
+    ]
+    assert "From step 7 with learning_rate 0.01 -> 0.0001, max_steps 7 -> 10" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_resumed_only_to_train_longer(tmp_path):
+    def start(**options) -> Start:
+        run_folder = RunFolder(tmp_path, Accelerator(cpu=True))
+        run_folder.check(resume=True)
+        return find_start(run_folder.accelerator, RandomTask(resume=True, **options).arguments, run_folder)
+
+    run(tmp_path, RandomTask())
+    gc.collect()
+    assert not start().is_finished  # killed before it was published
+    (tmp_path / "config.json").write_text("{}")
+    assert start().is_finished
+    assert start(learning_rate=1.0).is_finished
+    longer = start(max_steps=12)
+    assert (longer.is_finished, longer.checkpoint[1]["step"], longer.changes) == (False, 9, ["max_steps 9 -> 12"])
+
+
+def test_the_best_model_is_named_if_the_last_one_is_saved(tmp_path, capsys):
+    result, model, _ = run(tmp_path, RandomTask(losses=[5.0, 6.0, 6.6], save_steps=3))
+    note = "the final model has a held-out loss of 6.600; the lowest was 5.000, whose model is in step-00000003"
+    assert result.notes == [f"{note}: to keep the best model, pass --early_stopping_patience"]
+    assert note[1:] in capsys.readouterr().out
+    best = ScratchGPTForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000003")
+    assert not torch.equal(best.model.norm.weight, model.model.norm.weight)
 
 
 def test_what_is_printed(tmp_path, capsys):

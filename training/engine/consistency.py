@@ -1,0 +1,142 @@
+"""Checks that all processes of a run, and a run and the one that it resumes, are the same run."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from training.engine.arguments import EngineArguments
+from training.engine.checkpoints import find_checkpoint
+from training.engine.run_folder import RunFolder
+from training.errors import UserError
+
+PACKAGES = ("modeling_scratchgpt", "training")
+LENGTH = {"max_steps", "num_train_epochs", "early_stopping_patience"}  # with others, a finished run continues
+PATHS = {"dataset", "base_model"}  # may differ between machines: data and weights are compared by content
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from its first step, or from a checkpoint.
+
+    Attributes:
+        settings: the arguments that determine the final weights, and what Accelerate's launcher has chosen.
+        checkpoint: its directory and state.
+        changes: the settings that differ from those of the checkpoint, as text.
+        is_finished: True if the model is published, and no other length is asked for.
+    """
+
+    settings: dict[str, Any]
+    checkpoint: tuple[Path, dict[str, Any]] | None = None
+    changes: list[str] = field(default_factory=list)
+    is_finished: bool = False
+
+
+def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder: RunFolder) -> Start:
+    """Find the checkpoint to resume from, and check that all processes and that run have the same settings and code.
+
+    Raises:
+        UserError: they differ; it is raised on every process.
+    """
+    names = {field.name for field in fields(arguments)} - arguments.WITHOUT_EFFECT
+    settings = {name: getattr(arguments, name) for name in sorted(names)} | launcher_settings(accelerator)
+    found = find_checkpoint(run_folder.checkpoints, accelerator.print) if arguments.resume else None
+    step = f"step {found[1]['step']}" if found else "none"
+    options = {f"--{name}": value for name, value in settings.items() if name not in PATHS}
+    check_processes(accelerator, {"code": code_version(), "checkpoint to resume from": step, **options})
+    model = run_folder.path / "config.json"
+    if not found:
+        return Start(settings, is_finished=arguments.resume and model.exists())
+    path, state = found
+    changed = compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
+    # A run that was extended, and then killed, has checkpoints that are newer than its model.
+    is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
+    values = ((name, *(_text(source.get(name)) for source in (state["settings"], settings))) for name in changed)
+    return Start(settings, found, [f"{name} {before} -> {now}" for name, before, now in values], is_finished)
+
+
+def launcher_settings(accelerator: Accelerator) -> dict[str, Any]:
+    """Precision, compilation and distribution, as Accelerate's launcher has chosen them."""
+    return {
+        "mixed_precision": accelerator.mixed_precision,
+        "dynamo_backend": accelerator.state.dynamo_plugin.backend.value.lower(),
+        "distributed_type": accelerator.distributed_type.value.lower(),
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
+    """The names of the settings that differ from those of a checkpoint.
+
+    Args:
+        state: of the checkpoint: with its `settings` and its `step`.
+        path: the directory of the run.
+        may_change: the settings that may differ, because they do not affect the steps that are done.
+
+    Raises:
+        UserError: a setting differs that may not; fewer steps than are done.
+    """
+    saved, step = state["settings"], state["step"]
+    changed = [name for name in sorted(now.keys() | saved.keys()) if now.get(name) != saved.get(name)]
+    for name in changed:
+        if name not in may_change:
+            raise UserError(
+                f"--{name} is {_text(now.get(name))}, but the run in {path} was started with {_text(saved.get(name))}: resume "
+                "it with that value, or start a new run in another --output_dir."
+            )
+    rows, saved_rows = (settings["batch_size"] * settings["gradient_accumulation_steps"] for settings in (now, saved))
+    if rows != saved_rows:
+        raise UserError(
+            f"--batch_size times --gradient_accumulation_steps is {rows}, but {saved_rows} in the run in {path}: resume it "
+            "with the same product."
+        )
+    if 0 < now["max_steps"] < step:
+        raise UserError(f"--max_steps is {now['max_steps']}, but the run in {path} has done {step}: pass at least as many.")
+    return changed
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
+    """Refuse processes that do not agree, such as machines with other data; every process calls it.
+
+    Args:
+        facts: what must be the same everywhere, by name.
+
+    Raises:
+        UserError: on all processes; it names the first process that differs from process 0, and the fact.
+    """
+    first, *others = gather_object([facts])
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                differ = f"({other[name]!s:.40} instead of {value!s:.40})"
+                raise UserError(
+                    f"process {rank} does not have the same {name} as process 0 {differ}: all machines need the same code, "
+                    "data and models, and, to resume, the same --output_dir."
+                )
+
+
+def code_version() -> str:
+    """A digest of the programs, and the version of torch."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{digest.hexdigest()}, torch {torch.__version__}"
+
+
+def weights_digest(model: nn.Module, is_included: Callable[[nn.Parameter], bool] = lambda parameter: True) -> str:
+    """A digest of the parameters by the first numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if is_included(parameter):
+            digest.update(name.encode() + parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
