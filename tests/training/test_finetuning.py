@@ -160,7 +160,7 @@ def test_the_adapter_on_its_base_equals_the_merged_model(recipe, tune, run, caps
     saved_whole = {"model.embed_tokens.weight", "lm_head.weight"} if recipe is instruct else set()
     assert {name for name in changed if "_proj" not in name} == saved_whole
     for checkpoint in (folder / "checkpoints").glob("step-*"):
-        names = load_file(checkpoint / "model.safetensors").keys()
+        names = load_file(checkpoint / "trained.safetensors").keys()
         assert any(".lora_" in name for name in names)
         assert not any("base_layer" in name or "norm" in name for name in names)
     model_class = ScratchGPTForSequenceClassification if recipe is classify else ScratchGPTForCausalLM

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,27 @@ def test_the_loss_in_the_metrics_is_that_of_the_model(run, book):
     assert last["eval_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held_out.encode()), rel=1e-4)
 
 
-def test_a_second_run_does_not_change_the_first(run, book):
+def test_a_second_run_does_not_change_the_first(run, book, capsys):
+    """Resuming a finished run is no error, and does nothing."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words = ["--dataset", book, "--output_dir", str(run), *SMALL]
     with pytest.raises(UserError, match=f"^--output_dir {run} already contains a finished model: pass another"):
-        pretrain.main(["--dataset", book, "--output_dir", str(run), *SMALL])
+        pretrain.main(words)
+    pretrain.main([*words, "--resume"])
+    assert capsys.readouterr().out == f"The run in {run} is finished. To train longer, raise its number of steps or epochs.\n"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_is_trained_longer(run, book, tmp_path):
+    """The same data may have another path; what has changed is on the card."""
+    folder, copy = tmp_path / "longer", tmp_path / "copy.txt"
+    shutil.copytree(run, folder)
+    shutil.copy(book, copy)
+    pretrain.main(["--dataset", str(copy), "--output_dir", str(folder), *SMALL, "--resume", "--max_steps", "14"])
+    assert [row["step"] for row in rows(folder) if "loss" in row] == list(range(1, 15))
+    card = (folder / "README.md").read_text()
+    assert re.search(r"\| Notes \| from step 12 with dataset .*book.txt -> .*copy.txt, max_steps 12 -> 14 \|", card)
+    assert re.search(r"\| Hardware \| \S+ CPU, processes: 1, threads per process: \d+, float32 \|", card)
 
 
 @pytest.mark.parametrize(

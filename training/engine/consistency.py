@@ -134,9 +134,11 @@ def code_version() -> str:
 
 
 def weights_digest(model: nn.Module, is_included: Callable[[nn.Parameter], bool] = lambda parameter: True) -> str:
-    """A digest of the parameters by the first numbers of each."""
+    """A digest of the parameters: of each the sum of its bits as integers, which takes a moment, and its first numbers."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if is_included(parameter):
-            digest.update(name.encode() + parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            values = parameter.detach().float().flatten()
+            bits = values.view(torch.int32)
+            digest.update(f"{name} {bits.sum().item()} {bits[:64].tolist()}".encode())
     return digest.hexdigest()
