@@ -8,10 +8,12 @@ Notable:
   not been interrupted.
 """
 
+import ctypes
 import itertools
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +33,8 @@ from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.machine import available_cores
 from training.engine.run_folder import LOGS
 from training.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,26 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
             f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
         )
-    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
     is_launched = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    if is_launched:
+        stop_with_launcher()
+    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
+
+
+def stop_with_launcher() -> None:
+    """Get SIGTERM when the launcher ends (Linux only): `accelerate launch` of one process passes no signal on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+            print(
+                "Process 1 of a container ignores SIGTERM, and here it is `accelerate launch`: to save a checkpoint when the "
+                "container is stopped, start the program with `python`.",
+                file=sys.stderr,
+            )
 
 
 def training_steps(
