@@ -38,7 +38,7 @@ def wait_for(run: Processes, condition: Callable[[], bool]) -> None:
 
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
-    return path.read_text().count("learning_rate") if path.exists() else 0
+    return path.read_text().count('"loss"') if path.exists() else 0
 
 
 def results(folder: Path) -> tuple[bytes, list]:

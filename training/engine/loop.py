@@ -31,6 +31,7 @@ from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.machine import available_cores
+from training.engine.optimizers import Muon
 from training.engine.run_folder import LOGS
 from training.errors import UserError
 
@@ -44,9 +45,10 @@ class Step:
     number: int  # from 1
     loss: float  # nats per token or text, over all processes
     grad_norm: float  # before clipping
-    learning_rate: float
     tokens: int  # scored in this step; for a classifier read; over all processes
     seconds: float
+    learning_rate: float | None = None  # of AdamW; None if Muon trains everything
+    muon_learning_rate: float | None = None  # None without Muon
 
 
 def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -> Accelerator:
@@ -140,7 +142,7 @@ def training_steps(
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
-        learning_rate = float(schedulers[0].get_last_lr()[0])
+        rates = {f"{'muon_' * isinstance(each.optimizer, Muon)}learning_rate": each.get_last_lr()[0] for each in schedulers}
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
@@ -151,7 +153,7 @@ def training_steps(
                 f"the loss of step {number} is {mean_loss}: the run has diverged. Lower --learning_rate and "
                 "--muon_learning_rate, then --weight_decay."
             )
-        yield Step(number, mean_loss, grad_norm, learning_rate, int(tokens), time.perf_counter() - start)
+        yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
 
 
 def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -36,8 +36,9 @@ class RunFolder:
     Attributes:
         path: the directory; it is created by `open`.
         checkpoints: the directory of the checkpoints.
-        history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` of an optimizer
-            step; `step` and the metrics, with the prefix `eval_`, of an evaluation. Empty on all processes but the main one.
+        history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `tokens`, `seconds`, `learning_rate` (AdamW's) and
+            `muon_learning_rate` (with Muon) of an optimizer step; `step` and the metrics, with the prefix `eval_`, of an
+            evaluation. Empty on all processes but the main one.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
@@ -136,7 +137,7 @@ class RunFolder:
 
     def log_step(self, step: Any) -> None:
         """Append a `Step` of the training loop to metrics.jsonl, and send it to the trackers."""
-        values = asdict(step)
+        values = {name: value for name, value in asdict(step).items() if value is not None}
         self._log(values.pop("number"), values, "train/")
 
     def log_evaluation(self, step: int, metrics: Any) -> None:

@@ -147,7 +147,7 @@ class _Run(Generic[Metrics]):
                     self.run_folder.log_evaluation(step.number, metrics)
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
                 if self.evaluated:
-                    bar.print(f"Step {step.number:,}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
+                    bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0:
                     self._save()
                 if is_last:
