@@ -145,6 +145,9 @@ def parse_arguments(
         argv: the command line; that of the process if None.
         positional: the option that the first word of the command line stands for, if that word is not an option.
 
+    Returns:
+        The arguments; their attribute `typed` holds the names of the options on the command line.
+
     Raises:
         UserError: a missing file, invalid YAML, an unknown name, a value of the wrong type or outside its range.
     """
@@ -157,7 +160,8 @@ def parse_arguments(
         argv.insert(0, f"--{positional}")
     if parser.get_default("config") is not None:
         _set_defaults_from_file(parser, arguments_class, argv)
-    arguments = arguments_class(**vars(parser.parse_args(argv)))
+    arguments: Any = arguments_class(**vars(parser.parse_args(argv)))
+    arguments.typed = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     validate(arguments)
     return arguments
 

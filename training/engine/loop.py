@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 
@@ -33,8 +34,9 @@ from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.machine import available_cores
 from training.engine.optimizers import Muon
 from training.engine.run_folder import LOGS
-from training.errors import UserError
+from training.errors import UserError, explain_errors
 
+RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
@@ -69,20 +71,23 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         raise UserError(
             f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
     accelerator = Accelerator(
+        cpu=started > 1 and not is_configured and not torch.accelerator.is_available(),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir / LOGS if output_dir else None,
     )
-    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > accelerator.num_processes:
+    if started > accelerator.num_processes:
         # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
         raise UserError(
             f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
-            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
+            f"`torchrun --nproc_per_node {started}`."
         )
-    is_launched = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    is_launched = is_configured or "LOCAL_WORLD_SIZE" in os.environ
     if is_launched:
         stop_with_launcher()
     # The launchers set one thread per process unless the user chose a number; divide all cores instead.
@@ -90,6 +95,32 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
     if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, resume: bool, before_data: bool = False) -> None:
+    """Start the trackers that have not been started; with `resume`, continue the run of the tracker where it is able to.
+
+    Args:
+        before_data: only those that need a login; the others create the output directory, where nothing is written so early.
+
+    Raises:
+        UserError: a tracker cannot be started.
+    """
+    if accelerator.trackers or not accelerator.log_with:
+        return
+    name, run_id = str(accelerator.log_with[0]), uuid.uuid4().hex[:8]
+    if before_data and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+        return
+    file = Path(accelerator.logging_dir, f"{name}_run")
+    if resume and file.exists():
+        run_id = file.read_text()
+    is_named = name in RESUMABLE_TRACKERS and "WANDB_RUN_ID" not in os.environ  # which names the run of a sweep
+    options = {RESUMABLE_TRACKERS[name]: run_id, "resume": "allow"} if is_named else {}
+    with explain_errors(f"--report_to {name} cannot be started", remedy=": log in to it, or pass --report_to none"):
+        accelerator.init_trackers("scratchgpt", init_kwargs={name: options})
+    if is_named and accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run_id)
 
 
 def stop_with_launcher() -> None:
@@ -142,7 +173,9 @@ def training_steps(
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
-        rates = {f"{'muon_' * isinstance(each.optimizer, Muon)}learning_rate": each.get_last_lr()[0] for each in schedulers}
+        rates = {
+            f"{'muon_' * isinstance(each.optimizer, Muon)}learning_rate": float(each.get_last_lr()[0]) for each in schedulers
+        }
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()

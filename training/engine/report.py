@@ -41,7 +41,7 @@ class ProgressBar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What `bar_format` may name: `postfix` begins with a comma there, `measured` does not."""
+        """Values for `bar_format`, in which `postfix` would begin with a comma, and `measured` does not."""
         return {**super().format_dict, "measured": self.postfix}
 
     def log(self, step: Step) -> None:
