@@ -22,11 +22,12 @@ from modeling_scratchgpt.lora import trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
-from training.engine.loop import start_accelerator
+from training.engine.loop import start_accelerator, start_trackers
 from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
+from training.errors import explain_out_of_memory
 from training.results.cards import CardContent, format_command, write_card
 
 
@@ -73,8 +74,9 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     recipe = recipe_class(arguments, accelerator)
     model = recipe.build_model()
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator.num_processes)}")
-    result = train(accelerator, recipe, model, run_folder)
-    recipe.evaluate_test(model)
+    with explain_out_of_memory():
+        result = train(accelerator, recipe, model, run_folder)
+        recipe.evaluate_test(model)
     publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
     accelerator.end_training()
 
@@ -89,6 +91,7 @@ def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, Ru
     if accelerator.is_main_process:
         run_folder.check(arguments.resume)
     accelerator.wait_for_everyone()
+    start_trackers(accelerator, arguments.resume, before_data=True)
     return accelerator, run_folder
 
 

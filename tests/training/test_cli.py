@@ -128,6 +128,10 @@ def test_a_switch_and_the_word_before_all_options(tmp_path):
     assert parse_arguments(Arguments, "test", ["7", "--config", ""], positional="number").number == 7
 
 
+def test_the_options_on_the_command_line_are_known(tmp_path):
+    assert parse(tmp_path, "rate: 1", "--number=7", "--words", "a").typed == {"config", "number", "words"}
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

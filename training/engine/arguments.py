@@ -17,6 +17,7 @@ class EngineArguments(OptimizerArguments):
     RESUME_MAY_CHANGE: ClassVar[set[str]] = {
         *("config", "resume", "report_to", "save_steps", "save_total_limit", "license", "language", "output_dir"),
     }
+    typed = frozenset[str]()  # the options on the command line, see `parse_arguments`; without an annotation it is no field
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "maximum gradient norm", above=0)

@@ -52,7 +52,7 @@ class RunFolder:
         Raises:
             UserError: the directory is not empty, is not a directory, or cannot be written; another run is writing there.
         """
-        if not self._check_writable():
+        if not self._check_writable() or (not resume and self._remove_unused()):
             return
         if (self.path / "config.json").exists():
             problem = "already contains a finished model: pass another --output_dir, or move it"
@@ -63,6 +63,17 @@ class RunFolder:
         else:
             return
         raise UserError(f"--output_dir {self.path} {problem}.")
+
+    def _remove_unused(self) -> bool:
+        """Remove the metrics of a run that has ended before its first step; True if there is nothing else but logs."""
+        metrics = self.path / METRICS
+        if {path.name for path in self.path.iterdir()} - {METRICS, LOGS}:
+            return False
+        content = metrics.read_bytes() if metrics.exists() else b""
+        is_unused = not content or (content.startswith(b'{"step": 0, ') and content.count(b"\n") == 1)
+        if is_unused:
+            metrics.unlink(missing_ok=True)
+        return is_unused
 
     def _check_writable(self) -> bool:
         """True if the directory exists and is not empty."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from training.engine.arguments import EngineArguments
 from training.engine.checkpoints import find_checkpoint, frozen_digest, load_checkpoint, save_checkpoint
 from training.engine.flops import measured_peak
-from training.engine.loop import GracefulShutdown, training_steps
+from training.engine.loop import GracefulShutdown, start_trackers, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
 from training.engine.run_folder import RunFolder
@@ -117,7 +117,9 @@ class _Run(Generic[Metrics]):
             self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
         run_folder.open(last_kept if arguments.resume else None)
-        self.accelerator.init_trackers("scratchgpt", {name: str(value) for name, value in asdict(arguments).items()})
+        start_trackers(self.accelerator, arguments.resume)
+        for tracker in self.accelerator.trackers:
+            tracker.store_init_configuration({name: str(value) for name, value in asdict(arguments).items()})
         if not found:
             run_folder.log_evaluation(0, before[0])
         return before

@@ -150,6 +150,7 @@ def test_threads(monkeypatch, variables, threads):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loop, "stop_with_launcher", lambda: None)  # this process has no launcher
     monkeypatch.setattr(loop, "available_cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     start_accelerator()
