@@ -169,10 +169,11 @@ def parse_arguments(
 def _set_defaults_from_file(parser: _Parser, arguments_class: Any, argv: list[str]) -> None:
     """The values of the YAML file that `--config` names become the parser's defaults."""
     config_parser = _Parser(allow_abbrev=False, add_help=False)
-    config_parser.add_argument("--config", default=parser.get_default("config"))
-    config_file = config_parser.parse_known_args(argv)[0].config
+    config_parser.add_argument("--config")
+    typed = config_parser.parse_known_args(argv)[0].config
+    config_file = parser.get_default("config") if typed is None else typed
     try:
-        content = _read_yaml(config_file) if config_file else {}
+        content = _read_yaml(config_file, is_typed=typed is not None) if config_file else {}
         names = {field.name for field in dataclasses.fields(arguments_class)} - {"config"}
         if unknown := sorted(content.keys() - names):
             raise UserError(f"unrecognized names: {', '.join(unknown)}{_hint(unknown, sorted(names))}")
@@ -182,9 +183,10 @@ def _set_defaults_from_file(parser: _Parser, arguments_class: Any, argv: list[st
     parser.set_defaults(**{**vars(from_file), "config": config_file})
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The file's content. A path is relative to the working directory, or else to the directory that holds `training/`."""
-    file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
+def _read_yaml(path: str, is_typed: bool) -> dict[str, Any]:
+    """The file's content. A path is relative to the working directory, or else to the directory that holds this `training/`:
+    the default always is, because a user may have a directory of that name."""
+    file = Path(path) if is_typed and Path(path).exists() else Path(__file__).parents[1] / path
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
     except OSError as error:

@@ -10,6 +10,7 @@ import pytest
 from training import cli
 from training.cli import model_config, model_option, option, parse_arguments, run_main
 from training.errors import UserError, printable
+from training.pretrain import PretrainArguments
 
 
 @dataclass
@@ -67,6 +68,16 @@ def test_model_fields_are_overridden_one_by_one(tmp_path):
 def test_a_mistake_in_the_file_or_on_the_command_line(tmp_path, yaml, typed, message):
     with pytest.raises(UserError, match=message):
         parse(tmp_path, yaml, *typed)
+
+
+def test_the_default_file_is_that_of_the_package(tmp_path, monkeypatch):
+    """Not that of another project with a directory `training/`, unless it is named."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "training" / "configs" / "pretrain.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("seed: 7")
+    assert parse_arguments(PretrainArguments, "test", []).seed == 0
+    assert parse_arguments(PretrainArguments, "test", ["--config", "training/configs/pretrain.yaml"]).seed == 7
 
 
 def test_a_missing_file(tmp_path):
