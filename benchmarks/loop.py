@@ -22,7 +22,8 @@ from training.cli import model_config, parse_arguments
 from training.data.datasets import TokenizedExamples, Windows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.engine.flops import flops_per_token
-from training.engine.loop import start_accelerator, training_steps
+from training.engine.launch import start_accelerator
+from training.engine.loop import training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar
 from training.engine.run_folder import RunFolder

@@ -13,7 +13,7 @@ from measuring import make_parser, peak_bytes, run_in_subprocess
 
 from modeling_scratchgpt import ScratchGPTConfig
 from training.cli import model_config, parse_arguments
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator
 from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
 from training.pretrain import PretrainArguments
 

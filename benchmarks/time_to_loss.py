@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from modeling_scratchgpt.interchange import ARCHITECTURE
 from training.engine.arguments import EngineArguments
-from training.engine.optimizers import build_optimizers, muon_initialization, set_learning_rates
+from training.engine.optimizers import build_optimizers, lr_factor, muon_initialization, set_learning_rates
 
 CONTEXT = 64
 SHAPE = {"n_positions": CONTEXT, "n_embd": 128, "n_layer": 4, "n_head": 4}
@@ -111,7 +111,7 @@ def train(name: str, text: Text, model: nn.Module, arguments: EngineArguments, *
         offsets = torch.randint(len(text.train) - CONTEXT, (arguments.batch_size, 1), generator=generator)
         batch_loss(model, text.train[offsets + torch.arange(CONTEXT + 1)]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-        set_learning_rates(optimizers, step - 1, arguments)
+        set_learning_rates(optimizers, lr_factor(step - 1, arguments))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,12 +1,15 @@
-"""Imports point one way, from the programs down to the model's files, and never form a cycle."""
+"""Imports point one way, from the programs down to the model's files, and never form a cycle; the sdist has what they need."""
 
 import ast
+import os
 import re
+import shutil
+import tarfile
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Processes
 
 MODEL_FILES = r"(configuration|modeling|tokenization)_scratchgpt|attention|cross_entropy|packed_linear|interchange"
 LAYERS = {  # lowest first; the first pattern that matches decides. A module may import from its own layer and from lower ones.
@@ -95,6 +98,28 @@ def test_a_planted_import_is_found(module, statement, violation):
     violations = find_violations(build_import_graph(sources | {module: statement}))
     assert len(violations) == (violation is not None)
     assert all(violation in found for found in violations)
+
+
+def build_sdist(folder: str) -> None:
+    from setuptools import build_meta
+
+    os.chdir(folder)
+    build_meta.build_sdist(folder)
+
+
+def test_the_sdist_has_all_modules_and_settings_and_no_tests(tmp_path):
+    """Some of the tests, as setuptools adds them, would not run."""
+    packages = ("modeling_scratchgpt", "training")
+    for name in (*packages, "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    expected = {str(path.relative_to(ROOT)) for name in packages for path in (ROOT / name).rglob("*.*")}
+    Processes(build_sdist, tmp_path / "log", [str(tmp_path)]).wait()
+    with tarfile.open(*tmp_path.glob("*.tar.gz")) as archive:
+        found = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {name for name in expected if not name.endswith((".pyc", ".md"))} == {n for n in found if n.startswith(packages)}
+    assert not [name for name in found if name.startswith("tests")]
 
 
 def test_a_module_without_a_layer_is_an_error():

@@ -145,6 +145,9 @@ def parse_arguments(
         argv: the command line; that of the process if None.
         positional: the option that the first word of the command line stands for, if that word is not an option.
 
+    Returns:
+        The arguments; their attribute `typed` holds the names of the options on the command line.
+
     Raises:
         UserError: a missing file, invalid YAML, an unknown name, a value of the wrong type or outside its range.
     """
@@ -157,7 +160,8 @@ def parse_arguments(
         argv.insert(0, f"--{positional}")
     if parser.get_default("config") is not None:
         _set_defaults_from_file(parser, arguments_class, argv)
-    arguments = arguments_class(**vars(parser.parse_args(argv)))
+    arguments: Any = arguments_class(**vars(parser.parse_args(argv)))
+    arguments.typed = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     validate(arguments)
     return arguments
 
@@ -165,10 +169,11 @@ def parse_arguments(
 def _set_defaults_from_file(parser: _Parser, arguments_class: Any, argv: list[str]) -> None:
     """The values of the YAML file that `--config` names become the parser's defaults."""
     config_parser = _Parser(allow_abbrev=False, add_help=False)
-    config_parser.add_argument("--config", default=parser.get_default("config"))
-    config_file = config_parser.parse_known_args(argv)[0].config
+    config_parser.add_argument("--config")
+    typed = config_parser.parse_known_args(argv)[0].config
+    config_file = parser.get_default("config") if typed is None else typed
     try:
-        content = _read_yaml(config_file) if config_file else {}
+        content = _read_yaml(config_file, is_typed=typed is not None) if config_file else {}
         names = {field.name for field in dataclasses.fields(arguments_class)} - {"config"}
         if unknown := sorted(content.keys() - names):
             raise UserError(f"unrecognized names: {', '.join(unknown)}{_hint(unknown, sorted(names))}")
@@ -178,9 +183,10 @@ def _set_defaults_from_file(parser: _Parser, arguments_class: Any, argv: list[st
     parser.set_defaults(**{**vars(from_file), "config": config_file})
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The file's content. A path is relative to the working directory, or else to the directory that holds `training/`."""
-    file = Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
+def _read_yaml(path: str, is_typed: bool) -> dict[str, Any]:
+    """The file's content. A path is relative to the working directory, or else to the directory that holds this `training/`:
+    the default always is, because a user may have a directory of that name."""
+    file = Path(path) if is_typed and Path(path).exists() else Path(__file__).parents[1] / path
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
     except OSError as error:

@@ -1,11 +1,16 @@
 """Errors that the user can fix, and text that is safe to print."""
 
+import signal
+import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of GPUs; of CPUs; of CPUs on Windows
 
 
 class UserError(Exception):
@@ -33,6 +38,34 @@ def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> It
         yield
     except types as error:
         raise UserError(f"{problem} ({one_line(error)}){remedy}.") from error
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn the errors of all devices that are out of memory into a `UserError` that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(part in str(error) for part in OUT_OF_MEMORY):
+            raise
+        raise UserError(
+            f"out of memory ({one_line(error)}): lower --batch_size, and raise --gradient_accumulation_steps as much, lower "
+            "--context_length, or pass --gradient_checkpointing."
+        ) from error
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this context, Ctrl-C ends the program at once, where Python would wait for a long call into other code to end."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if hasattr(sys, "ps1") or not is_main:  # an interactive session, such as a notebook, must not end; threads get no signals
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

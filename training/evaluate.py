@@ -27,7 +27,7 @@ from training.data.corpora import CorpusArguments, check_corpora, read_corpora, 
 from training.data.datasets import Windows, evaluation_dataloader
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator
 from training.engine.metrics import evaluate
 from training.engine.pretrained import load_model_and_tokenizer
 from training.errors import UserError

@@ -35,7 +35,8 @@ from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
 from training.cli import parse_arguments, run_main
 from training.engine.arguments import check_engine
 from training.engine.flops import flops_per_token, measured_peak, parameters_by_part
-from training.engine.loop import start_accelerator, training_steps
+from training.engine.launch import start_accelerator
+from training.engine.loop import training_steps
 from training.engine.machine import available_memory
 from training.engine.optimizers import build_optimizers
 from training.engine.report import duration

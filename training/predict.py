@@ -30,7 +30,7 @@ from training.data.files import (
     read_lines,
     read_rows,
 )
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
 from training.progress import bar_options

@@ -79,7 +79,11 @@ class PretrainRecipe(Recipe[LMMetrics]):
 
     def __init__(self, arguments: PretrainArguments, accelerator: Accelerator):
         super().__init__(arguments, accelerator)
+        length = arguments.context_length
         self.config, tokenizer = starting_point(arguments)
+        if arguments.context_length < length:
+            positions = f"the {arguments.context_length} positions of {arguments.base_model}"
+            accelerator.print(f"--context_length: {positions}, instead of {length}")
         accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self._read_and_tokenize(tokenizer)
@@ -222,9 +226,15 @@ class PretrainRecipe(Recipe[LMMetrics]):
 
 
 def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]:
-    """The model's config, and its tokenizer if it is pretrained."""
+    """The model's config, and its tokenizer if it is pretrained.
+
+    A pretrained model may have fewer positions than the `context_length` of the YAML file, which is then lowered.
+    """
     if arguments.base_model:
-        return load_config_and_tokenizer(arguments.base_model, arguments.context_length)
+        length = arguments.context_length if "context_length" in arguments.typed else max(arguments.stride, 2)
+        config, tokenizer = load_config_and_tokenizer(arguments.base_model, length)
+        arguments.context_length = min(arguments.context_length, config.max_position_embeddings)
+        return config, tokenizer
     return model_config(arguments.model, arguments.vocab_size, arguments.context_length), None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 SECONDS = 10.0  # between two lines in a file
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class _Lines:
@@ -29,6 +30,6 @@ def is_interactive() -> bool:
 
 def bar_options(hidden: bool = False) -> dict[str, Any]:
     """Arguments for tqdm; without `disable` if it is shown, so that the variable `TQDM_DISABLE` counts."""
-    if hidden:
-        return {"disable": True}
-    return {} if is_interactive() else {"file": _Lines(sys.stderr), "mininterval": SECONDS, "delay": SECONDS}
+    if hidden or is_interactive():
+        return {"disable": True} if hidden else {}
+    return {"file": _Lines(sys.stderr), "bar_format": LINE, "mininterval": SECONDS, "delay": SECONDS}

@@ -24,12 +24,12 @@ from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator, start_trackers
 from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
-from training.errors import quiet
+from training.errors import explain_out_of_memory, quiet
 from training.results.cards import CardContent, format_command, write_card
 
 
@@ -61,7 +61,7 @@ class Recipe(Task[Metrics]):
             save_trained(directory, model, weights, self.tokenizer, self.build_model)
 
     def digests(self, model: PreTrainedModel) -> dict[str, str]:
-        """What must be the same on all processes."""
+        """Digests of data, tokenizer and weights, which must be the same on all processes."""
         tokenizer: Any = self.tokenizer
         vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         return {"data": self.data_digest, "tokenizer": vocabulary, "initial weights": weights_digest(model)}
@@ -90,8 +90,9 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator)}")
-    result = train(accelerator, recipe, model, run_folder, start)
-    recipe.evaluate_test(model)
+    with explain_out_of_memory():
+        result = train(accelerator, recipe, model, run_folder, start)
+        recipe.evaluate_test(model)
     publish(recipe, model, result, run_folder, format_command(Path(inspect.getfile(recipe_class)).name, argv))
     accelerator.end_training()
 
@@ -106,7 +107,10 @@ def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, Ru
     if accelerator.is_main_process:
         run_folder.check(arguments.resume)
     accelerator.wait_for_everyone()
-    return accelerator, run_folder, find_start(accelerator, arguments, run_folder)
+    start = find_start(accelerator, arguments, run_folder)
+    if not start.is_finished:
+        start_trackers(accelerator, arguments.resume, before_data=True)
+    return accelerator, run_folder, start
 
 
 def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_folder: RunFolder, command: str) -> None:

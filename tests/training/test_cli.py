@@ -10,6 +10,7 @@ import pytest
 from training import cli
 from training.cli import model_config, model_option, option, parse_arguments, run_main
 from training.errors import UserError, printable
+from training.pretrain import PretrainArguments
 
 
 @dataclass
@@ -69,6 +70,16 @@ def test_a_mistake_in_the_file_or_on_the_command_line(tmp_path, yaml, typed, mes
         parse(tmp_path, yaml, *typed)
 
 
+def test_the_default_file_is_that_of_the_package(tmp_path, monkeypatch):
+    """Not that of another project with a directory `training/`, unless it is named."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "training" / "configs" / "pretrain.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("seed: 7")
+    assert parse_arguments(PretrainArguments, "test", []).seed == 0
+    assert parse_arguments(PretrainArguments, "test", ["--config", "training/configs/pretrain.yaml"]).seed == 7
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"missing\.yaml: No such file or directory"):
         parse_arguments(Arguments, "test", ["--config", str(tmp_path / "missing.yaml")])
@@ -126,6 +137,10 @@ def test_a_switch_and_the_word_before_all_options(tmp_path):
     assert not parse(tmp_path, "", "--no_verbose").verbose
     assert not parse(tmp_path, "verbose: false").verbose
     assert parse_arguments(Arguments, "test", ["7", "--config", ""], positional="number").number == 7
+
+
+def test_the_options_on_the_command_line_are_known(tmp_path):
+    assert parse(tmp_path, "rate: 1", "--number=7", "--words", "a").typed == {"config", "number", "words"}
 
 
 @pytest.mark.parametrize(

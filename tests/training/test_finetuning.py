@@ -49,7 +49,7 @@ def test_the_model_directory_describes_the_run(recipe, finished):
     evaluated = evaluations(folder)
     first, last = ({name.removeprefix("eval_"): value for name, value in evaluated[index].items()} for index in (0, -1))
     assert f"Before training: loss {first['loss']:.3f}, " in printed
-    assert f"Step {last['step']}: loss {last['loss']:.3f}, " in printed
+    assert f"\nstep {last['step']}: loss {last['loss']:.3f}, " in printed
     if recipe is not pretrain:
         found = scores(folder)
         assert found["before"] == {name: value for name, value in first.items() if name != "step"}

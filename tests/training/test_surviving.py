@@ -38,7 +38,7 @@ def wait_for(run: Processes, condition: Callable[[], bool]) -> None:
 
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
-    return path.read_text().count("learning_rate") if path.exists() else 0
+    return path.read_text().count('"loss"') if path.exists() else 0
 
 
 def results(folder: Path) -> tuple[bytes, list]:
@@ -78,6 +78,25 @@ def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, tmp_p
     wait_for(second, lambda: steps_done(folder) >= max(stopped + 1, 22))
     second.signal(signal.SIGKILL)
     second.wait(-signal.SIGKILL)
+    pretrain.main([*options, "--resume"])
+    assert results(folder) == results(straight)
+
+
+def test_a_run_whose_launcher_is_stopped(straight, book, tmp_path):
+    """`accelerate launch` passes no signal on: the run stops and saves by itself when its launcher has ended."""
+    folder = tmp_path / "run"
+    options = ["--dataset", book, *OPTIONS, "--save_steps", "40", "--output_dir", str(folder)]
+    config = str(ROOT / "training" / "configs" / "accelerate" / "cpu.yaml")
+    words = ["accelerate.commands.launch", "--config_file", config, PRETRAIN, *options]
+    launcher = Processes(run_module, tmp_path / "log", words, OMP_NUM_THREADS="1")
+    wait_for(launcher, lambda: steps_done(folder) >= 5)
+    (trainer,) = psutil.Process(launcher.processes[0].pid).children()
+    launcher.signal(signal.SIGTERM)
+    launcher.wait(-signal.SIGTERM)
+    assert psutil.wait_procs([trainer], timeout=30)[1] == []
+    output = launcher.log.read_text()
+    assert "To continue, run the same command with --resume." in output, output
+    assert 5 <= steps_done(folder) < 40
     pretrain.main([*options, "--resume"])
     assert results(folder) == results(straight)
 

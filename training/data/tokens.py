@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from modeling_scratchgpt import ScratchGPTTokenizer
 from training.data.cache import CHECKSUM_BYTES, cached_file, digest_texts
 from training.data.datasets import TokenizedExamples
-from training.errors import UserError
-from training.progress import bar_options
+from training.errors import UserError, interruptible
+from training.progress import bar_options, is_interactive
 
 # White space after a letter or digit: GPT-2's and GPT-4's pre-tokenizers, and splitting on white space, all start a word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
@@ -41,7 +41,8 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
     def write(path: Path) -> None:
         passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
         try:
-            trained = ScratchGPTTokenizer.train(passages, vocab_size, kind=kind, show_progress=True)
+            with interruptible():
+                trained = ScratchGPTTokenizer.train(passages, vocab_size, kind=kind, show_progress=is_interactive())
         except ValueError as error:  # how many characters there are is not known before
             raise UserError(f"--vocab_size {vocab_size} with --tokenizer {kind}: {error}") from error
         content = {"tokenizer": trained.backend_tokenizer.to_str(), "special_tokens": trained.special_tokens_map}

@@ -24,6 +24,7 @@ class EngineArguments(OptimizerArguments):
         *("learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_ratio", "decay_ratio", "min_lr_ratio"),
         *("mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
     }
+    typed = frozenset[str]()  # the options on the command line, see `parse_arguments`; without an annotation it is no field
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "maximum gradient norm", above=0)

@@ -23,13 +23,13 @@ PATHS = {"dataset", "base_model"}  # may differ between machines: data and weigh
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: from its first step, or from a checkpoint.
+    """The beginning of a run: its first step, or a checkpoint.
 
     Attributes:
         settings: the arguments that determine the final weights, and what Accelerate's launcher has chosen.
         checkpoint: its directory and state.
         changes: the settings that differ from those of the checkpoint, as text.
-        is_finished: True if the model is published, and no other length is asked for.
+        is_finished: True if the model is published, and no other length is requested.
     """
 
     settings: dict[str, Any]

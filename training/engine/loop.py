@@ -17,20 +17,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.arguments import EngineArguments
-from training.engine.machine import available_cores
-from training.engine.optimizers import set_learning_rates
-from training.engine.run_folder import LOGS
+from training.engine.optimizers import lr_factor, set_learning_rates
 from training.errors import UserError
 
 
@@ -41,48 +36,10 @@ class Step:
     number: int  # from 1
     loss: float  # nats per token or text, over all processes
     grad_norm: float  # before clipping
-    learning_rate: float
     tokens: int  # scored in this step; for a classifier read; over all processes
     seconds: float
-
-
-def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -> Accelerator:
-    """Accelerate, with each batch split over the processes, so that their number changes the speed and not the result.
-
-    Args:
-        report_to: the tracker that receives the metrics; `auto` is tensorboard if it is installed.
-        output_dir: trackers that write files do so in its directory `logs`.
-
-    Raises:
-        UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one.
-    """
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if report_to == "auto":
-        report_to = "tensorboard" if "tensorboard" in installed else "none"
-    if report_to not in ("none", *installed):
-        available = f"installed: {', '.join(installed)}" if installed else "none is installed"
-        raise UserError(
-            f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
-        )
-    accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=None if report_to == "none" else report_to,
-        project_dir=output_dir / LOGS if output_dir else None,
-    )
-    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > accelerator.num_processes:
-        # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
-        raise UserError(
-            f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
-            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`."
-        )
-    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
-    is_launched = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
-        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return accelerator
+    learning_rate: float | None = None  # of AdamW; None if Muon trains everything
+    muon_learning_rate: float | None = None  # None without Muon
 
 
 def training_steps(
@@ -121,8 +78,7 @@ def training_steps(
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
-        set_learning_rates(optimizers, number - 1, arguments)
-        learning_rate = optimizers[0].param_groups[0]["lr"]
+        rates = set_learning_rates(optimizers, lr_factor(number - 1, arguments))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -132,7 +88,7 @@ def training_steps(
                 f"the loss of step {number} is {mean_loss}: the run has diverged. Lower --learning_rate and "
                 "--muon_learning_rate, then --weight_decay."
             )
-        yield Step(number, mean_loss, grad_norm, learning_rate, int(tokens), time.perf_counter() - start)
+        yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
 
 
 def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:

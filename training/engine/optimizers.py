@@ -180,19 +180,22 @@ def lr_factor(step: int, arguments: OptimizerArguments) -> float:
     return 1 - (1 - arguments.min_lr_ratio) * SCHEDULES[arguments.lr_scheduler_type](step, warmup_steps, arguments)
 
 
-def set_learning_rates(optimizers: Iterable[Optimizer], step: int, arguments: OptimizerArguments) -> None:
-    """Set the learning rates of a step (from 0): the peak rates times `lr_factor`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(step, arguments)
+def set_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> dict[str, float]:
+    """Set all learning rates to this fraction of their peaks; returns them by the names of their options."""
+    rates = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rates[group["option"]] = group["lr"] = group["initial_lr"] * factor
+    return rates
 
 
 def build_optimizers(arguments: OptimizerArguments, model: nn.Module) -> list[Optimizer]:
     """The optimizers of a run, for the parameters that require a gradient."""
     parameters = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers = OPTIMIZERS[arguments.optimizer](parameters, arguments)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]  # the peak; also the name that torch's schedulers use
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak, by the name that torch's schedulers use
+            group["option"] = "muon_learning_rate" if isinstance(optimizer, Muon) else "learning_rate"
     return optimizers
 
 

@@ -32,10 +32,17 @@ class ProgressBar(tqdm):
 
     def __init__(self, num_steps: int, accelerator: Accelerator, flops_per_token: float, peak: float, done: int = 0):
         options = bar_options(hidden=not accelerator.is_main_process)
+        if "bar_format" in options:
+            options["bar_format"] = "step {n_fmt}/{total_fmt}: {measured}, {remaining} left"
         super().__init__(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, **options)
         self.is_main = accelerator.is_main_process
         self.loss = self.speed = 0.0
         self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Values for `bar_format`, in which `postfix` would begin with a comma, and `measured` does not."""
+        return {**super().format_dict, "measured": self.postfix}
 
     def log(self, step: Step) -> None:
         """Advance by one step. Loss and speed are exponential moving averages, a new step weighs a tenth."""

@@ -36,8 +36,9 @@ class RunFolder:
     Attributes:
         path: the directory; it is created by `open`.
         checkpoints: the directory of the checkpoints.
-        history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `learning_rate`, `tokens` and `seconds` of an optimizer
-            step; `step` and the metrics, with the prefix `eval_`, of an evaluation. Empty on all processes but the main one.
+        history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `tokens`, `seconds`, `learning_rate` (AdamW's) and
+            `muon_learning_rate` (with Muon) of an optimizer step; `step` and the metrics, with the prefix `eval_`, of an
+            evaluation. Empty on all processes but the main one.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
@@ -51,7 +52,7 @@ class RunFolder:
         Raises:
             UserError: the directory is not empty, is not a directory, or cannot be written; another run is writing there.
         """
-        if not self._check_writable():
+        if not self._check_writable() or (not resume and self._remove_unused()):
             return
         if resume and (self.path / METRICS).exists():
             return
@@ -62,6 +63,17 @@ class RunFolder:
         else:
             problem = "already contains an unfinished run: resume it with --resume, or pass another --output_dir"
         raise UserError(f"--output_dir {self.path} {problem}.")
+
+    def _remove_unused(self) -> bool:
+        """Remove the metrics of a run that has ended before its first step; True if there is nothing else but logs."""
+        metrics = self.path / METRICS
+        if {path.name for path in self.path.iterdir()} - {METRICS, LOGS}:
+            return False
+        content = metrics.read_bytes() if metrics.exists() else b""
+        is_unused = not content or (content.startswith(b'{"step": 0, ') and content.count(b"\n") == 1)
+        if is_unused:
+            metrics.unlink(missing_ok=True)
+        return is_unused
 
     def _check_writable(self) -> bool:
         """True if the directory exists and is not empty."""
@@ -136,7 +148,7 @@ class RunFolder:
 
     def log_step(self, step: Any) -> None:
         """Append a `Step` of the training loop to metrics.jsonl, and send it to the trackers."""
-        values = asdict(step)
+        values = {name: value for name, value in asdict(step).items() if value is not None}
         self._log(values.pop("number"), values, "train/")
 
     def log_evaluation(self, step: int, metrics: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.consistency import Start, weights_digest
 from training.engine.flops import measured_peak
+from training.engine.launch import start_trackers
 from training.engine.loop import GracefulShutdown, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
@@ -131,7 +132,9 @@ class _Run(Generic[Metrics]):
             self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
         run_folder.open(last_kept if arguments.resume else None)
-        self.accelerator.init_trackers("scratchgpt", {name: str(value) for name, value in asdict(arguments).items()})
+        start_trackers(self.accelerator, arguments.resume)
+        for tracker in self.accelerator.trackers:
+            tracker.store_init_configuration({name: str(value) for name, value in asdict(arguments).items()})
         if not found:
             run_folder.log_evaluation(0, before[0])
         return before
@@ -161,7 +164,7 @@ class _Run(Generic[Metrics]):
                     self.run_folder.log_evaluation(step.number, metrics)
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
                 if self.evaluated:
-                    bar.print(f"Step {step.number:,}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
+                    bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0:
                     self._save()
                 if is_last:

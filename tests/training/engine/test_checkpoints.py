@@ -14,7 +14,7 @@ from training.engine import checkpoints
 from training.engine.arguments import EngineArguments
 from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.loop import GracefulShutdown
-from training.engine.optimizers import build_optimizers, set_learning_rates
+from training.engine.optimizers import build_optimizers, lr_factor, set_learning_rates
 from training.errors import UserError
 
 
@@ -33,7 +33,7 @@ class Run:
             self.done += 1
             ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(self.done))
             self.model(ids, labels=ids).loss.backward()
-            set_learning_rates(self.optimizers, self.done - 1, self.arguments)
+            set_learning_rates(self.optimizers, lr_factor(self.done - 1, self.arguments))
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

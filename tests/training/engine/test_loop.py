@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import psutil
@@ -10,10 +11,12 @@ from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine import loop, machine
 from training.engine.arguments import EngineArguments, check_engine
-from training.engine.loop import start_accelerator, training_steps
+from training.engine.launch import start_accelerator
+from training.engine.loop import training_steps
 from training.engine.machine import available_cores, available_memory
 from training.engine.metrics import LMMetrics, evaluate
 from training.engine.optimizers import build_optimizers
+from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
 
@@ -63,9 +66,20 @@ def test_the_fields_of_a_step(tiny_model):
     assert step.number == 1
     assert step.loss == pytest.approx(expected, rel=1e-5)
     assert step.tokens == (batch["shift_labels"] != IGNORE_INDEX).sum()
-    assert step.learning_rate == 0.005  # the first of two warmup steps
+    assert (step.learning_rate, step.muon_learning_rate) == (0.005, None)  # the first of two warmup steps
     assert step.grad_norm > 0
     assert step.seconds > 0
+
+
+def test_the_learning_rates_of_both_optimizers(tiny_model, tmp_path):
+    (step,) = train(tiny_model, batches(1), optimizer="muon", muon_learning_rate=0.04)
+    assert (step.learning_rate, step.muon_learning_rate) == (0.005, 0.02)
+    tiny_model.requires_grad_(False).model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    run_folder = RunFolder(tmp_path, Accelerator())
+    run_folder.open()
+    run_folder.log_step(*train(tiny_model, batches(1), optimizer="muon", muon_learning_rate=0.04))
+    names = {"step", "loss", "grad_norm", "tokens", "seconds", "muon_learning_rate"}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()).keys() == names
 
 
 def test_the_gradient_is_clipped(tiny_model):
@@ -137,6 +151,7 @@ def test_threads(monkeypatch, variables, threads):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loop, "stop_with_launcher", lambda: None)  # this process has no launcher
     monkeypatch.setattr(loop, "available_cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     start_accelerator()

@@ -31,13 +31,31 @@ def test_a_directory_in_use_is_refused_with_the_remedy(tmp_path, file, message):
     assert (tmp_path / file).read_text() == "kept"
 
 
-def test_a_run_is_started_in_a_new_or_empty_directory_and_resumed_unless_it_has_finished(tmp_path):
+@pytest.mark.parametrize("content", ["", '{"step": 0, "eval_loss": 5.7}\n'])
+def test_the_directory_of_a_run_without_a_step_is_used_again(tmp_path, content):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(content)
+    folder(tmp_path).check(resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+    folder(tmp_path).check(resume=False)
+    folder(tmp_path).check(resume=False)
+    folder(tmp_path).open()
+    for step in '{"step": 1, "loss": 5.7}\n', "":
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 5.7}\n' + step)
+        with pytest.raises(UserError, match="unfinished run"):
+            folder(tmp_path).check(resume=False)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_a_run_is_started_in_a_new_or_empty_directory_and_resumed_in_its_own(tmp_path):
     folder(tmp_path).check(resume=False)
     folder(tmp_path / "new" / "deep").check(resume=False)
     folder(tmp_path / "new").check(resume=True)
     (tmp_path / "metrics.jsonl").write_text("")
     folder(tmp_path).check(resume=True)
-    (tmp_path / "config.json").write_text("")
+    (tmp_path / "config.json").write_text("")  # finished, but perhaps longer training is asked for
+    folder(tmp_path).check(resume=True)
+    (tmp_path / "metrics.jsonl").unlink()  # not a run: a model that was downloaded
     with pytest.raises(UserError, match="a finished model"):
         folder(tmp_path).check(resume=True)
 

@@ -206,7 +206,7 @@ def test_what_is_printed(tmp_path, capsys):
     losses = {row["step"]: row["eval_loss"] for row in run_folder.history if "eval_loss" in row}
     before, at_3, at_6, at_9 = (
         out.index(f"{start}: loss {losses[step]:.3f}")
-        for start, step in (("Before training", 0), ("Step 3", 3), ("Step 6", 6), ("Step 9", 9))
+        for start, step in (("Before training", 0), ("\nstep 3", 3), ("\nstep 6", 6), ("\nstep 9", 9))
     )
     parts = out[before:at_3], out[at_3:at_6], out[at_6:at_9], out[at_9:]
     assert [part.count("second example") for part in parts] == [1, 0, 0, 1]

@@ -12,7 +12,7 @@ from tests.conftest import TINY, on_two_processes
 from training.data.datasets import PaddedExamples, padded_dataloader, sort_by_length
 from training.data.examples import MULTI, REGRESSION, SINGLE, Example
 from training.data.tokens import tokenize_texts
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator
 from training.results.classification_report import draw_predictions, mistakes_table
 from training.results.scores import Predictions, calibration_error, predict
 

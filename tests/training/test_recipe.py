@@ -1,0 +1,122 @@
+"""The program around a run: trackers, memory, notebooks, and the positions of a base model."""
+
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import accelerate.tracking
+import pytest
+import torch
+from accelerate.utils import LoggerType
+
+from modeling_scratchgpt import ScratchGPTTokenizer
+from tests.training.conftest import SMALL, TUNING, interrupted_after, rows
+from training import pretrain
+from training.engine import loop
+from training.errors import UserError, explain_out_of_memory
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> SimpleNamespace:
+    """A stand-in for the library, which keeps what is sent to it."""
+    module = SimpleNamespace(runs=[], logged=[], config={})
+
+    def init(**options: object) -> SimpleNamespace:
+        module.runs.append(options)
+        return SimpleNamespace(log=lambda values, step: module.logged.append(step), finish=lambda: None)
+
+    module.init = init
+    module.config = SimpleNamespace(update=lambda values, allow_val_change: module.logged.append(values))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    return module
+
+
+def test_a_tracker_without_a_login_is_an_error_before_any_data_is_read(wandb, book, tmp_path, monkeypatch):
+    def init(**options: object) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb.login(key=...)")
+
+    wandb.init = init
+    monkeypatch.setattr(pretrain, "read_corpora", None)
+    message = r"--report_to wandb cannot be started \(api_key not configured \(no-tty\). Call .*\): log in to it, or pass "
+    with pytest.raises(UserError, match=message + "--report_to none"):
+        pretrain.main(["--dataset", book, *SMALL, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_continues_the_run_of_its_tracker(wandb, book, tmp_path):
+    words = ["--dataset", book, *SMALL, "--report_to", "wandb", "--output_dir"]
+    with interrupted_after(3):
+        pretrain.main([*words, str(tmp_path / "out")])
+    assert wandb.logged[1:] == [0, 1, 2, 3]
+    assert wandb.logged[0]["vocab_size"] == "300"
+    pretrain.main([*words, str(tmp_path / "out"), "--resume"])
+    assert [step for step in wandb.logged if isinstance(step, int)] == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+    first, second = wandb.runs
+    assert first == second
+    assert first["project"] == "scratchgpt"
+    assert first["resume"] == "allow"
+    assert len(first["id"]) == 8
+
+
+def test_a_run_that_is_out_of_memory_says_what_to_lower_and_starts_again(book, tmp_path, monkeypatch):
+    """An error of the real allocator, in the first step."""
+    words = ["--dataset", book, *SMALL, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "count_items", lambda batch: torch.empty(10**17))
+        message = r"out of memory \(.*\): lower --batch_size, and raise --gradient_accumulation_steps as much, lower"
+        with pytest.raises(UserError, match=message):
+            pretrain.main(words)
+    assert [row["step"] for row in rows(tmp_path)] == [0]
+    pretrain.main(words)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 1]
+    with pytest.raises(UserError, match="CUDA out of memory"), explain_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="^shapes differ$"), explain_out_of_memory():
+        raise RuntimeError("shapes differ")
+
+
+def test_the_training_of_a_tokenizer_ends_with_ctrl_c(book, tmp_path, monkeypatch):
+    """At once: code in Rust would end first if Python handled the signal."""
+    train, handlers = ScratchGPTTokenizer.train, []
+
+    def record(*arguments, **options):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(ScratchGPTTokenizer, "train", record)
+    before = signal.getsignal(signal.SIGINT)
+    words = ["--vocab_size", "291", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    pretrain.main(["--dataset", book, *SMALL, *words])
+    assert handlers == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_notebook_launches_two_processes(book, tmp_path):
+    words = ["--dataset", book, *SMALL, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""from accelerate import notebook_launcher
+from training import pretrain
+if __name__ == "__main__":
+    notebook_launcher(pretrain.main, args=({words},), num_processes=2, use_port="{port}")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert "processes: 2, threads per process: " in run.stdout
+    assert [row["step"] for row in rows(tmp_path / "out")] == [0, 1, 2, 2]
+
+
+def test_a_base_model_with_fewer_positions_than_the_file(run, book, tmp_path, capsys):
+    """It has 32; the file of the recipe says 256. What is typed must fit."""
+    options = [word for word in TUNING[pretrain] if word not in ("--context_length", "32")]
+    words = ["--dataset", book, *options, "--base_model", str(run), "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--context_length 33 is longer than the 32 positions of .*: lower it"):
+        pretrain.main([*words, "--context_length=33"])
+    pretrain.main(words)
+    assert f"--context_length: the 32 positions of {run}, instead of 256\n" in capsys.readouterr().out
+    assert rows(tmp_path / "out")[1]["tokens"] == 4 * 32

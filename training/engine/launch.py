@@ -1,0 +1,102 @@
+"""Starting Accelerate and its trackers, and ending with the launcher."""
+
+import ctypes
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+
+from training.engine.machine import available_cores
+from training.engine.run_folder import LOGS
+from training.errors import UserError, explain_errors
+
+RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
+
+
+def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -> Accelerator:
+    """Accelerate, with each batch split over the processes, so that their number changes the speed and not the result.
+
+    Args:
+        report_to: the tracker that receives the metrics; `auto` is tensorboard if it is installed.
+        output_dir: trackers that write files do so in its directory `logs`.
+
+    Raises:
+        UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to == "auto":
+        report_to = "tensorboard" if "tensorboard" in installed else "none"
+    if report_to not in ("none", *installed):
+        available = f"installed: {', '.join(installed)}" if installed else "none is installed"
+        raise UserError(
+            f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
+    accelerator = Accelerator(
+        cpu=started > 1 and not is_configured and not torch.accelerator.is_available(),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=None if report_to == "none" else report_to,
+        project_dir=output_dir / LOGS if output_dir else None,
+    )
+    if started > accelerator.num_processes:
+        # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
+        raise UserError(
+            f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
+            f"`torchrun --nproc_per_node {started}`."
+        )
+    is_launched = is_configured or "LOCAL_WORLD_SIZE" in os.environ
+    if is_launched:
+        stop_with_launcher()
+    # The launchers set one thread per process unless the user chose a number; divide all cores instead.
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, resume: bool, before_data: bool = False) -> None:
+    """Start the trackers that have not been started; with `resume`, continue the run of the tracker where it is able to.
+
+    Args:
+        before_data: only those that need a login; the others create the output directory, where nothing is written so early.
+
+    Raises:
+        UserError: a tracker cannot be started.
+    """
+    if accelerator.trackers or not accelerator.log_with:
+        return
+    name, run_id = str(accelerator.log_with[0]), uuid.uuid4().hex[:8]
+    if before_data and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+        return
+    file = Path(accelerator.logging_dir, f"{name}_run")
+    if resume and file.exists():
+        run_id = file.read_text()
+    is_named = name in RESUMABLE_TRACKERS and "WANDB_RUN_ID" not in os.environ  # which names the run of a sweep
+    options = {RESUMABLE_TRACKERS[name]: run_id, "resume": "allow"} if is_named else {}
+    with explain_errors(f"--report_to {name} cannot be started", remedy=": log in to it, or pass --report_to none"):
+        accelerator.init_trackers("scratchgpt", init_kwargs={name: options})
+    if is_named and accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run_id)
+
+
+def stop_with_launcher() -> None:
+    """Get SIGTERM when the launcher ends (Linux only): `accelerate launch` of one process passes no signal on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+            print(
+                "Process 1 of a container ignores SIGTERM, and here it is `accelerate launch`: to save a checkpoint when the "
+                "container is stopped, start the program with `python`.",
+                file=sys.stderr,
+            )
