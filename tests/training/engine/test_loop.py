@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
-from training.engine import loop, machine
+from training.engine import launch, machine
 from training.engine.arguments import EngineArguments, check_engine
 from training.engine.launch import start_accelerator
 from training.engine.loop import training_steps
@@ -152,7 +152,7 @@ def test_threads(monkeypatch, variables, threads):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(loop, "stop_with_launcher", lambda: None)  # this process has no launcher
-    monkeypatch.setattr(loop, "available_cores", lambda: 8)
+    monkeypatch.setattr(launch, "available_cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     start_accelerator()
     assert (chosen or [3]) == [threads]
