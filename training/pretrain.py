@@ -23,7 +23,7 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.cli import config_fields, model_config, model_option, option, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, train_dataloader
+from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, evaluation_rows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents, train_tokenizer
@@ -128,7 +128,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         self.held_out = {name: tokenize_documents(held_out[name], self.tokenizer, f"the {name} text") for name in held_out}
 
     def _make_windows(self) -> None:
-        """Training windows of each source, and dataloaders of the held-out windows."""
+        """Training windows of each source, and rows and dataloaders of the held-out text, which is scored as it is trained."""
         arguments, accelerator, length = self.arguments, self.accelerator, self.arguments.context_length
         pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
@@ -138,10 +138,10 @@ class PretrainRecipe(Recipe[LMMetrics]):
             else Windows(examples, length, pad_token_id, "training", stride)
             for examples in self.train_examples
         ]
-        self.dataloaders = {}
+        self.rows, self.dataloaders = {}, {}
         for split, examples in self.held_out.items():
-            windows = Windows(examples, length, pad_token_id, split)
-            dataloader = evaluation_dataloader(windows, arguments.batch_size, accelerator.num_processes)
+            self.rows[split] = evaluation_rows(examples, arguments.windows, length, pad_token_id)
+            dataloader = evaluation_dataloader(self.rows[split], arguments.batch_size, accelerator.num_processes)
             self.dataloaders[split] = accelerator.prepare(dataloader)
 
     def _report_data(self) -> None:
@@ -189,7 +189,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         return train_dataloader(self.sources, sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:
-        return evaluate(self.accelerator, model, self.dataloaders[split], self.held_out[split].num_bytes)
+        return evaluate(self.accelerator, model, self.dataloaders[split], self.rows[split].num_bytes)
 
     def preview(self, model: Any) -> list[str]:
         return sample(model, self.prompts, SAMPLE_TOKENS, self.tokenizer)
@@ -211,7 +211,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             "training data; it knows nothing else, and its statements are not reliable.",
             usage=USAGE.format(prompt=repr(prompt), max_new_tokens=min(64, arguments.context_length // 2)),
             adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
-            results=f"On held-out text:\n\n{cards.losses_table(metrics)}",
+            results=f"On held-out text, {self.rows['validation'].scores}:\n\n{cards.losses_table(metrics)}",
             examples="## Samples\n\nPrompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.\n\n"
             f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",

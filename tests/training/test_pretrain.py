@@ -1,5 +1,6 @@
 """Pretraining on a small book: the files, the printed lines, the numbers."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
@@ -15,9 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import Processes
-from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module
+from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module, write_rows
 from training import evaluate, pretrain
 from training.data import docstrings
+from training.data.corpora import split_documents
 from training.errors import UserError
 
 
@@ -85,6 +88,7 @@ def test_the_card_shows_the_metrics(run):
     for name, row in (("before", first), ("after", last)):
         numbers = f"{row['eval_loss']:.3f} | {row['eval_perplexity']:,.1f} | {row['eval_bits_per_byte']:.3f}"
         assert f"| {name} training | {numbers} |" in card
+    assert "On held-out text, windows across documents:" in card
 
 
 def test_the_samples_can_be_reproduced_from_the_model_directory(run):
@@ -137,6 +141,38 @@ def test_the_loss_in_the_metrics_is_that_of_the_model(run, book):
     last = rows(run)[-1]
     assert last["eval_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)
     assert last["eval_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held_out.encode()), rel=1e-4)
+
+
+def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
+    """Computed again from the saved files alone, one document at a time; the longest do not fit into a row."""
+    names = ["".join(letters).title() for letters in itertools.islice(itertools.permutations("aeinrtl"), 0, None, 25)][:200]
+    texts = [*names, *(" ".join(names[start : start + 20]) for start in range(0, 200, 20))]
+    path, folder = write_rows(tmp_path / "names.jsonl", [{"text": text} for text in texts]), tmp_path / "packed"
+    fractions = ["--validation_fraction", "0.3", "--test_fraction", "0.2"]
+    pretrain.main(["--dataset", path, "--output_dir", str(folder), *SMALL, "--windows", "packed", *fractions])
+    tokenizer = ScratchGPTTokenizer.from_pretrained(folder)
+    model = ScratchGPTForCausalLM.from_pretrained(folder).eval()
+    losses, longest = {}, 0
+    for split, part in split_documents(Dataset.from_dict({"text": texts}), 0.3, 0.2, seed=0).items():
+        nats, count = 0.0, 0
+        for text in part["text"]:
+            ids = [tokenizer.bos_token_id, *tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            longest, count = max(longest, len(ids)), count + len(ids) - 1
+            for piece in (torch.tensor([ids[start : start + 33]]) for start in range(0, len(ids) - 1, 32)):
+                nats += model(piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+        losses[split] = nats / count
+    assert longest > 66
+    assert evaluations(folder)[-1]["eval_loss"] == pytest.approx(losses["validation"], rel=1e-4)
+    card = (folder / "README.md").read_text()
+    assert "On held-out text, each document by itself:" in card
+    assert f"| after training, on the test text | {losses['test']:.3f} |" in card
+    capsys.readouterr()
+    words = [str(folder), "--dataset", path, "--split", "test", *fractions]
+    evaluate.main(words)
+    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself\)\n", capsys.readouterr().out)
+    evaluate.main([*words, "--windows", "ordered"])
+    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents\)\n", capsys.readouterr().out)[1]
+    assert float(ordered) > losses["test"] + 0.01
 
 
 def test_a_second_run_does_not_change_the_first(run, book):
@@ -216,7 +252,7 @@ def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys
     assert f"{share} of them unknown" in card
     assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
     evaluate.main([str(folder), "--dataset", book])
-    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens\)\n", capsys.readouterr().out)
+    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents\)\n", capsys.readouterr().out)
 
 
 def test_probabilities_of_sources():

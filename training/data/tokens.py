@@ -85,7 +85,8 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenizedExamples(ids, offsets, None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes, path.stem)
+    kept = None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes
+    return TokenizedExamples(ids, offsets, kept, path.stem, num_marks=len(set(marks)))
 
 
 def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Sequence[str]) -> bool:
