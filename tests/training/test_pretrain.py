@@ -52,8 +52,6 @@ def test_metrics_and_printed_lines(finished):
         "Training documents: 1 (",
         f"Trained for 12 steps, {tokens:,} tokens, {sum(row['seconds'] for row in steps):.1f} seconds (excluding evaluation)",
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)",
-        "12/12",
-        "tokens/s",
     ):
         assert phrase in printed, phrase
 
