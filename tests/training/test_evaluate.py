@@ -195,8 +195,9 @@ def test_the_splits_together_are_the_text(run, book, report):
 
 
 @pytest.mark.parametrize("tiny_config", ["modern"], indirect=True)
-def test_two_processes_report_the_same(folder, text, report, tmp_path):
-    words = ["--dataset", str(text), "--context_length", "16", "--batch_size", "2"]
+def test_two_processes_report_the_same(folder, report, tmp_path):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    words = ["--dataset", texts, "--windows", "packed", "--context_length", "16", "--batch_size", "2"]
     one = report(folder, *words)
     printed = on_two_processes(run_program, tmp_path, ["evaluate", str(folder), *words, "--json"], ACCELERATE_USE_CPU="true")
     (two,) = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]

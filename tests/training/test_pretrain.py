@@ -241,6 +241,25 @@ def test_other_options(windows, book, tmp_path, capsys):
     assert row in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("size", [400, 5_000, 20_000])
+def test_the_first_command_on_a_tiny_text(size, tmp_path, capsys):
+    """It works, or names the one option with which it does."""
+    words, text = np.random.default_rng(0).choice(Path(pretrain.__file__).read_text().split(), 9999), tmp_path / "story.txt"
+    text.write_text(" ".join(words)[:size])
+    command = ["--dataset", str(text), "--output_dir", str(tmp_path / "out"), "--report_to", "none", "--max_steps", "2"]
+    command += ["--model", "hidden_size=32", "num_hidden_layers=1"]
+    try:
+        pretrain.main(command)
+    except UserError as error:
+        (remedy,) = re.findall(r"--context_length \d+$", str(error).rstrip("."))
+        pretrain.main([*command, *remedy.split()])
+    printed = capsys.readouterr().out
+    steps, epochs, windows = re.search(r"^(\d+) steps are (\S+) epochs of (\S+) windows$", printed, re.M).groups()
+    assert (steps, epochs) == ("2", f"{2 * 8 / int(windows):.1f}")
+    (held_out,) = re.findall(r"held out: 1 \((\d+) tokens\)", printed)
+    assert f"Only {int(held_out) - 1} tokens are held out: a larger --validation_fraction" in printed
+
+
 def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys):
     folder = tmp_path / "words"
     pretrain.main(["--dataset", book, *SMALL, "--max_steps", "1", "--tokenizer", "word", "--output_dir", str(folder)])

@@ -80,8 +80,7 @@ class Windows(Dataset[Row]):
         if len(examples.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(examples.ids)} tokens, fewer than one window of --context_length {context_length} "
-                "and the token after it: pass more text, a shorter --context_length, or a larger fraction of the text "
-                "(--validation_fraction, --test_fraction)."
+                "and the token after it: pass more text or a shorter --context_length."
             )
         self.examples, self.context_length, self.pad_token_id = examples, context_length, pad_token_id
         self.stride, self.once = stride or context_length, once
