@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -270,6 +271,21 @@ def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys
     assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
     evaluate.main([str(folder), "--dataset", book])
     assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents\)\n", capsys.readouterr().out)
+
+
+def test_the_split_depends_on_its_own_seed_alone(run, tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"Night {number} was dark, and {number} too."} for number in range(60)]
+    )
+
+    def held_out(**options):
+        sizes = {"vocab_size": 300, "context_length": 32, "validation_fraction": 0.2}
+        arguments = pretrain.PretrainArguments(dataset=[path], **sizes, **options)
+        return pretrain.PretrainRecipe(arguments, Accelerator()).texts["validation"]["text"][:]
+
+    first = held_out()
+    assert first == held_out(seed=1) == held_out(base_model=str(run)) == held_out(windows="packed", batch_size=4)
+    assert first != held_out(split_seed=1)
 
 
 def test_probabilities_of_sources():

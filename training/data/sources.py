@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict, config, load_dataset, load_dataset_builder, load_from_disk
+from datasets.data_files import SPLIT_PATTERN_SHARDED
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HTTPError
 
@@ -42,7 +43,8 @@ def find_splits(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> dict[st
     """The local files of a source by split, at least `train`, with these extensions in directories.
 
     A directory, or `directory:configuration`, that is a clone of a dataset on the Hub has the splits of `load_dataset`: if its
-    README.md says so, or if the names of all its files tell their splits. All files of another one are for training.
+    README.md describes them, or `push_to_hub` has named its files, or the names of all its files tell their splits. All files
+    of another directory are for training.
 
     Raises:
         UserError: there is no such file, or no split `train`.
@@ -56,7 +58,8 @@ def find_splits(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> dict[st
         metadata = metadata_load(card) if card.is_file() else None
     except (ValueError, yaml.YAMLError):
         metadata = None
-    is_declared = configuration is not None or bool({"configs", "dataset_info"} & {*(metadata or ())})
+    is_pushed = any(directory.glob(SPLIT_PATTERN_SHARDED.format(split="train")))
+    is_declared = configuration is not None or is_pushed or bool({"configs", "dataset_info"} & {*(metadata or ())})
     others = [path for path in files if path != card]
     if is_declared or any("train" in str(path.relative_to(directory)) for path in files):
         try:

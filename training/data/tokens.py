@@ -95,10 +95,11 @@ def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Seque
     Bits per byte would then leave out what is lost, and could not be compared with those of other tokenizers.
     """
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if any((ids == token).any() for token in unknown):
+    parts = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH) if unknown)
+    if any(np.isin(part, list(unknown)).any() for part in parts):
         return True
     beginnings = [text[:500] for text in texts]
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in beginnings]
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in beginnings]
     decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
     return [text.strip() for text in decoded] != [text.strip() for text in beginnings]
 

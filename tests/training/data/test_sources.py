@@ -53,6 +53,7 @@ SHARDS = [f"data/{split}-{number:05}-of-00002.parquet" for split in ("test", "tr
     ("card", "names", "configuration"),
     [
         ("The card.", SHARDS, None),
+        ("The card.", [*SHARDS, "CONTRIBUTING.md"], None),
         ("---\nlicense: mit\n---\nThe card.", SHARDS, None),
         ("---\nlicense: mit\n---\nThe card.", ["rows.jsonl"], None),
         ("The card.", ["train.csv", "validation.csv", "test.csv"], None),
