@@ -51,7 +51,7 @@ def find_splits(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> dict[st
     """
     name, configuration = (source, None) if os.path.exists(os.path.expanduser(source)) else parse_hub_id(source)
     directory = Path(os.path.expanduser(name))
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False for an invalid name, too
         return {"train": find_files(source, endings)}
     files, card = find_files(name, endings), directory / "README.md"
     try:
@@ -96,7 +96,7 @@ def is_dataset(source: str) -> bool:
 def is_saved(source: str) -> bool:
     """True for a directory of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     names = config.DATASET_STATE_JSON_FILENAME, config.DATASETDICT_JSON_FILENAME
-    return any(Path(os.path.expanduser(source), name).is_file() for name in names)
+    return any(os.path.isfile(Path(os.path.expanduser(source), name)) for name in names)
 
 
 def is_dataset_id(source: str) -> bool:

@@ -286,6 +286,7 @@ def test_only_the_beginning_of_a_file_is_checked(tmp_path):
     [
         ("missing.txt", r"missing\.txt: no such file or directory"),
         ("missing.jsonl", r"missing\.jsonl: no such file or directory"),
+        ("./" + "long" * 99, "File name too long"),
         ("./missing", "missing: no such file or directory"),
         ("a/b/c", "a/b/c: no such file or directory"),
         ("missing/*.txt", r"missing/\*\.txt: no file matches this pattern"),
