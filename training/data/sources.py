@@ -4,7 +4,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,9 @@ def find_splits(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> dict[st
     is_declared = configuration is not None or is_pushed or bool({"configs", "dataset_info"} & {*(metadata or ())})
     others = [path for path in files if path != card]
     if is_declared or any("train" in str(path.relative_to(directory)) for path in files):
-        try:
-            with hub_errors(source):
-                splits = _named_splits(directory, configuration, endings)
-        except UserError:
-            if is_declared:
-                raise
-            splits = {}
+        splits: dict[str, list[Path]] = {}
+        with nullcontext() if is_declared else suppress(UserError), hub_errors(source):
+            splits = _named_splits(directory, configuration, endings)
         if is_declared or ("train" in splits and {*others} == {path for paths in splits.values() for path in paths}):
             return _with_train(splits, source)
     return {"train": others if metadata and others else files}  # a card is no data
