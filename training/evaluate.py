@@ -8,15 +8,19 @@ MODEL is the directory or the Hub id of any causal language model that transform
 
 Notable:
 - Every token but the first is scored exactly once; the loss is the mean over all of them, not over batches or documents.
-- Documents follow one another, as in training: `<bos> document <eos> <bos> document <eos> ...`
+- With `--windows ordered`, windows run across documents: `<bos> document <eos> <bos> document <eos> ...` With `packed`, each
+  document is scored by itself, from its first token on, in pieces of the context length if it is longer. A model directory of
+  training/pretrain.py is scored as it was trained.
 - With --stride, windows overlap, and each scores only its new tokens, which have more context: slower, and closer to what the
   model can do. `--stride 1` gives every token the longest possible context.
 """
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -24,12 +28,13 @@ from transformers import PreTrainedModel
 
 from training.cli import option, parse_arguments, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import Windows, evaluation_dataloader
+from training.data.datasets import evaluation_dataloader, evaluation_rows
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
 from training.engine.launch import start_accelerator
-from training.engine.metrics import evaluate
+from training.engine.metrics import evaluate, keeps_documents_apart
 from training.engine.pretrained import load_model_and_tokenizer
+from training.engine.run_folder import CARD
 from training.errors import UserError
 
 
@@ -39,7 +44,12 @@ class EvaluateArguments(CorpusArguments):
     model: str = option("", "directory or Hub id of a causal language model; also the first word of the command line")
     split: str = option("all", "part of the corpus, split as training/pretrain.py does", choices=["all", *SPLITS])
     context_length: int = option(0, "tokens per window; 0: the model's maximum", minimum=0)
-    stride: int = option(0, "stride of the windows; 0: --context_length, no overlap", minimum=0)
+    windows: str = option(
+        "auto",
+        "ordered: windows across documents; packed: each document by itself; auto: as the model of this directory was trained",
+        choices=["auto", "ordered", "packed"],
+    )
+    stride: int = option(0, "stride of ordered windows; 0: --context_length, no overlap", minimum=0)
     batch_size: int = option(4, "windows per batch and process", minimum=1)
     trust_remote_code: bool = option(False, "run code that comes with the model")
     json: bool = option(False, "print one JSON object instead of a line")
@@ -51,6 +61,25 @@ def read_documents(arguments: EvaluateArguments) -> Dataset:
     if arguments.split == "all":
         return concatenate_datasets([corpus.documents for corpus in corpora])
     return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora)])
+
+
+def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
+    """`--windows`, or those of the run whose card is in the model's directory; ordered if there is no such card.
+
+    Raises:
+        UserError: packed with a stride, or with a model that cannot score documents by themselves.
+    """
+    windows, card = arguments.windows, Path(name, CARD)
+    if windows == "auto":
+        settings = card.read_text("utf-8", "replace").rpartition("<summary>All settings")[2] if card.is_file() else ""
+        windows = "packed" if re.search("^windows: packed$", settings, re.MULTILINE) else "ordered"
+    if windows == "packed" and arguments.stride:
+        raise UserError(
+            f"--stride {arguments.stride} is for --windows ordered, and this model is scored with packed: pass one."
+        )
+    if windows == "packed" and not keeps_documents_apart(model):
+        raise UserError(f"{name} does not keep documents in a row apart: pass --windows ordered.")
+    return windows
 
 
 def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
@@ -80,22 +109,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.local_main_process_first():
         model, tokenizer = load_model_and_tokenizer(name, arguments.trust_remote_code, accelerator.device)
         context_length, stride = window_sizes(arguments, model)
+        windows = choose_windows(arguments, name, model)
         tokens = tokenize_documents(read_documents(arguments), tokenizer, "the text")
-    if len(tokens.ids) < 2:
-        raise UserError("the text is empty: there is nothing to predict.")
+    rows = evaluation_rows(tokens, windows, context_length, 0, stride)
     embedding: Any = model.get_input_embeddings()
     if (largest := tokens.ids.max()) >= (size := embedding.weight.shape[0]):
         raise UserError(f"{name}: its tokenizer has an id {largest}, but the model has {size} embeddings: they do not match.")
-    context_length = min(context_length, len(tokens.ids) - 1)
-    windows = Windows(tokens, context_length, 0, "given", min(stride, context_length), once=True)
-    dataloader = evaluation_dataloader(windows, arguments.batch_size * accelerator.num_processes, accelerator.num_processes)
+    dataloader = evaluation_dataloader(rows, arguments.batch_size * accelerator.num_processes, accelerator.num_processes)
     prepared_model = accelerator.prepare_model(model, evaluation_mode=True)  # for mixed precision
-    metrics = evaluate(accelerator, prepared_model, accelerator.prepare(dataloader), tokens.num_bytes)
-    counts = {"tokens": len(tokens.ids) - 1, "bytes": tokens.num_bytes}
+    metrics = evaluate(accelerator, prepared_model, accelerator.prepare(dataloader), rows.num_bytes)
     settings = {key: getattr(arguments, key) for key in ("model", "dataset", "split")}
-    report = {**settings, "context_length": context_length, "stride": windows.stride, **asdict(metrics), **counts}
-    size = "" if tokens.num_bytes is None else f", {tokens.num_bytes:,} bytes"
-    line = f"{metrics} ({counts['tokens']:,} tokens{size})"
+    sizes = {"windows": windows, "context_length": rows.context_length, "stride": getattr(rows, "stride", None)}
+    report = {**settings, **sizes, **asdict(metrics), "tokens": rows.num_labels, "bytes": rows.num_bytes}
+    size = "" if rows.num_bytes is None else f", {rows.num_bytes:,} bytes"
+    line = f"{metrics} ({rows.num_labels:,} tokens{size}; {rows.scores})"
     accelerator.print(json.dumps(report) if arguments.json else line)
     accelerator.end_training()
 

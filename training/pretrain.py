@@ -9,6 +9,7 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,14 @@ from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.cli import config_fields, model_config, model_option, option, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, train_dataloader
+from training.data.datasets import (
+    PackedExamples,
+    TokenizedExamples,
+    Windows,
+    evaluation_dataloader,
+    evaluation_rows,
+    train_dataloader,
+)
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents, train_tokenizer
@@ -40,6 +48,7 @@ from training.results import cards
 from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
+FEW_TOKENS = 256  # held out: their loss is not reliable
 MIN_PROBABILITY = 1e-6  # of a source
 
 USAGE = f"""from transformers import pipeline
@@ -88,6 +97,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self._read_and_tokenize(tokenizer)
         self._make_windows()
+        self.probabilities = mixture(arguments, [len(examples.ids) for examples in self.train_examples])
         self._report_data()
         if not arguments.base_model:
             self.config.vocab_size = len(self.tokenizer)
@@ -132,8 +142,14 @@ class PretrainRecipe(Recipe[LMMetrics]):
         self.held_out = {name: tokenize_documents(held_out[name], self.tokenizer, f"the {name} text") for name in held_out}
 
     def _make_windows(self) -> None:
-        """Training windows of each source, and dataloaders of the held-out windows."""
+        """Training windows of each source, and rows and dataloaders of the held-out text, which is scored as it is trained."""
         arguments, accelerator, length = self.arguments, self.accelerator, self.arguments.context_length
+        shortest = min(len(examples.ids) for examples in self.train_examples)
+        if shortest <= length and arguments.windows != "packed":
+            raise UserError(
+                f"the training text has {shortest} tokens, fewer than one window of --context_length {length} and the token "
+                f"after it: {more_windows(self.train_examples, arguments.batch_size)}."
+            )
         pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
         self.sources: list[Windows | PackedExamples] = [
@@ -142,20 +158,20 @@ class PretrainRecipe(Recipe[LMMetrics]):
             else Windows(examples, length, pad_token_id, "training", stride)
             for examples in self.train_examples
         ]
-        self.dataloaders = {}
+        if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
+            raise UserError(
+                f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: "
+                f"{more_windows(self.train_examples, arguments.batch_size)}."
+            )
+        self.rows, self.dataloaders = {}, {}
         for split, examples in self.held_out.items():
-            windows = Windows(examples, length, pad_token_id, split)
-            dataloader = evaluation_dataloader(windows, arguments.batch_size, accelerator.num_processes)
+            self.rows[split] = evaluation_rows(examples, arguments.windows, length, pad_token_id)
+            dataloader = evaluation_dataloader(self.rows[split], arguments.batch_size, accelerator.num_processes)
             self.dataloaders[split] = accelerator.prepare(dataloader)
 
     def _report_data(self) -> None:
-        """Print the sizes of the data; refuse a batch that is larger than all of it."""
+        """Print the sizes of the data, and how often the run reads it."""
         arguments, print_ = self.arguments, self.accelerator.print
-        if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
-            raise UserError(
-                f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: lower it, "
-                "use more text, or a shorter --context_length."
-            )
         self.num_tokens = sum(len(examples.ids) for examples in self.train_examples)
         validation = self.texts["validation"]
         print_(
@@ -168,6 +184,14 @@ class PretrainRecipe(Recipe[LMMetrics]):
         if self.held_out["validation"].num_bytes is None:
             self.tokenizer_facts += "; it loses some of the text, so bits per byte are not reported"
         print_(f"Tokenizer: {self.tokenizer_facts}")
+        if (held_out := self.rows["validation"].num_labels) < FEW_TOKENS:
+            print_(
+                f"Only {held_out:,} tokens are held out: a larger --validation_fraction makes the held-out loss more reliable"
+            )
+        num_windows = sum(map(len, self.sources))
+        if arguments.windows != "random" and not self.probabilities:
+            epochs = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.batch_size / num_windows
+            print_(f"{arguments.max_steps:,} steps are {epochs:,.1f} epochs of {num_windows:,} windows")
         for source in self.sources:
             if isinstance(source, PackedExamples):
                 print_(f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the positions hold a token")
@@ -186,14 +210,13 @@ class PretrainRecipe(Recipe[LMMetrics]):
     def train_dataloader(self) -> DataLoader:
         arguments = self.arguments
         num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        probabilities = mixture(arguments, [len(examples.ids) for examples in self.train_examples])
+        options = {"probabilities": self.probabilities, "with_replacement": arguments.windows == "random"}
         sizes = [len(source) for source in self.sources]
-        with_replacement = arguments.windows == "random"
-        sampler = MixtureBatchSampler(sizes, arguments.batch_size, num_batches, arguments.seed, probabilities, with_replacement)
+        sampler = MixtureBatchSampler(sizes, arguments.batch_size, num_batches, arguments.seed, **options)
         return train_dataloader(self.sources, sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:
-        return evaluate(self.accelerator, model, self.dataloaders[split], self.held_out[split].num_bytes)
+        return evaluate(self.accelerator, model, self.dataloaders[split], self.rows[split].num_bytes)
 
     def preview(self, model: Any) -> list[str]:
         return sample(model, self.prompts, SAMPLE_TOKENS, self.tokenizer)
@@ -215,7 +238,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             "training data; it knows nothing else, and its statements are not reliable.",
             usage=USAGE.format(prompt=repr(prompt), max_new_tokens=min(64, arguments.context_length // 2)),
             adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
-            results=f"On held-out text:\n\n{cards.losses_table(metrics)}",
+            results=f"On held-out text, {self.rows['validation'].scores}:\n\n{cards.losses_table(metrics)}",
             examples="## Samples\n\nPrompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.\n\n"
             f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",
@@ -236,6 +259,15 @@ def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]
         arguments.context_length = min(arguments.context_length, config.max_position_embeddings)
         return config, tokenizer
     return model_config(arguments.model, arguments.vocab_size, arguments.context_length), None
+
+
+def more_windows(train_examples: Sequence[TokenizedExamples], batch_size: int) -> str:
+    """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
+    for length in (2**power for power in range(16, 0, -1)):
+        num_windows = sum((len(examples.ids) - len(examples)) // length for examples in train_examples)
+        if num_windows >= batch_size and all(len(examples.ids) > length for examples in train_examples):
+            return f"pass --context_length {length}"
+    return "lower it, or use more text"
 
 
 def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] | None:

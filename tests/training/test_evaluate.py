@@ -1,6 +1,7 @@
 """Metrics of a model on a text: against sums written out, against pretraining, and for models of every origin."""
 
 import inspect
+import itertools
 import json
 import math
 import re
@@ -13,13 +14,15 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tqdm import tqdm
+from transformers import BloomConfig, BloomForCausalLM
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from tests.conftest import on_two_processes
 from tests.reference.test_against_transformers import pair_with_gpt2, pair_with_qwen3
-from tests.training.conftest import evaluations, run_program
-from training import evaluate
-from training.data.datasets import Windows, evaluation_dataloader
+from tests.training.conftest import evaluations, run_program, write_rows
+from training import evaluate, progress
+from training.data.datasets import TokenizedExamples, evaluation_dataloader, evaluation_rows
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
 from training.engine import metrics
@@ -75,60 +78,85 @@ def encode_documents(tokenizer: ScratchGPTTokenizer, texts: list[str]) -> list[i
 
 
 @pytest.mark.parametrize("has_skip_logits", [True, False], ids=["from hidden states", "from logits"])
-@pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 4), (16, 1), (16, 7), (64, 64), (5, 3)])
-def test_the_loss_is_the_sum_of_log_probabilities(tiny_model, tokenizer, context, stride, has_skip_logits, monkeypatch):
+@pytest.mark.parametrize(
+    ("windows", "context", "stride"),
+    [
+        ("packed", 16, 16),
+        ("packed", 64, 64),
+        *(("ordered", *sizes) for sizes in ((16, 16), (16, 4), (16, 1), (64, 64), (5, 3))),
+    ],
+)
+def test_the_loss_is_the_sum_of_log_probabilities(
+    tiny_model, tokenizer, windows, context, stride, has_skip_logits, monkeypatch
+):
+    """One token at a time, of all documents in a row or of each by itself."""
     tokens = tokenize_documents(Dataset.from_dict({"text": TEXTS}), tokenizer, "a test")
-    ids = encode_documents(tokenizer, TEXTS)
-    assert tokens.ids.tolist() == ids
-    nats = 0.0
-    for position in range(1, len(ids)):
-        start = max(0, math.ceil((position - context) / stride)) * stride
-        nats -= log_probability(tiny_model, ids, start, position)
-        assert position - start > context - stride or start == 0
+    texts = [encode_documents(tokenizer, part) for part in ([TEXTS] if windows == "ordered" else [[text] for text in TEXTS])]
+    assert tokens.ids.tolist() == list(itertools.chain(*texts))
+    nats, count = 0.0, 0
+    for ids in texts:
+        for position in range(1, len(ids)):
+            start = max(0, math.ceil((position - context) / stride)) * stride
+            nats -= log_probability(tiny_model, ids, start, position)
+            count += 1
+            assert position - start > context - stride or start == 0
     if not has_skip_logits:
         monkeypatch.setattr(metrics.inspect, "signature", lambda _: inspect.Signature())
-    dataloader = evaluation_dataloader(Windows(tokens, context, 2, "test", stride, once=True), 3)
-    result = metrics.evaluate(Accelerator(), tiny_model, dataloader, tokens.num_bytes)
-    assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-    assert result.perplexity == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    rows = evaluation_rows(tokens, windows, context, 2, stride)
+    result = metrics.evaluate(Accelerator(), tiny_model, evaluation_dataloader(rows, 3), rows.num_bytes)
+    assert rows.num_labels == count
+    assert result.loss == pytest.approx(nats / count, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-5)
 
 
 def test_one_token_between_documents_if_bos_and_eos_are_the_same(tokenizer):
-    def ids(**special_tokens: str) -> list[int]:
+    def tokens(**special_tokens: str) -> TokenizedExamples:
         other = ScratchGPTTokenizer(tokenizer_object=tokenizer.backend_tokenizer, **special_tokens)
-        return tokenize_documents(Dataset.from_dict({"text": TEXTS[:2]}), other, "a test").ids.tolist()
+        return tokenize_documents(Dataset.from_dict({"text": TEXTS[:2]}), other, "a test")
+
+    def packed_labels(examples: TokenizedExamples) -> list[list[int]]:
+        rows = evaluation_rows(examples, "packed", 99, 2)
+        return sorted(label for row in (rows[0], rows[1]) for label in row["shift_labels"].tolist() if label != IGNORE_INDEX)
 
     parts = [tokenizer(text)["input_ids"] for text in TEXTS[:2]]
-    assert ids(bos_token="<|eos|>", eos_token="<|eos|>") == [1, *parts[0], 1, *parts[1], 1]
-    assert ids(eos_token="<|eos|>") == [1, *parts[0], 1, *parts[1], 1]
-    assert ids() == [*parts[0], *parts[1]]
+    for shared in (tokens(bos_token="<|eos|>", eos_token="<|eos|>"), tokens(eos_token="<|eos|>")):
+        assert shared.ids.tolist() == [1, *parts[0], 1, *parts[1], 1]
+        assert packed_labels(shared) == sorted([*parts[0], 1, *parts[1], 1])  # the shared token begins the second document, too
+    bare = tokens()
+    assert bare.ids.tolist() == [*parts[0], *parts[1]]
+    assert packed_labels(bare) == sorted([*parts[0][1:], *parts[1][1:]])
+    assert evaluation_rows(bare, "packed", 99, 2).num_bytes is None  # not all of the text is predicted
 
 
-@pytest.mark.parametrize("stride", [0, 8])
-def test_models_of_transformers_have_the_same_loss(tiny_model, tokenizer, folder, text, stride, tmp_path, report):
+@pytest.mark.parametrize("options", [(), ("--stride", 8), ("--windows", "packed")])
+def test_models_of_transformers_have_the_same_loss(tiny_model, tokenizer, folder, options, tmp_path, report):
     is_gpt2 = tiny_model.config.position_embedding_type == "learned"
     if not is_gpt2:
         tiny_model.config.num_key_value_heads = 2
     reference = (pair_with_gpt2 if is_gpt2 else pair_with_qwen3)(tiny_model)
     reference.save_pretrained(tmp_path / "reference")
     tokenizer.save_pretrained(tmp_path / "reference")
-    words = ("--dataset", text, "--context_length", 32, "--stride", stride)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    words = ("--dataset", texts, "--context_length", 32, *options)
     mine = report(folder, *words)
     other = report(tmp_path / "reference", *words)
     assert other["loss"] == pytest.approx(mine["loss"], rel=1e-5)
-    assert other["bytes"] == mine["bytes"] == len(TEXTS[0].encode())
+    assert other["bytes"] == mine["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert mine["context_length"] == 32
-    assert mine["stride"] == (stride or 32)
+    expected = {(): ("ordered", 32), ("--stride", 8): ("ordered", 8), ("--windows", "packed"): ("packed", None)}
+    assert (mine["windows"], mine["stride"]) == expected[options]
+    assert other["tokens"] == mine["tokens"]
 
 
-def test_the_printed_line_with_the_longest_context(folder, text, report, capsys):
+def test_the_printed_line_with_the_longest_context(folder, text, report, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0)
     evaluate.main([str(folder), "--dataset", str(text)])
     line, bar = capsys.readouterr()
     facts = report("--model", folder, "--dataset", text, "--context_length", 64)
     assert line == (
         f"loss {facts['loss']:.3f}, perplexity {facts['perplexity']:,.1f}, {facts['bits_per_byte']:.3f} bits per byte "
-        f"({facts['tokens']:,} tokens, {facts['bytes']:,} bytes)\n"
+        f"({facts['tokens']:,} tokens, {facts['bytes']:,} bytes; windows across documents)\n"
     )
     assert "Evaluating" in bar
 
@@ -167,8 +195,9 @@ def test_the_splits_together_are_the_text(run, book, report):
 
 
 @pytest.mark.parametrize("tiny_config", ["modern"], indirect=True)
-def test_two_processes_report_the_same(folder, text, report, tmp_path):
-    words = ["--dataset", str(text), "--context_length", "16", "--batch_size", "2"]
+def test_two_processes_report_the_same(folder, report, tmp_path):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    words = ["--dataset", texts, "--windows", "packed", "--context_length", "16", "--batch_size", "2"]
     one = report(folder, *words)
     printed = on_two_processes(run_program, tmp_path, ["evaluate", str(folder), *words, "--json"], ACCELERATE_USE_CPU="true")
     (two,) = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
@@ -199,6 +228,9 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
     tiny_model.config.tie_word_embeddings = False
     ScratchGPTForSequenceClassification(tiny_model.config).save_pretrained(classifier)
     tokenizer.save_pretrained(classifier)
+    without_positions = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(without_positions)
+    tokenizer.save_pretrained(without_positions)
     missing = tmp_path / "missing"
     for words, message in (
         ([], "no model was given: pass the directory or the Hub id of a model"),
@@ -212,6 +244,11 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
         ([classifier], "is not a causal language model, or incomplete (it lacks lm_head.weight): pass another model"),
         ([folder, "--context_length", 65], "--context_length 65 is longer than the model's 64 positions"),
         ([folder, "--stride", 65], "--stride 65 would skip tokens: it must be at most 64"),
+        ([folder, "--stride", 8, "--windows", "packed"], "--stride 8 is for --windows ordered, and this model is scored with"),
+        (
+            [without_positions, "--windows", "packed", "--context_length", 9],
+            "bloom does not keep documents in a row apart: pass --windows ordered",
+        ),
         ([folder, "--stride", -1], "--stride must be at least 0, got -1"),
         ([folder, "--split", "test"], "--split test: pass the --test_fraction of the training run"),
         ([folder, "--validation_fraction", 1], "--validation_fraction must be above 0 and below 1, got 1.0"),

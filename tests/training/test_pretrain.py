@@ -1,5 +1,6 @@
 """Pretraining on a small book: the files, the printed lines, the numbers."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
@@ -16,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import Processes
-from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module
+from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module, write_rows
 from training import evaluate, pretrain
 from training.data import docstrings
+from training.data.corpora import split_documents
 from training.errors import UserError
 
 
@@ -50,8 +54,6 @@ def test_metrics_and_printed_lines(finished):
         "Training documents: 1 (",
         f"Trained for 12 steps, {tokens:,} tokens, {sum(row['seconds'] for row in steps):.1f} seconds (excluding evaluation)",
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)",
-        "12/12",
-        "tokens/s",
     ):
         assert phrase in printed, phrase
 
@@ -86,6 +88,7 @@ def test_the_card_shows_the_metrics(run):
     for name, row in (("before", first), ("after", last)):
         numbers = f"{row['eval_loss']:.3f} | {row['eval_perplexity']:,.1f} | {row['eval_bits_per_byte']:.3f}"
         assert f"| {name} training | {numbers} |" in card
+    assert "On held-out text, windows across documents:" in card
 
 
 def test_the_samples_can_be_reproduced_from_the_model_directory(run):
@@ -138,6 +141,38 @@ def test_the_loss_in_the_metrics_is_that_of_the_model(run, book):
     last = rows(run)[-1]
     assert last["eval_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)
     assert last["eval_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held_out.encode()), rel=1e-4)
+
+
+def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
+    """Computed again from the saved files alone, one document at a time; the longest do not fit into a row."""
+    names = ["".join(letters).title() for letters in itertools.islice(itertools.permutations("aeinrtl"), 0, None, 25)][:200]
+    texts = [*names, *(" ".join(names[start : start + 20]) for start in range(0, 200, 20))]
+    path, folder = write_rows(tmp_path / "names.jsonl", [{"text": text} for text in texts]), tmp_path / "packed"
+    fractions = ["--validation_fraction", "0.3", "--test_fraction", "0.2"]
+    pretrain.main(["--dataset", path, "--output_dir", str(folder), *SMALL, "--windows", "packed", *fractions])
+    tokenizer = ScratchGPTTokenizer.from_pretrained(folder)
+    model = ScratchGPTForCausalLM.from_pretrained(folder).eval()
+    losses, longest = {}, 0
+    for split, part in split_documents(Dataset.from_dict({"text": texts}), 0.3, 0.2, seed=0).items():
+        nats, count = 0.0, 0
+        for text in part["text"]:
+            ids = [tokenizer.bos_token_id, *tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            longest, count = max(longest, len(ids)), count + len(ids) - 1
+            for piece in (torch.tensor([ids[start : start + 33]]) for start in range(0, len(ids) - 1, 32)):
+                nats += model(piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+        losses[split] = nats / count
+    assert longest > 66
+    assert evaluations(folder)[-1]["eval_loss"] == pytest.approx(losses["validation"], rel=1e-4)
+    card = (folder / "README.md").read_text()
+    assert "On held-out text, each document by itself:" in card
+    assert f"| after training, on the test text | {losses['test']:.3f} |" in card
+    capsys.readouterr()
+    words = [str(folder), "--dataset", path, "--split", "test", *fractions]
+    evaluate.main(words)
+    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself\)\n", capsys.readouterr().out)
+    evaluate.main([*words, "--windows", "ordered"])
+    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents\)\n", capsys.readouterr().out)[1]
+    assert float(ordered) > losses["test"] + 0.01
 
 
 def test_a_second_run_does_not_change_the_first(run, book, capsys):
@@ -224,6 +259,25 @@ def test_other_options(windows, book, tmp_path, capsys):
     assert row in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("size", [400, 5_000, 20_000])
+def test_the_first_command_on_a_tiny_text(size, tmp_path, capsys):
+    """It works, or names the one option with which it does."""
+    words, text = np.random.default_rng(0).choice(Path(pretrain.__file__).read_text().split(), 9999), tmp_path / "story.txt"
+    text.write_text(" ".join(words)[:size])
+    command = ["--dataset", str(text), "--output_dir", str(tmp_path / "out"), "--report_to", "none", "--max_steps", "2"]
+    command += ["--model", "hidden_size=32", "num_hidden_layers=1"]
+    try:
+        pretrain.main(command)
+    except UserError as error:
+        (remedy,) = re.findall(r"--context_length \d+$", str(error).rstrip("."))
+        pretrain.main([*command, *remedy.split()])
+    printed = capsys.readouterr().out
+    steps, epochs, windows = re.search(r"^(\d+) steps are (\S+) epochs of (\S+) windows$", printed, re.M).groups()
+    assert (steps, epochs) == ("2", f"{2 * 8 / int(windows):.1f}")
+    (held_out,) = re.findall(r"held out: 1 \((\d+) tokens\)", printed)
+    assert f"Only {int(held_out) - 1} tokens are held out: a larger --validation_fraction" in printed
+
+
 def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys):
     folder = tmp_path / "words"
     pretrain.main(["--dataset", book, *SMALL, "--max_steps", "1", "--tokenizer", "word", "--output_dir", str(folder)])
@@ -233,7 +287,22 @@ def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys
     assert f"{share} of them unknown" in card
     assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
     evaluate.main([str(folder), "--dataset", book])
-    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens\)\n", capsys.readouterr().out)
+    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents\)\n", capsys.readouterr().out)
+
+
+def test_the_split_depends_on_its_own_seed_alone(run, tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"Night {number} was dark, and {number} too."} for number in range(60)]
+    )
+
+    def held_out(**options):
+        sizes = {"vocab_size": 300, "context_length": 32, "validation_fraction": 0.2}
+        arguments = pretrain.PretrainArguments(dataset=[path], **sizes, **options)
+        return pretrain.PretrainRecipe(arguments, Accelerator()).texts["validation"]["text"][:]
+
+    first = held_out()
+    assert first == held_out(seed=1) == held_out(base_model=str(run)) == held_out(windows="packed", batch_size=4)
+    assert first != held_out(split_seed=1)
 
 
 def test_probabilities_of_sources():

@@ -19,13 +19,12 @@ from training.data.files import (
     Row,
     encoding_of,
     ending,
-    find_files,
     get_text,
     number_rows,
     read_rows,
     refuse_empty,
 )
-from training.data.sources import hub_splits, is_dataset_id
+from training.data.sources import find_splits, hub_splits, is_dataset
 from training.data.splits import SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
@@ -106,10 +105,11 @@ def _read_source(source: str, encoding: Encoding, input_mark: str) -> dict[str, 
     errors = encoding.errors
     if source == "docs":
         return {"train": [Conversation(_messages("docs", row, errors, input_mark), module) for module, row in _docstrings()]}
-    if is_dataset_id(source):
+    if is_dataset(source):
         splits = {name: number_rows(rows, f"{source}: {name} row") for name, rows in hub_splits(source).items()}
     else:
-        splits = {"train": (row for path in find_files(source, ENDINGS) for row in read_rows(path, {}, encoding))}
+        files = find_splits(source, ENDINGS)
+        splits = {name: (row for path in paths for row in read_rows(path, {}, encoding)) for name, paths in files.items()}
     return {name: _conversations(rows, errors, input_mark) for name, rows in splits.items()}
 
 

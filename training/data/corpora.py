@@ -6,8 +6,13 @@ Texts are cached as an Arrow file and memory-mapped. No step keeps more than a f
 import array
 import hashlib
 import itertools
+import json
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +33,21 @@ from training.data.files import (
     encoding_of,
     encoding_option,
     ending,
-    find_files,
     get_text,
     read_file,
 )
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
-from training.data.sources import check_sources, hub_errors, is_dataset_id, parse_hub_id
+from training.data.sources import (
+    STANDARD_INPUT,
+    check_sources,
+    find_splits,
+    hub_errors,
+    hub_splits,
+    is_dataset,
+    is_saved,
+    parse_hub_id,
+    short_name,
+)
 from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
 from training.progress import bar_options
@@ -46,7 +60,7 @@ class CorpusArguments:
     dataset: list[str] = option(
         ["docs"],
         "`docs`; .txt, .md, .json, .jsonl, .parquet, .csv and .tsv files, also compressed, directories and globs of them; ids "
-        "of datasets on the Hub",
+        "of datasets on the Hub, clones of them, and directories of `save_to_disk`; `-`: standard input",
     )
     text_column: str = option("text", "column with the text, in tables and datasets")
     encoding: str = encoding_option()
@@ -200,18 +214,33 @@ def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
     if source == "docs":
         documents = read_docs()
         return documents.take(limit or len(documents))
-    if is_dataset_id(source):
-        return _stream(source, column, limit) if arguments.streaming else _download(source, column, limit)
-    files = find_files(source)
-    digests = [(ending(path), path.suffix, digest_of(path)) for path in files]
-    texts = itertools.chain.from_iterable(read_file(path, column, encoding) for path in files)
-    key = f"files {column} {encoding} {limit} {digests}"
-    return _store(key, itertools.islice(texts, limit or None), f"Reading {source}")
+    if is_dataset(source):
+        is_streamed = arguments.streaming and not is_saved(source)
+        return _stream(source, column, limit) if is_streamed else _download(source, column, limit)
+    with _standard_input() if source == STANDARD_INPUT else nullcontext(find_splits(source)["train"]) as files:
+        digests = [(ending(path), path.suffix, digest_of(path)) for path in files]
+        texts = itertools.chain.from_iterable(read_file(path, column, encoding) for path in files)
+        key = f"files {column} {encoding} {limit} {digests}"
+        return _store(key, itertools.islice(texts, limit or None), f"Reading {short_name(source)}")
+
+
+@contextmanager
+def _standard_input() -> Iterator[list[Path]]:
+    """Standard input in a temporary file: JSON lines if the first line is an object, otherwise a plain text."""
+    first, extension = sys.stdin.buffer.readline(), ".txt"
+    with suppress(ValueError):
+        extension = ".jsonl" if isinstance(json.loads(first), dict) else ".txt"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, f"standard_input{extension}")
+        with open(path, "wb") as file:
+            file.write(first)
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield [path]
 
 
 def _download(source: str, text_column: str, max_documents: int) -> Dataset:
     with hub_errors(source):
-        dataset = load_dataset(*parse_hub_id(source), split="train")
+        dataset = hub_splits(source)["train"] if is_saved(source) else load_dataset(*parse_hub_id(source), split="train")
     check_columns(source, {text_column: "text_column"}, dataset.column_names)
     documents = dataset.select_columns(text_column).rename_columns({text_column: "text"})
     documents = documents.take(max_documents or len(documents))

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ class TokenizedExamples:
     digest: str = ""  # of the text and the tokenizer
     loss_mask: np.ndarray | None = None  # bool (N,), True for the ids to compute the loss on; all of them if None
     labels: np.ndarray | None = None  # float32 (E, C), of a classifier
+    num_marks: int = 2  # tokens around each document: beginning and end; 1: neighbours share it; 0: none
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,6 +66,8 @@ class Windows(Dataset[Row]):
         UserError: there are too few ids for one window.
     """
 
+    scores = "windows across documents"  # as evaluation data
+
     def __init__(
         self,
         examples: TokenizedExamples,
@@ -78,11 +80,11 @@ class Windows(Dataset[Row]):
         if len(examples.ids) <= context_length:
             raise UserError(
                 f"the {split} text has {len(examples.ids)} tokens, fewer than one window of --context_length {context_length} "
-                "and the token after it: pass more text, a shorter --context_length, or a larger fraction of the text "
-                "(--validation_fraction, --test_fraction)."
+                "and the token after it: pass more text or a shorter --context_length."
             )
         self.examples, self.context_length, self.pad_token_id = examples, context_length, pad_token_id
         self.stride, self.once = stride or context_length, once
+        self.num_labels, self.num_bytes = len(examples.ids) - 1, examples.num_bytes  # scored, if each id is predicted once
 
     def __len__(self) -> int:
         return 1 + -(-(len(self.examples.ids) - 1 - self.context_length) // self.stride)
@@ -101,25 +103,31 @@ class PackedExamples(Dataset[Row]):
     """Rows of `context_length` tokens that hold several examples each; `efficiency` is the fraction that is not padding.
 
     `position_ids` restart with each example, which tells the model to keep attention inside it. An example that is longer than
-    a row is cut into pieces that share one id, so every id but its first is predicted.
+    a row is cut into pieces that share one id and do not see each other, so every id but its first is predicted once. Rows
+    after the last one are empty.
     """
+
+    scores = "each document by itself"  # as evaluation data
 
     def __init__(self, examples: TokenizedExamples, context_length: int, pad_token_id: int):
         self.examples, self.context_length, self.pad_token_id = examples, context_length, pad_token_id
+        starts = np.maximum(examples.offsets[:-1] - (examples.num_marks == 1), 0)  # a shared mark begins the next document, too
         pieces = [
             (start, min(context_length, end - 1 - start))  # a piece of n tokens reads n ids and predicts the following ones
-            for first, end in pairwise(examples.offsets.tolist())
+            for first, end in zip(starts.tolist(), examples.offsets[1:].tolist(), strict=True)
             for start in range(first, end - 1, context_length)
         ]
         self.rows = pack_best_fit_decreasing([length for _, length in pieces], context_length)
         self.pieces = np.array(pieces, dtype=np.int64).reshape(-1, 2)
-        self.efficiency = float(self.pieces[:, 1].sum() / max(1, len(self.rows) * context_length))
+        self.num_labels = int(self.pieces[:, 1].sum())
+        self.num_bytes = examples.num_bytes if examples.num_marks else None  # without marks, first tokens are not predicted
+        self.efficiency = self.num_labels / max(1, len(self.rows) * context_length)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        pieces = self.pieces[self.rows[index]].tolist()
+        pieces = self.pieces[self.rows[index]].tolist() if index < len(self) else [[0, 0]]
         parts = [self.examples.inputs_and_labels(start, start + length) for start, length in pieces]
         ids, labels = map(torch.cat, zip(*parts, strict=True))
         missing = self.context_length - len(ids)
@@ -196,11 +204,31 @@ def train_dataloader(datasets: Sequence[Dataset[Row]], batch_sampler: Sampler[li
     return DataLoader(ConcatDataset(datasets), batch_sampler=batch_sampler)
 
 
-def evaluation_dataloader(windows: Windows, batch_size: int, num_processes: int = 1) -> DataLoader:
-    """Every window once, in order. All batches are full: the last one is filled with empty windows."""
-    batch_size = min(batch_size, num_processes * -(-len(windows) // num_processes))
-    num_batches = -(-len(windows) // batch_size)
-    return DataLoader(windows, batch_size=batch_size, sampler=range(num_batches * batch_size))
+def evaluation_rows(
+    examples: TokenizedExamples, windows: str, context_length: int, pad_token_id: int, stride: int = 0
+) -> Windows | PackedExamples:
+    """Rows that label each id of a text of any length once: documents by themselves if `windows` is "packed", as in training.
+
+    Raises:
+        UserError: there is nothing to predict.
+    """
+    rows: Windows | PackedExamples | None = None
+    if windows == "packed":
+        rows = PackedExamples(examples, context_length, pad_token_id)
+    elif (context_length := min(context_length, len(examples.ids) - 1)) > 0:
+        rows = Windows(
+            examples, context_length, pad_token_id, "given", min(stride or context_length, context_length), once=True
+        )
+    if not rows:
+        raise UserError("the text is empty: there is nothing to predict.")
+    return rows
+
+
+def evaluation_dataloader(rows: Windows | PackedExamples, batch_size: int, num_processes: int = 1) -> DataLoader:
+    """Every row once, in order. All batches are full: the last one is filled with empty rows."""
+    batch_size = min(batch_size, num_processes * -(-len(rows) // num_processes))
+    num_batches = -(-len(rows) // batch_size)
+    return DataLoader(rows, batch_size=batch_size, sampler=range(num_batches * batch_size))
 
 
 def padded_dataloader(dataset: Dataset[Row], pad_token_id: int, **dataloader_options: Any) -> DataLoader:

@@ -24,13 +24,12 @@ from training.data.files import (
     TABLE_ENDINGS,
     check_columns,
     encoding_of,
-    find_files,
     get_text,
     number_rows,
     read_rows,
     refuse_empty,
 )
-from training.data.sources import hub_splits, is_dataset_id
+from training.data.sources import find_splits, hub_splits, is_dataset
 from training.data.splits import SPLITS, SplitArguments, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
@@ -152,11 +151,12 @@ def _columns(arguments: ExampleArguments) -> dict[str, str]:
 def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
     if source == "docs":
         return {"train": _docstrings()}
-    if is_dataset_id(source):
+    if is_dataset(source):
         splits = _hub_rows(source, arguments)
     else:
         options = _columns(arguments), encoding_of(arguments), arguments.columns
-        splits = {"train": (row for path in find_files(source, TABLE_ENDINGS) for row in read_rows(path, *options))}
+        files = find_splits(source, TABLE_ENDINGS)
+        splits = {name: (row for path in paths for row in read_rows(path, *options)) for name, paths in files.items()}
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
 
 

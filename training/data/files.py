@@ -36,11 +36,13 @@ from training.errors import UserError, one_line
 JSON_LINES = (".jsonl", ".ndjson")
 TABLE_ENDINGS = (*JSON_LINES, ".json", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of CSV files
 Row = dict[str, Any]
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first, since UTF-16's begins the same
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
 HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
 LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow's offsets have 32 bits
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # the first line of the file that stands for one that is not there
 DAMAGED = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # of compressed files
 
 
@@ -252,9 +254,17 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: a damaged {path.suffix} file ({one_line(error)}).") from error
 
 
+def _refuse_pointer(path: Path | str) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a pointer of git-LFS, not the data: run `git lfs pull` in its directory.")
+
+
 @contextmanager
 def _open(path: Path | str, encoding: Encoding) -> Iterator[tuple[Any, str]]:
     """Yield the decompressed content of a file, or standard input for "-", and its codec."""
+    if path != "-":
+        _refuse_pointer(path)
     opener = OPENERS.get(Path(path).suffix.lower(), open)
     content: Any = nullcontext(sys.stdin.buffer) if path == "-" else opener(path, "rb")
     with content as file:
@@ -334,18 +344,20 @@ def _separated_rows(
     if is_csv and not names:
         first = next(lines, "")
         lines = chain([first], lines)
-        has_columns = (mark for mark in ",;\t" if columns.keys() <= {*next(csv.reader([first], delimiter=mark), [])})
-        options["delimiter"] = next(has_columns, ",")
+        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in SEPARATORS}
+        options["delimiter"] = max(headers, key=lambda mark: (columns.keys() <= {*headers[mark]}, len(headers[mark])))
+    separators = SEPARATORS[options.get("delimiter", ",")]
     reader = csv.reader(lines, **options)
     try:
         header = names or next(reader, [])
         advice = ", or, if these are not names but the first row, pass the names of the columns with --columns"
-        check_columns(f"{path}", columns, header, advice if names == [] else "")
+        where = f"{path}" if separators == "commas" or not is_csv else f"{path}, separated by {separators},"
+        check_columns(where, columns, header, advice if names == [] else "")
         if repeated := [column for column in columns if list(header).count(column) > 1]:
             raise UserError(f"{path} has two columns {repeated[0]!r}: give each its own name.")
         for row in filter(None, reader):
             if len(row) != len(header):
-                remedy = "texts with commas in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
+                remedy = f"texts with {separators} in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put {remedy}."
                 )
@@ -357,6 +369,7 @@ def _separated_rows(
 
 
 def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+    _refuse_pointer(path)
     number = 0
     try:
         compressed = OPENERS.get(path.suffix.lower())

@@ -18,11 +18,10 @@ import numpy as np
 
 from training.cli import option
 from training.data.files import encoding_errors_option, encoding_of, encoding_option
-from training.data.sources import check_sources
+from training.data.sources import SPLITS, check_sources
 from training.errors import UserError
 
 Item = TypeVar("Item", bound=Any)  # an example or a conversation, with its `group`
-SPLITS = ("train", "validation", "test")
 
 
 def split_seed_option() -> Any:

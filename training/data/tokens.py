@@ -86,7 +86,8 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
     ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
     lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenizedExamples(ids, offsets, None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes, path.stem)
+    kept = None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes
+    return TokenizedExamples(ids, offsets, kept, path.stem, num_marks=len(set(marks)))
 
 
 def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Sequence[str]) -> bool:
@@ -95,10 +96,11 @@ def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Seque
     Bits per byte would then leave out what is lost, and could not be compared with those of other tokenizers.
     """
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if any((ids == token).any() for token in unknown):
+    parts = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH) if unknown)
+    if any(np.isin(part, list(unknown)).any() for part in parts):
         return True
     beginnings = [text[:500] for text in texts]
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in beginnings]
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in beginnings]
     decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
     return [text.strip() for text in decoded] != [text.strip() for text in beginnings]
 

@@ -58,7 +58,7 @@ def evaluate(
             if "skip_logits" in parameters:  # a ScratchGPT computes the loss without materializing the logits
                 nats += model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss.item()  # / 1: the sum
             else:
-                nats += _sum_nats(model, batch["input_ids"], batch["shift_labels"], "logits_to_keep" in parameters)
+                nats += _sum_nats(model, dict(batch), "logits_to_keep" in parameters)
             tokens += int((batch["shift_labels"] != IGNORE_INDEX).sum())
             speed = tokens * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {nats / max(tokens, 1):.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -70,13 +70,24 @@ def evaluate(
     return LMMetrics(loss, math.exp(min(loss, 700)), bits_per_byte)
 
 
-def _sum_nats(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, has_logits_to_keep: bool) -> float:
-    """The sum of the negative log-likelihoods of all labels (B, T) that are not ignored. Logits before the first label of all
-    rows are not computed, if the model accepts `logits_to_keep`."""
+@torch.no_grad()
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """True if restarting `position_ids` keep the documents of a row apart, as in most models of transformers."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    ids = torch.tensor([[0, 2], [1, 2]], device=next(model.parameters()).device)
+    first, second = model(ids, position_ids=torch.zeros_like(ids), use_cache=False).logits[:, 1]
+    return torch.allclose(first, second, equal_nan=True)
+
+
+def _sum_nats(model: nn.Module, batch: dict[str, torch.Tensor], has_logits_to_keep: bool) -> float:
+    """The sum of the negative log-likelihoods of all `shift_labels` (B, T) that are not ignored. Logits before the first label
+    of all rows are not computed, if the model accepts `logits_to_keep`."""
+    labels = batch.pop("shift_labels")
     first = int((labels != IGNORE_INDEX).any(0).int().argmax())
     labels = labels[:, first:]
     options = {"logits_to_keep": labels.shape[1]} if has_logits_to_keep else {}
-    logits = model(input_ids, use_cache=False, **options).logits
+    logits = model(**batch, use_cache=False, **options).logits
     nats = 0.0
     for row, targets in zip(logits[:, -labels.shape[1] :], labels, strict=True):  # one row at a time: float32 copies are large
         nats += functional.cross_entropy(row.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum").item()

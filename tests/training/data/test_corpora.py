@@ -221,6 +221,8 @@ def test_nothing_is_read_after_max_documents(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', r"not UTF-8 text \(byte 13 of line 2 is 0xe9\): set --encoding"),
         ("a.jsonl", '{"text": "\\ud83d"}', "line 1 has half of a character"),
         ("a.csv", "id,txt\n1,a\n", r"a\.csv has no 'text'; it has id, txt"),
+        ("a.csv", "id;txt\n1;a\n", r"a\.csv, separated by semicolons, has no 'text'; it has id, txt"),
+        ("a.csv", "id\ttext\n1\ta\tb\n", r"line 2 has 3 columns, the header has 2: put texts with tabs in quotes"),
         ("a.csv", "", r"a\.csv has no 'text'; it has nothing"),
         ("a.csv", "id,text\n1,a\n2,b, c\n", r"line 3 has 3 columns, the header has 2: put texts with commas in quotes"),
         ("a.csv", 'id,text\n1,"a\nb\n', r"a\.csv: line 3 is not CSV \(unexpected end of data"),
@@ -245,7 +247,8 @@ def test_errors_in_files_are_one_line(tmp_path, name, content, message):
 def test_parquet_columns_rows_and_nulls(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", None, "b"], pa.large_string()), "n": [1, 2, 3]}), path)
-    assert texts(path) == ["a", "b"]
+    for name, compress in COMPRESS.items():
+        assert texts(write(tmp_path, f"b.parquet{name}", compress(path.read_bytes()))) == ["a", "b"]
     with pytest.raises(UserError, match=r"a\.parquet has no 'txt'; it has text, n"):
         check([str(path)], text_column="txt")
     with pytest.raises(UserError, match="row 1 has no text under 'n' but int"):
@@ -283,6 +286,7 @@ def test_only_the_beginning_of_a_file_is_checked(tmp_path):
     [
         ("missing.txt", r"missing\.txt: no such file or directory"),
         ("missing.jsonl", r"missing\.jsonl: no such file or directory"),
+        ("./" + "long" * 99, "File name too long"),
         ("./missing", "missing: no such file or directory"),
         ("a/b/c", "a/b/c: no such file or directory"),
         ("missing/*.txt", r"missing/\*\.txt: no file matches this pattern"),

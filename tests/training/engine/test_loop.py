@@ -151,7 +151,7 @@ def test_threads(monkeypatch, variables, threads):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(loop, "stop_with_launcher", lambda: None)  # this process has no launcher
+    monkeypatch.setattr(launch, "stop_with_launcher", lambda: None)  # this process has no launcher
     monkeypatch.setattr(launch, "available_cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     start_accelerator()
