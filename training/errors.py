@@ -58,7 +58,8 @@ def explain_out_of_memory() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Within this context, Ctrl-C ends the program at once, where Python would wait for a long call into other code to end."""
     is_main = threading.current_thread() is threading.main_thread()
-    is_changed = is_main and not hasattr(sys, "ps1")  # an interactive session, such as a notebook, must not end
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background of a shell it is ignored
+    is_changed = is_main and is_default and not hasattr(sys, "ps1")  # an interactive session, such as a notebook, must not end
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_changed else None
     try:
         yield
