@@ -58,14 +58,14 @@ def explain_out_of_memory() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Within this context, Ctrl-C ends the program at once, where Python would wait for a long call into other code to end."""
     is_main = threading.current_thread() is threading.main_thread()
-    if hasattr(sys, "ps1") or not is_main:  # an interactive session, such as a notebook, must not end; threads get no signals
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background of a shell it is ignored
+    is_changed = is_main and is_default and not hasattr(sys, "ps1")  # an interactive session, such as a notebook, must not end
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_changed else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if is_changed:
+            signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

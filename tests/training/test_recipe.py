@@ -11,10 +11,13 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 
-from modeling_scratchgpt import ScratchGPTTokenizer
-from tests.training.conftest import SMALL, TUNING, interrupted_after, rows
-from training import pretrain
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTTokenizer
+from tests.training.conftest import SMALL, TUNING, interrupted_after, rows, write_rows
+from training import classify, instruct, pretrain
+from training.cli import parse_arguments
 from training.engine import loop
+from training.engine.flops import flops_per_token
+from training.engine.loop import start_accelerator
 from training.errors import UserError, explain_out_of_memory
 
 
@@ -109,6 +112,23 @@ if __name__ == "__main__":
     assert run.returncode == 0, run.stderr
     assert "processes: 2, threads per process: " in run.stdout
     assert [row["step"] for row in rows(tmp_path / "out")] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("recipe", [classify.ClassifyRecipe, instruct.InstructRecipe])
+def test_the_flops_of_a_token_are_those_of_the_mean_length(recipe, run, tmp_path):
+    """Of 100 examples whose lengths differ: the maximum, the median and the context length differ from the mean."""
+    words = ["night " * (1 + 12 * (number % 4 == 0)) + str(number) for number in range(100)]
+    table = [{"text": w, "label": str(len(w) > 20), "instruction": w, "output": "calm"} for w in words]
+    options = ["--dataset", write_rows(tmp_path / "table.json", table), "--base_model", str(run), "--num_train_epochs", "1"]
+    options += ["--batch_size", "1", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    arguments = parse_arguments(recipe.arguments_class, "test", options)
+    recipe.check(arguments)
+    found = recipe(arguments, start_accelerator())
+    batches = list(found.train_dataloader())
+    mean = sum(batch["input_ids"].numel() for batch in batches) / len(batches)  # batches of one row have no padding
+    config = ScratchGPTConfig.from_pretrained(run)
+    none, one = (flops_per_token(config, length, has_head=recipe is instruct.InstructRecipe) for length in (0, 1))
+    assert (found.flops_per_token - none) / (one - none) == pytest.approx(mean - 0.5, abs=0.5)  # rounded down
 
 
 def test_a_base_model_with_fewer_positions_than_the_file(run, book, tmp_path, capsys):

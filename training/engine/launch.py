@@ -73,14 +73,11 @@ def start_trackers(accelerator: Accelerator, resume: bool, before_data: bool = F
     Raises:
         UserError: a tracker cannot be started.
     """
-    if accelerator.trackers or not accelerator.log_with:
-        return
-    name, run_id = str(accelerator.log_with[0]), uuid.uuid4().hex[:8]
-    if before_data and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+    name = next(map(str, accelerator.log_with), "")
+    if accelerator.trackers or not name or (before_data and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory):
         return
     file = Path(accelerator.logging_dir, f"{name}_run")
-    if resume and file.exists():
-        run_id = file.read_text()
+    run_id = file.read_text() if resume and file.exists() else uuid.uuid4().hex[:8]
     is_named = name in RESUMABLE_TRACKERS and "WANDB_RUN_ID" not in os.environ  # which names the run of a sweep
     options = {RESUMABLE_TRACKERS[name]: run_id, "resume": "allow"} if is_named else {}
     with explain_errors(f"--report_to {name} cannot be started", remedy=": log in to it, or pass --report_to none"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup")  # of a container (Linux, version 2)
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux, version 2
 
 
 def available_cores() -> int:
@@ -14,9 +14,7 @@ def available_cores() -> int:
     limits = [psutil.cpu_count(logical=False) or 1]
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
-    quota, *period = _read("cpu.max", "max").split()
-    if quota != "max":
-        limits.append(math.ceil(int(quota) / int(period[0])))
+    limits += [math.ceil(int(quota) / int(period)) for quota, period in _limits("cpu.max")]
     if (limit := os.environ.get("OMP_THREAD_LIMIT", "")).isdigit():
         limits.append(int(limit))  # with more threads than OpenMP gives, torch computes nonsense
     return max(1, min(limits))
@@ -24,11 +22,11 @@ def available_cores() -> int:
 
 def available_memory() -> int:
     """Bytes of the machine's memory, or of the container's limit."""
-    limit = _read("memory.max", "max")
-    total = psutil.virtual_memory().total
-    return total if limit == "max" else min(total, int(limit))
+    return min([psutil.virtual_memory().total, *(int(limit) for (limit,) in _limits("memory.max"))])
 
 
-def _read(name: str, default: str) -> str:
-    file = CGROUP / name
-    return file.read_text().strip() if file.exists() else default
+def _limits(name: str) -> list[list[str]]:
+    """The words of a file of this process's control group (a container, a job) and of those above it, if they set a limit."""
+    own = OWN_CGROUP.read_text().rpartition("0::/")[2].strip() if OWN_CGROUP.exists() else ""
+    files = [CGROUPS / parent / name for parent in (Path(own), *Path(own).parents)]
+    return [file.read_text().split() for file in files if file.exists() and not file.read_text().startswith("max")]

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training import plan
 from training.engine import launch, machine
 from training.engine.arguments import EngineArguments, check_engine
 from training.engine.launch import start_accelerator
@@ -159,17 +160,24 @@ def test_threads(monkeypatch, variables, threads):
 
 
 def test_cores_and_memory_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    """Its control group, and those above it, as SLURM and systemd set limits."""
+    job = tmp_path / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/slurm/job_7\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(6))
     monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
     assert available_cores() == 6
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    (job / "cpu.max").write_text("max 100000\n")
+    (job / "memory.max").write_text("max\n")
     assert (available_cores(), available_memory()) == (6, psutil.virtual_memory().total)
-    (tmp_path / "cpu.max").write_text("250000 100000\n")
-    (tmp_path / "memory.max").write_text("1048576\n")
+    for folder, cores, memory in ((tmp_path, 5, 2**21), (job.parent, 3, 2**20), (job, 4, 2**22)):
+        (folder / "cpu.max").write_text(f"{cores * 100000 - 50000} 100000\n")
+        (folder / "memory.max").write_text(f"{memory}\n")
     assert (available_cores(), available_memory()) == (3, 2**20)
+    assert plan.device_memory(torch.device("cpu"))[0] == 2**20
     monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
     assert available_cores() == 1
 
