@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -436,3 +437,14 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
             start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
             loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
         return QuestionAnsweringModelOutput(loss, start_logits, end_logits, output.hidden_states, output.attentions)
+
+
+# The classes that transformers knows by name: Trainer shifts the labels of these language models if it smooths them, and names
+# the task of the others in its model cards. Registration with the Auto classes does not add to these tables.
+for table, model_class in (
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ScratchGPTForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForTokenClassification),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ScratchGPTForQuestionAnswering),
+):
+    table[ScratchGPTConfig.model_type] = model_class.__name__
