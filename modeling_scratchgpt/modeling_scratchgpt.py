@@ -57,12 +57,12 @@ class ScratchGPTMLP(nn.Module):
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
             self.fused_inputs = ("up_proj", "gate_proj")
         self.act_fn = ACT2FN[config.hidden_act]
-        self.hidden_dropout = config.hidden_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up = self.up_proj(hidden_states)
         inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return nn.functional.dropout(self.down_proj(inner), self.hidden_dropout, self.training)
+        return self.dropout(self.down_proj(inner))
 
 
 class ScratchGPTDecoderLayer(GradientCheckpointingLayer):

@@ -78,7 +78,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     """
     adapters = adapters_of(model)
     is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
-    if not is_word or adapter_name in adapters.configs or hasattr(nn.ParameterDict, adapter_name):
+    is_attribute = any(hasattr(container(), str(adapter_name)) for container in (nn.ParameterDict, nn.ModuleDict))
+    if not is_word or is_attribute or adapter_name in adapters.configs:
         taken = ", ".join(adapters.configs) or "none"
         raise ValueError(f"adapter_name {adapter_name!r} is taken or is not a word of letters and digits; taken: {taken}.")
     _refuse_merged(model)
@@ -170,7 +171,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for parameter in trained:
         parameter.requires_grad_(True)
     for layer in lora_layers(model, adapter_name).values():
-        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.dropout):
+        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.lora_dropout):
             if adapter_name in values:
                 del values[adapter_name]
     del adapters.configs[adapter_name], adapters.full[adapter_name]

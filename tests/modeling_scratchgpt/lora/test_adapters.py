@@ -441,7 +441,7 @@ def test_names_of_adapters():
         add_adapter(model, LoraConfig(r=2), "a")
     with pytest.raises(ValueError, match=r"adapter_name 'b\.c' is taken or is not a word of letters and digits"):
         add_adapter(model, LoraConfig(r=2), "b.c")
-    for name in ("train", "keys", None, 3):
+    for name in ("train", "training", "keys", None, 3):
         with pytest.raises(ValueError, match="is taken or is not a word of letters and digits"):
             add_adapter(model, LoraConfig(r=2), name)
     with pytest.raises(ValueError, match="the weight of adapter 'a' must be a number, got nan"):
