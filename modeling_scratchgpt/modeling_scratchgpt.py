@@ -268,8 +268,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
                 that are already shifted, instead of `labels`.
             num_items_in_batch: divisor of the summed loss, which makes it independent of how a batch is split. Without it,
                 the loss is the mean over scored tokens, in nats.
-            skip_logits: return only the loss, which saves most of the memory of a training step. Default: True while
-                training with labels.
+            skip_logits: return only the loss, computed without materializing the logits, which saves most of the memory of a
+                training step. Default: `config.skip_logits` while training, else False.
             logits_to_keep: compute only the last N logits, or those at these positions (see `select_positions`).
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
@@ -279,7 +279,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         if skip_logits is None:
-            skip_logits = self.training and shift_labels is not None
+            skip_logits = self.training and self.config.skip_logits
         loss = logits = None
         if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
             loss = linear_cross_entropy(output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)

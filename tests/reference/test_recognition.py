@@ -52,3 +52,16 @@ def test_the_task_in_the_trainers_model_card(head, task, tmp_path):
 def test_the_server_knows_a_language_model():
     ours, theirs = map(ModelManager.get_model_modality, pair())
     assert ours == theirs
+
+
+def test_cpt_of_peft_in_training_mode():
+    """It computes its own loss from the logits, even if there are labels."""
+    settings = {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]}
+    losses, gradients = [], []
+    for model in pair():
+        tuned = peft.get_peft_model(model, peft.CPTConfig(**settings, task_type="CAUSAL_LM")).train()
+        losses.append(tuned(input_ids=IDS, labels=IDS.clone()).loss)
+        losses[-1].backward()
+        gradients.append(tuned.prompt_encoder.default.delta_embedding.weight.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
