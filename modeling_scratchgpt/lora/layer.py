@@ -34,6 +34,16 @@ class LoraLinear(nn.Module):
         self.unmerged_weight: nn.Parameter | None = None  # the original weight, while merged
         self.train(base_layer.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base layer, as in PEFT: some models read its dtype or device in their forward."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the base layer."""
+        return self.base_layer.bias
+
     def update_layer(self, adapter_name: str, rank: int, scaling: float, config: LoraConfig) -> None:
         """Add an adapter, which is not active yet."""
         weight = self.base_layer.weight
