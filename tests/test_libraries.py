@@ -255,7 +255,7 @@ def test_transformers_serve(server, memorized, tokenizer):
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == completion
 
 
-@pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter"])
+@pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter", "inject"])
 def test_peft_has_default_targets(tiny_model, monkeypatch, add):
     """For all methods for which Qwen3 has some: its modules have the same names. For LoRA, all linear layers."""
     tables = [
@@ -269,6 +269,8 @@ def test_peft_has_default_targets(tiny_model, monkeypatch, add):
     assert not any("scratchgpt" in table for table in tables)  # only PEFT makes us write into its tables
     if add == "add_adapter":
         tiny_model.add_adapter(peft.LoHaConfig())
+    elif add == "inject":
+        peft.inject_adapter_in_model(peft.LoHaConfig(), tiny_model)
     else:
         peft.get_peft_model(tiny_model, peft.LoHaConfig(), mixed=add == "mixed")
     adapted = {name.split(".")[4] for name, _ in tiny_model.named_parameters() if "hada_w1_a" in name}
