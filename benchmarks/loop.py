@@ -71,7 +71,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     run_folder.open()
 
     def bare_step() -> None:
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch, skip_logits=True, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         for optimizer in optimizers:

@@ -22,7 +22,7 @@ SIDES = ("ScratchGPT", "PEFT")
 
 def make_step(side: str, arguments: argparse.Namespace) -> Callable[[], None]:
     torch.manual_seed(0)
-    config = ScratchGPTConfig.from_preset(arguments.preset, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
+    config = ScratchGPTConfig.from_preset(arguments.preset, skip_logits=True)  # as the recipes do
     model: torch.nn.Module = ScratchGPTForCausalLM(config)
     settings = {"r": arguments.rank, "lora_alpha": 32, "use_dora": arguments.dora}
     if side == "PEFT":

@@ -134,7 +134,7 @@ def train_scratchgpt(name: str, text: Text, settings: dict[str, Any], eval_steps
     """The modern block with Muon: a short warm-up, then linear decay to nearly zero."""
     n_inner = 304  # the largest with which the model is smaller than the reference
     shape = {"vocab_size": text.vocab_size, "n_inner": n_inner, "attention_bias": False, "tie_word_embeddings": False, **SHAPE}
-    config = ScratchGPTConfig(**shape, **ARCHITECTURE["qwen3"])
+    config = ScratchGPTConfig(**shape, **ARCHITECTURE["qwen3"], skip_logits=True)
     model = ScratchGPTForCausalLM(config)
     muon_initialization(model)
     warmup_ratio = 14.5 / settings["max_steps"]  # 15 steps, as fractions of a step are rounded up

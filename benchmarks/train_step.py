@@ -34,6 +34,7 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     switched_off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
     model_class, config_class = SIDES[side]
     model = model_class(config_class(**shape, **switched_off))
+    model.config.skip_logits = True  # as the recipes do; GPT-2 has no such field
     step = training_step(model, arguments.batch, arguments.context, compile=True)
     (seconds,) = seconds_in_turns([step], arguments.steps)
     return {"speed": arguments.batch * arguments.context / seconds, "memory": peak_bytes() / 1e9}

@@ -89,8 +89,8 @@ class ScratchGPTAttention(nn.Module):
         self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # for `_init_weights`, which only gets the module
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        # Copied from the config, whose attribute lookup is slow: decoding reads them in every layer for every token.
-        self.attention_dropout, self.hidden_dropout = config.attention_dropout, config.hidden_dropout
+        # Modules, whose probability other libraries may change; that of the weights is an argument of the attention interface.
+        self.attention_dropout, self.dropout = nn.Dropout(config.attention_dropout), nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -114,9 +114,9 @@ class ScratchGPTAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout.p if self.training else 0.0
         output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         output = output.flatten(-2).contiguous()  # (B, T, H, D) to (B, T, H * D)
-        return nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training), weights
+        return self.dropout(self.o_proj(output)), weights

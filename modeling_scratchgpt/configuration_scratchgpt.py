@@ -78,6 +78,7 @@ class ScratchGPTConfig(PreTrainedConfig):
             `position_embedding_type="rotary"`.
         classifier_pooling (`str`): hidden state that a text classifier reads: of the `"last"` real token, or the `"mean"` of
             all real tokens.
+        skip_logits (`bool`): in training mode, return only the loss of a language model, in less memory (see its `forward`).
         use_cache (`bool`): whether a forward pass returns keys and values for the next one.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
 
@@ -118,6 +119,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     # A factory, so that the class has no such attribute.
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
     classifier_pooling: str = "last"
+    skip_logits: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -56,12 +57,12 @@ class ScratchGPTMLP(nn.Module):
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
             self.fused_inputs = ("up_proj", "gate_proj")
         self.act_fn = ACT2FN[config.hidden_act]
-        self.hidden_dropout = config.hidden_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up = self.up_proj(hidden_states)
         inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return nn.functional.dropout(self.down_proj(inner), self.hidden_dropout, self.training)
+        return self.dropout(self.down_proj(inner))
 
 
 class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
@@ -267,8 +268,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
                 that are already shifted, instead of `labels`.
             num_items_in_batch: divisor of the summed loss, which makes it independent of how a batch is split. Without it,
                 the loss is the mean over scored tokens, in nats.
-            skip_logits: return only the loss, which saves most of the memory of a training step. Default: True while
-                training with labels.
+            skip_logits: return only the loss, computed without materializing the logits, which saves most of the memory of a
+                training step. Default: `config.skip_logits` while training, else False.
             logits_to_keep: compute only the last N logits, or those at these positions (see `select_positions`).
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
@@ -278,7 +279,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         if skip_logits is None:
-            skip_logits = self.training and shift_labels is not None
+            skip_logits = self.training and self.config.skip_logits
         loss = logits = None
         if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
             loss = linear_cross_entropy(output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
@@ -436,3 +437,14 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
             start_loss = span_loss(start_logits, start_positions, num_items_in_batch)
             loss = (start_loss + span_loss(end_logits, end_positions, num_items_in_batch)) / 2
         return QuestionAnsweringModelOutput(loss, start_logits, end_logits, output.hidden_states, output.attentions)
+
+
+# The classes that transformers knows by name: Trainer shifts the labels of these language models if it smooths them, and names
+# the task of the others in its model cards. Registration with the Auto classes does not add to these tables.
+for table, model_class in (
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ScratchGPTForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForTokenClassification),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ScratchGPTForQuestionAnswering),
+):
+    table[ScratchGPTConfig.model_type] = model_class.__name__

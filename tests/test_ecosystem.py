@@ -113,14 +113,15 @@ def test_pipelines(tiny_model, tiny_config, tokenizer):
     assert len(features[0][0]) == tiny_config.hidden_size
 
 
-def test_compile_in_one_graph(tiny_model):
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_compile_in_one_graph(tiny_model, skip_logits):
     ids = torch.randint(3, 300, (2, 12))
     tiny_model.train()
     compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
     results = []
     for model in (tiny_model, compiled):
         tiny_model.zero_grad()
-        loss = model(ids, labels=ids, use_cache=False).loss
+        loss = model(ids, labels=ids, use_cache=False, skip_logits=skip_logits).loss
         loss.backward()
         results.append((loss.detach(), [parameter.grad.clone() for parameter in tiny_model.parameters()]))
     torch.testing.assert_close(results[0][0], results[1][0])

@@ -1,6 +1,7 @@
 """TRL, lm_eval, transformers serve and a quantizer, each in a short real run."""
 
 import json
+import math
 import urllib.request
 from importlib.util import find_spec
 
@@ -11,8 +12,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, pipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from modeling_scratchgpt.lora import LoraConfig, add_adapter
 
-from .conftest import TINY
+from .conftest import TINY, shaken
 from .test_ecosystem import trainer_options
 
 PAIRS = [
@@ -99,10 +101,31 @@ def test_trl_packing(tiny_model, tokenizer, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_trl_dpo(folder, tmp_path):
-    """TRL loads the model twice: the policy moves away from the reference, which stays as it is."""
+DROPOUT = dict.fromkeys(("hidden_dropout", "embedding_dropout", "attention_dropout"), 0.4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_trl_disables_every_dropout(tiny_config, attention):
+    """Also those of an adapter: in training mode, the model then computes what it computes in evaluation mode."""
+    from trl.trainer.utils import disable_dropout_in_model
+
+    config = ScratchGPTConfig(**{**tiny_config.to_dict(), **DROPOUT}, attn_implementation=attention)
+    model = shaken(ScratchGPTForCausalLM(config), 0.2)
+    add_adapter(model, LoraConfig(r=4, lora_dropout=0.4, init_lora_weights=False))
+    ids = torch.randint(3, 300, (2, 20))
+    expected = model(ids).logits
+    assert (model.train()(ids).logits - expected).abs().max() > 0.1
+    disable_dropout_in_model(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_trl_dpo(tiny_config, tokenizer, tmp_path):
+    """TRL loads the model twice and disables dropout: the policy moves away from the reference, which stays as it is."""
     from trl import DPOConfig, DPOTrainer
 
+    folder = str(tmp_path / "saved")
+    shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**tiny_config.to_dict(), **DROPOUT})), 0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     completions = [completion for _, completion in PAIRS]
     rows = [
         {"prompt": prompt, "chosen": completion, "rejected": completions[index - 1]}
@@ -116,7 +139,9 @@ def test_trl_dpo(folder, tmp_path):
     reference = {name: tensor.clone() for name, tensor in trainer.ref_model.state_dict().items()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
-    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the models are equal before the first step
+    # The models are equal before the first step.
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert history[-1]["rewards/margins"] > 0.5
     assert history[-1]["rewards/chosen"] > history[-1]["rewards/rejected"]
     for name, tensor in trainer.ref_model.state_dict().items():
@@ -230,7 +255,7 @@ def test_transformers_serve(server, memorized, tokenizer):
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == completion
 
 
-@pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter"])
+@pytest.mark.parametrize("add", ["get_peft_model", "mixed", "add_adapter", "inject"])
 def test_peft_has_default_targets(tiny_model, monkeypatch, add):
     """For all methods for which Qwen3 has some: its modules have the same names. For LoRA, all linear layers."""
     tables = [
@@ -244,6 +269,8 @@ def test_peft_has_default_targets(tiny_model, monkeypatch, add):
     assert not any("scratchgpt" in table for table in tables)  # only PEFT makes us write into its tables
     if add == "add_adapter":
         tiny_model.add_adapter(peft.LoHaConfig())
+    elif add == "inject":
+        peft.inject_adapter_in_model(peft.LoHaConfig(), tiny_model)
     else:
         peft.get_peft_model(tiny_model, peft.LoHaConfig(), mixed=add == "mixed")
     adapted = {name.split(".")[4] for name, _ in tiny_model.named_parameters() if "hada_w1_a" in name}
@@ -291,7 +318,7 @@ def test_the_loss_of_an_int8_head(tiny_config, tmp_path):
     assert type(model.lm_head.weight) is not torch.nn.Parameter
     ids = torch.randint(3, 300, (2, 20))
     with_logits = model(ids, labels=ids).loss
-    torch.testing.assert_close(model.train()(ids, labels=ids).loss, with_logits)
+    torch.testing.assert_close(model.train()(ids, labels=ids, skip_logits=True).loss, with_logits)
 
 
 def test_pipeline_in_batches(folder):

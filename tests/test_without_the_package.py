@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
@@ -14,7 +15,7 @@ PROGRAM = (
     WITHOUT_THE_PACKAGE
     + """
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 results = []
 for folder in sys.argv[1:]:
@@ -33,6 +34,9 @@ for folder in sys.argv[1:]:
             "hidden": backbone(**inputs).last_hidden_state[0, -1].tolist(),
             "text": generate("to be or not", max_new_tokens=8, do_sample=False)[0]["generated_text"],
         })
+    arguments = TrainingArguments(folder + "-trainer", use_cpu=True, report_to=[], label_smoothing_factor=0.1)
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    results[-1]["smoothed"] = Trainer(model=model, args=arguments).compute_loss(model, batch).item()
     model.save_pretrained(folder + "-again")
     tokenizer.save_pretrained(folder + "-again")
 
@@ -64,7 +68,11 @@ def test_auto_classes_and_pipeline_need_only_the_directory(tmp_path):
         model = ScratchGPTForCausalLM.from_pretrained(folder)
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(result["logits"]), model(**inputs).logits[0, -1])
+            log_probabilities = model(**inputs).logits[0, :-1].log_softmax(-1)
             torch.testing.assert_close(torch.tensor(result["hidden"]), model.model(**inputs).last_hidden_state[0, -1])
+        # Trainer shifts the labels of the classes it knows by name.
+        nll = -log_probabilities[range(len(inputs["input_ids"][0]) - 1), inputs["input_ids"][0, 1:]].mean()
+        assert result["smoothed"] == pytest.approx((0.9 * nll - 0.1 * log_probabilities.mean()).item(), rel=1e-5)
         assert result["text"].startswith("to be or not")
         names = [f"model.layers.{layer}.{name}_proj" for layer in (0, 1) for name in ("mlp.down", "self_attn.q", "self_attn.v")]
         assert result["adapted"] == names

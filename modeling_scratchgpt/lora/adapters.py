@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import LoraConfig, parameters_in_full, targets_of
 from .layer import LoraLinear, is_plain, replace_parameter
@@ -31,7 +32,18 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module, *names: str) -> Adapters:
-    """Return the state of a model's adapters, after checking that it has those named."""
+    """Return the state of a model's adapters, after checking that it has those named.
+
+    Raises:
+        ValueError: there is no such adapter, or the model is only a wrapper of the one that has the adapters.
+    """
+    # A wrapper would hide the state below, and DistributedDataParallel does not synchronize parameters that are added later.
+    is_inside = any("_lora" in vars(module) for module in model.modules() if module is not model)
+    if is_inside or isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # the last by torch.compile
+        raise ValueError(
+            f"the {type(model).__name__} only contains the model to adapt: pass that model itself, such as "
+            "`extract_model_from_parallel(model, keep_torch_compile=False)` (accelerate.utils)."
+        )
     adapters: Adapters = vars(model).get("_lora") or Adapters()
     for name in names:
         if name not in adapters.configs:
@@ -78,7 +90,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     """
     adapters = adapters_of(model)
     is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
-    if not is_word or adapter_name in adapters.configs or hasattr(nn.ParameterDict, adapter_name):
+    is_attribute = any(hasattr(container(), str(adapter_name)) for container in (nn.ParameterDict, nn.ModuleDict))
+    if not is_word or is_attribute or adapter_name in adapters.configs:
         taken = ", ".join(adapters.configs) or "none"
         raise ValueError(f"adapter_name {adapter_name!r} is taken or is not a word of letters and digits; taken: {taken}.")
     _refuse_merged(model)
@@ -170,7 +183,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for parameter in trained:
         parameter.requires_grad_(True)
     for layer in lora_layers(model, adapter_name).values():
-        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.dropout):
+        for values in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling, layer.lora_dropout):
             if adapter_name in values:
                 del values[adapter_name]
     del adapters.configs[adapter_name], adapters.full[adapter_name]
@@ -210,6 +223,7 @@ def merge_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: a layer is quantized or sharded.
     """
+    adapters_of(model)
     for name, layer in lora_layers(model).items():
         if not is_plain(layer.base_layer):
             raise ValueError(f"{name} cannot be merged, {_form(layer.base_layer)}: load base and adapter without that.")
@@ -219,6 +233,7 @@ def merge_adapter(model: nn.Module) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo `merge_adapter` exactly."""
+    adapters_of(model)
     for layer in lora_layers(model).values():
         layer.unmerge()
 

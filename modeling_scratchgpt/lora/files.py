@@ -35,6 +35,9 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 # Fields of PEFT that do not change the result while the features they belong to are off.
 WITHOUT_EFFECT = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
 
+# Where PEFT's default of a field is another one than in `LoraConfig`.
+PEFT_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "ensure_weight_tying": False}
+
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, each atomically.
@@ -46,14 +49,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     adapters, base_config = adapters_of(model, adapter_name), getattr(model, "config", None)
     config, full = adapters.configs[adapter_name], adapters.full[adapter_name]
     layers = lora_layers(model, adapter_name)
-    tasks = (task for head, task in HEADS.items() if type(model).__name__.endswith(head))
+    in_full = [name.removesuffix(".base_layer") for name in modules_in_full(model, config)]
+    # For the task of a classifier, PEFT expects a head in the file.
+    tasks = (task for head, task in HEADS.items() if type(model).__name__.endswith(head) and (in_full or task == "CAUSAL_LM"))
     written = {
         **asdict(config),
         "peft_type": "LORA",
         "inference_mode": True,
         "target_modules": _target_modules(model, layers),
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),  # `target_modules` is exact
-        "modules_to_save": [name.removesuffix(".base_layer") for name in modules_in_full(model, config)] or None,
+        "modules_to_save": in_full or None,
         "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
         "task_type": config.task_type or next(tasks, None),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
@@ -139,7 +144,7 @@ def _read_config(file: str) -> LoraConfig:
             if value and name not in known | WITHOUT_EFFECT:
                 raise ValueError(f"{name} is {value!r}, which is not supported: load it with PEFT.")
         given = {name: value for name, value in content.items() if name in known and value is not None}
-        return LoraConfig(**{"ensure_weight_tying": False, **given})
+        return LoraConfig(**{**PEFT_DEFAULTS, **given})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 

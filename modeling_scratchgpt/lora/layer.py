@@ -29,10 +29,20 @@ class LoraLinear(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by adapter name
         self.lora_magnitude_vector = nn.ParameterDict()  # only with DoRA
         self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.unmerged_weight: nn.Parameter | None = None  # the original weight, while merged
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base layer, as in PEFT: some models read its dtype or device in their forward."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the base layer."""
+        return self.base_layer.bias
 
     def update_layer(self, adapter_name: str, rank: int, scaling: float, config: LoraConfig) -> None:
         """Add an adapter, which is not active yet."""
@@ -48,7 +58,8 @@ class LoraLinear(nn.Module):
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
-        self.scaling[adapter_name], self.dropout[adapter_name] = scaling, config.lora_dropout
+        self.scaling[adapter_name] = scaling
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout).train(self.training)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = nn.Parameter(self._row_norms(adapter_name))
 
@@ -62,8 +73,8 @@ class LoraLinear(nn.Module):
 
     def _adapted(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
-        dropout = self.dropout[name] if self.training else 0.0
-        x = nn.functional.dropout(x.to(a.dtype), dropout)
+        dropout: Any = self.lora_dropout[name]
+        x = dropout(x.to(a.dtype))
         low = nn.functional.linear(x, a)  # (..., r)
         if name not in self.lora_magnitude_vector:
             rows = output.reshape(-1, self.out_features).to(low.dtype)
@@ -72,7 +83,7 @@ class LoraLinear(nn.Module):
         # DoRA: m (W + scaling B A) / |W + scaling B A|, by rows. The norm is treated as a constant, as in the paper (4.3).
         factor = self.lora_magnitude_vector[name] / self._row_norms(name)  # (out,)
         bias = self.base_layer.bias
-        if dropout:
+        if dropout.p and dropout.training:
             base = nn.functional.linear(x, self.base_layer.weight.to(x.dtype))
         else:
             base = output if bias is None else output - bias

@@ -12,7 +12,7 @@ import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import modeling_scratchgpt
 from modeling_scratchgpt import (
@@ -216,21 +216,32 @@ def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_model):
     labels[0, :6] = -100
     tiny_model.train()
     results = {}
-    for skip in (None, True, False):
+    for skip in (False, True):
         tiny_model.zero_grad()
         output = tiny_model(ids, labels=labels, skip_logits=skip)
+        assert (output.logits is None) == skip
         output.loss.backward()
-        results[skip] = (output, [parameter.grad.clone() for parameter in tiny_model.parameters()])
-    assert results[None][0].logits is None
-    assert results[True][0].logits is None
-    assert results[False][0].logits.shape == (2, 12, 300)
-    for skip in (None, True):
-        torch.testing.assert_close(results[skip][0].loss, results[False][0].loss)
-        for one, two in zip(results[skip][1], results[False][1], strict=True):
-            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
-    tiny_model.eval()
-    assert tiny_model(ids, labels=labels).logits is not None
-    assert tiny_model(ids, labels=labels, skip_logits=True).logits is None
+        results[skip] = (output.loss, [parameter.grad.clone() for parameter in tiny_model.parameters()])
+    torch.testing.assert_close(results[True][0], results[False][0])
+    for one, two in zip(results[True][1], results[False][1], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_who_gets_logits(tmp_path):
+    """As from every model of transformers, unless the call or, in training with labels, the config skips them."""
+    ids = random_ids(2, 12)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**TINY)).train()
+    assert gpt2(ids, labels=ids).logits is not None
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2").save_pretrained(tmp_path / "ours")
+    for name, skip in (("gpt2", False), ("gpt2", True), ("ours", False), ("ours", True)):
+        model = ScratchGPTForCausalLM.from_pretrained(tmp_path / name, **({"skip_logits": True} if skip else {}))
+        for training in (True, False):
+            model.train(training)
+            assert (model(ids, labels=ids).logits is None) == (skip and training)
+            assert model(ids).logits.shape == (2, 12, 300)
+            assert model(ids, labels=ids, skip_logits=True).logits is None
+            assert model(ids, labels=ids, skip_logits=False).logits is not None
 
 
 class Doubled(torch.nn.Linear):

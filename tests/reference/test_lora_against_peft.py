@@ -1,6 +1,7 @@
 """LoRA compared with PEFT from the same initial weights: training and files."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ def test_each_loads_what_the_other_has_saved(kind, fields, tmp_path):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         merged = theirs.merge_and_unload()
         torch.testing.assert_close(merge_and_unload(model)(IDS).logits, merged(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_missing_fields_have_pefts_defaults(tmp_path):
+    model = base(num_hidden_layers=1)
+    saved_by_peft(model, tmp_path, r=8, lora_alpha=32, use_rslora=True, alpha_pattern={"q_proj": 3})
+    file = tmp_path / "adapter_config.json"
+    complete = json.loads(file.read_text())
+    for field in dataclasses.fields(LoraConfig):
+        file.write_text(json.dumps({name: value for name, value in complete.items() if name != field.name}))
+        ours, theirs = copy.deepcopy(model), peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+        load_adapter(ours, tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5, msg=field.name)
 
 
 def test_classifiers_of_peft_with_their_heads(tmp_path):

@@ -10,7 +10,7 @@ Notable:
 import hashlib
 import re
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -185,12 +185,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message
 
 
 def _check_prompts(conversations: list[Conversation], rendered: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Reject a template whose prompts for generation differ from what precedes the answers in training."""
-    prompts = _render(tokenizer, [it.prompt for it in conversations], add_generation_prompt=True)["input_ids"]
-    for prompt, row, mask in zip(prompts, rendered["input_ids"], rendered["assistant_masks"], strict=True):
-        end = len(mask) - mask[::-1].index(1)
-        start = next((index for index in range(end, 0, -1) if not mask[index - 1]), 0)  # of the last answer
-        if row[:start] != prompt:
+    """Reject a template whose prompts for generation differ from what precedes the answers in training, in any turn."""
+    turns = [[end for end, message in enumerate(it.messages) if message["role"] == "assistant"] for it in conversations]
+    messages = [list(it.messages[:end]) for it, ends in zip(conversations, turns, strict=True) for end in ends]
+    prompts = iter(_render(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+    for ends, row, mask in zip(turns, rendered["input_ids"], rendered["assistant_masks"], strict=True):
+        own = list(islice(prompts, len(ends)))
+        starts = [index for index, (before, marked) in enumerate(pairwise([0, *mask])) if marked and not before]
+        for number, start in enumerate(starts):  # a template may mark only some of the answers, but always the last
+            is_last = start == starts[-1]
+            prompt = own[-1 if is_last else min(number, len(own) - 1)]
+            if row[:start] == prompt or (not is_last and row[:start] in own):
+                continue
             trained, generated = (tokenizer.decode(ids)[-40:] for ids in (row[:start], prompt))
             raise UserError(
                 f"the chat template renders prompts differently for training and generation: {trained!r} and {generated!r} "

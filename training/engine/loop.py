@@ -73,8 +73,10 @@ def training_steps(
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
+                # A language model computes its loss without materializing the logits.
+                options = {"skip_logits": True} if "shift_labels" in batch else {}
                 # Gradients are averaged over processes: the factor turns the mean into the sum.
-                loss = model(**batch, num_items_in_batch=items, use_cache=False).loss * accelerator.num_processes
+                loss = model(**batch, num_items_in_batch=items, use_cache=False, **options).loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))

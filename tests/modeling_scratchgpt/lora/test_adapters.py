@@ -2,12 +2,15 @@
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
@@ -441,7 +444,7 @@ def test_names_of_adapters():
         add_adapter(model, LoraConfig(r=2), "a")
     with pytest.raises(ValueError, match=r"adapter_name 'b\.c' is taken or is not a word of letters and digits"):
         add_adapter(model, LoraConfig(r=2), "b.c")
-    for name in ("train", "keys", None, 3):
+    for name in ("train", "training", "keys", None, 3):
         with pytest.raises(ValueError, match="is taken or is not a word of letters and digits"):
             add_adapter(model, LoraConfig(r=2), name)
     with pytest.raises(ValueError, match="the weight of adapter 'a' must be a number, got nan"):
@@ -455,3 +458,38 @@ def test_names_of_adapters():
         set_adapter(model, "a", "dora")
     with pytest.raises(ValueError, match="adapter 'dora' uses DoRA"):
         add_weighted_adapter(model, {"a": 1.0, "dora": 1.0}, "sum")
+
+
+@pytest.fixture
+def _process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), DistributedDataParallel], ids=["compile", "ddp"])
+def test_wrapped_models(wrap, tmp_path):
+    """The functions refuse a wrapper by name; the wrapper computes with what is done to the model inside."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), torch.randn(2, 6)
+    expected = model(x)
+    with pytest.raises(ValueError, match="only contains the model to adapt: pass that model itself"):
+        add_adapter(wrap(model), LoraConfig(r=2))
+    add_adapter(model, LoraConfig(r=2, init_lora_weights=False))
+    wrapped = wrap(model)
+    adapted = wrapped(x)
+    assert (adapted - expected).abs().max() > 0.01
+    for change in (
+        lambda: disable_adapter(wrapped).__enter__(), lambda: set_adapter(wrapped, "default"), lambda: merge_adapter(wrapped),
+        lambda: unmerge_adapter(wrapped), lambda: merge_and_unload(wrapped), lambda: delete_adapter(wrapped, "default"),
+        lambda: add_weighted_adapter(wrapped, {"default": 1.0}, "sum"), lambda: save_adapter(wrapped, tmp_path),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"the {type(wrapped).__name__} only contains the model to adapt"):
+            change()
+    torch.testing.assert_close(wrapped(x), adapted)  # nothing was changed
+    with disable_adapter(model):
+        torch.testing.assert_close(wrapped(x), expected)
+    merge_adapter(model)
+    torch.testing.assert_close(wrapped(x), adapted)
+    unmerge_adapter(model)
+    torch.testing.assert_close(wrapped(x), adapted)

@@ -226,6 +226,11 @@ QUESTIONS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n'
             "{% if add_generation_prompt %}A: {% endif %}",
             "renders prompts differently for training and generation: '.*A:' and '.*A: '",
         ),
+        (  # only the last answer is preceded by what generation writes
+            QUESTIONS + "{{ '' if loop.last else 'Earlier: ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+            "{% endif %}{% endfor %}",
+            r"differently for training and generation: 'three\\nEarlier:' and 'three\\n' precede",
+        ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
             "renders prompts differently",
@@ -236,8 +241,9 @@ QUESTIONS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n'
 def test_unusable_templates_are_rejected(template, message):
     tokenizer = new_tokenizer()
     set_up_chat_template(tokenizer, ChatTemplate(template), 64)
+    conversations = [CONVERSATION, conversation("three", "four", "five", "six")]
     with pytest.raises(UserError, match=message):
-        stop_token_id(tokenize_conversations([CONVERSATION, conversation("three", "four")], tokenizer, 64), tokenizer)
+        stop_token_id(tokenize_conversations(conversations, tokenizer, 64), tokenizer)
 
 
 def test_a_template_may_end_answers_with_its_own_token():
