@@ -115,19 +115,24 @@ class InstructRecipe(Recipe[LMMetrics]):
                 if not len(tokenized):
                     raise UserError(
                         f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
-                        f"than {self.max_length} tokens (use a larger --context_length), the others contain a special token."
+                        f"than {self.max_length} tokens (use a larger --context_length), the others contain special tokens: "
+                        f"{', '.join({*tokenized.special}) or 'none'}."
                     )
         self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
 
     def _report_data(self) -> None:
         """Print sizes, what was dropped, and an example."""
         print_, leaked, tokenized = self.accelerator.print, self.conversations.leaked, self.tokenized
+        special = [token for split in tokenized.values() for token in split.special]
+        examples = f" ({', '.join(sorted({*special})[:3])})" if special else ""
+        openings = {conversation.group for split in tokenized.values() for conversation in split.conversations}
         print_(
-            f"Conversations: {self._sizes()}\n"
+            f"Conversations: {self._sizes()}; those that begin with the same of {len(openings):,} prompts are in one split\n"
+            f"Ignored columns: {', '.join(map(printable, self.conversations.unused)) or 'none'}\n"
             f"Dropped: {self.conversations.duplicates:,} duplicates; {leaked['train']:,} of train and "
             f"{leaked['validation']:,} of validation that begin with the prompt of a later split; "
             f"{sum(split.num_too_long for split in tokenized.values()):,} longer than {self.max_length:,} tokens; "
-            f"{sum(split.num_special for split in tokenized.values()):,} with a special token in their text"
+            f"{len(special):,} with a special token in their text{examples}"
         )
         print_(f"New tokens: {self.num_new_tokens}. An example, with the tokens of the loss in brackets:\n")
         print_(printable(prompts.render_with_loss_mask(tokenized["train"], 0, self.tokenizer)), "\n")
