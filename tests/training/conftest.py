@@ -130,8 +130,10 @@ def tune(run, nights, tmp_path) -> Callable[..., Path]:
 
     def start(recipe: Any, *argv: str, output: str = "model", base: Path = run) -> Path:
         output_dir = tmp_path / output
-        words = ["--base_model", str(base), "--dataset", nights[recipe], "--output_dir", str(output_dir)]
-        recipe.main([*words, *TUNING[recipe], *argv])
+        words = ["--base_model", str(base), "--output_dir", str(output_dir), *TUNING[recipe]]
+        recipe.main(
+            [*words, *([] if "--dataset" in argv else ["--dataset", nights[recipe]]), *argv]
+        )  # a second one would be added
         return output_dir
 
     return start

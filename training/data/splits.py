@@ -104,8 +104,8 @@ def split_items(
         if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
             sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
             raise UserError(
-                f"the {name} split is empty ({sizes}), since examples with the same text or prompt stay in one split: pass more "
-                "different ones, or larger fractions of them."
+                f"the {name} split is empty ({sizes}), since examples with the same text or prompt stay in one split: pass "
+                "more different ones, or larger fractions of them."
             )
     return splits, dropped
 
