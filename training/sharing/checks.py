@@ -42,6 +42,9 @@ TOKENIZER = (
 )
 RESULTS = (CURVE, METRICS, SCORES, PREDICTIONS, MISTAKES, RESPONSES, RESPONSES_PAGE)
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
+CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
+UPLOADED = (*CODE, *(pattern for pattern in FILES if pattern != "LICENSE"))  # what an earlier upload may have left
+MEASURED = ("model-index", "base_model", "library_name", "sdk", "sdk_version", "app_file", "models")  # metadata of an upload
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -134,6 +137,17 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
         if base := base_model or metadata.get("base_model"):
             check_repo_id(base, f"{path}: base_model", "upload the base model and pass --base_model USER/NAME")
             card.data["base_model"] = base
+        return str(card).encode()
+
+
+def merge_card(new: bytes, edited: str, license: str) -> bytes:
+    """The edited card on the Hub with its text and metadata, but with the new card's metrics, base and, if given, licence."""
+    with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
+        card, old = ModelCard(new.decode(), ignore_metadata_errors=True), ModelCard(edited, ignore_metadata_errors=True)
+        for name, value in old.data.to_dict().items():
+            if name not in MEASURED and not (license and name == "license"):
+                card.data[name] = value
+        card.text = old.text if old.text.strip() else card.text
         return str(card).encode()
 
 
