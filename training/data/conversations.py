@@ -36,12 +36,12 @@ from training.errors import UserError
 
 ENDINGS = (".json", *JSON_LINES, ".parquet")
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", **{it: it for it in ("system", "user", "assistant")}}
-FORMATS: dict[tuple[str, ...], tuple[str, ...]] = {  # columns that a row must have, and those that it may have
-    ("messages",): (),
-    ("conversations",): (),
-    ("prompt", "completion"): (),
-    ("instruction", "output"): ("input", "history"),
-    ("instruction", "response"): ("context",),
+FORMATS = {  # the columns that a row must have, and the one with a text that the first column is about
+    ("messages",): "",
+    ("conversations",): "",
+    ("prompt", "completion"): "",
+    ("instruction", "output"): "input",
+    ("instruction", "response"): "context",
 }
 SYSTEM, WEIGHTS = ("system", "system_prompt"), ("weight", "train", "loss")
 FIELDS = {"role", "content", "from", "value", *WEIGHTS}  # of a message
@@ -170,9 +170,9 @@ def _conversations(rows: Iterable[tuple[str, Row]], errors: str, input_mark: str
 
 def _conversation(location: str, row: Row, errors: str, input_mark: str, unused: set[str]) -> Conversation:
     """The conversation of a row in any of the formats, up to the last answer that is learned; only that one may be empty."""
-    columns = next((columns for columns in FORMATS if all(row.get(key) is not None for key in columns)), ())
+    columns: tuple[str, ...] = next((columns for columns in FORMATS if all(row.get(key) is not None for key in columns)), ())
     _check_row(location, row, columns)
-    unused |= _given(row) - {*columns, *FORMATS[columns], *SYSTEM}
+    used = {*columns, *SYSTEM}
     items = [{"role": "system", "content": row[key]} for key in SYSTEM if key in _given(row)]
     if all(isinstance(row[key], list) for key in columns):
         items += (item for key in columns for item in row[key])
@@ -180,9 +180,11 @@ def _conversation(location: str, row: Row, errors: str, input_mark: str, unused:
     elif len(columns) == 1:
         raise UserError(f"{location} has no list of messages but {row[columns[0]]!r:.80}.")
     else:
-        names = [columns[0], *FORMATS[columns][:1], columns[1]]
+        names = [columns[0], FORMATS[columns], columns[1]]
         *question, answer = (get_text({name: row.get(name)}, name, location, errors) for name in names)
         items += [*_history(row.get("history"), location), *_exchange(input_mark.join(filter(str.strip, question)), answer)]
+        used |= {FORMATS[columns], "history"}
+    unused |= _given(row) - used
     messages = tuple(_message(item, location, errors) for item in items)
     _check_messages(messages, location)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -244,12 +246,12 @@ def _check_messages(messages: tuple[Message, ...], location: str) -> None:
 def _message(message: Any, location: str, errors: str) -> Message:
     """A message with the fields `role` and `content` or, as in ShareGPT, `from` and `value`."""
     item = message if isinstance(message, dict) else {}
+    _check_supported(item, location)
     role, content = (next((key for key in keys if key in item), "") for keys in (("role", "from"), ("content", "value")))
     if not (role and content):
         raise UserError(f'{location} has a message that is not like {{"role": "user", "content": "..."}} but {message!r:.80}.')
     if item[role] not in [*ROLES]:
         raise UserError(f"{location} has a message of {item[role]!r:.80}: the roles are {', '.join(ROLES)}.")
-    _check_supported(item, location)
     parts = item[content] if isinstance(item[content], list) else [{"type": "text", "text": item[content]}]
     if other := [part for part in parts if not isinstance(part, dict) or part.get("type") != "text"]:
         raise UserError(f"{location} has content that is not text but {other[0]!r:.80}: leave this row out.")

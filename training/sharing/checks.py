@@ -152,8 +152,11 @@ def merge_card(new: bytes, edited: str, license: str) -> bytes:
 
 
 def prepare_adapter_config(directory: Path, base_model: str) -> bytes:
-    """Name the base model on the Hub in the adapter's config, instead of a local directory."""
-    return json.dumps({**_read_json(directory / ADAPTER_CONFIG), "base_model_name_or_path": base_model}, indent=2).encode()
+    """Name the base model on the Hub in the adapter's config; a revision of another repository, or a local one, is dropped."""
+    config = _read_json(directory / ADAPTER_CONFIG)
+    if config.get("base_model_name_or_path") != base_model:
+        config["revision"] = None
+    return json.dumps({**config, "base_model_name_or_path": base_model}, indent=2).encode()
 
 
 def check_weights(directory: Path, files: Files) -> None:
