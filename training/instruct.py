@@ -124,7 +124,7 @@ class InstructRecipe(Recipe[LMMetrics]):
                     raise UserError(
                         f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
                         f"than {self.max_length} tokens (use a larger --context_length), the others contain special tokens: "
-                        f"{', '.join({*tokenized.special}) or 'none'}."
+                        f"{', '.join(sorted({*tokenized.special})) or 'none'}."
                     )
         self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
 

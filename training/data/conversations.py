@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 from training.cli import option
@@ -118,14 +118,14 @@ def read_conversations(arguments: ConversationArguments, input_mark: str) -> Con
     unused = set[str]()
     given = read_given(arguments, lambda source: _read_source(source, encoding_of(arguments), input_mark, unused))
     distinct = {name: list({repr(it): it for it in reversed(split)}.values())[::-1] for name, split in given.items()}
-    splits, leaked = split_items(distinct, arguments, key=lambda conversation: _opening(conversation.messages))
+    splits, leaked = split_items(distinct, arguments, key=lambda it: _opening(it.messages, it.without_loss))
     return Conversations(splits, sum(len(given[name]) - len(distinct[name]) for name in given), leaked, sorted(unused))
 
 
-def _opening(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
-    """Role and content, without the white space around it, of the messages before the first answer."""
-    opening = takewhile(lambda message: message["role"] != "assistant", messages)
-    return tuple((message["role"], message["content"].strip()) for message in opening)
+def _opening(messages: tuple[Message, ...], without_loss: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Role and content, without the white space around it, of the messages before the first answer that is learned."""
+    end = next(index for index, it in enumerate(messages) if it["role"] == "assistant" and index not in without_loss)
+    return tuple((message["role"], message["content"].strip()) for message in messages[:end])
 
 
 def _read_source(source: str, encoding: Encoding, input_mark: str, unused: set[str]) -> dict[str, list[Conversation]]:
@@ -192,7 +192,7 @@ def _conversation(location: str, row: Row, errors: str, input_mark: str, unused:
     if not learned:
         raise UserError(f"{location} has no answer to learn, as all have a weight of 0: leave this row out.")
     without_loss = tuple(index for index in answers if index < learned[-1] and index not in learned)
-    return Conversation(messages[: learned[-1] + 1], repr(_opening(messages)), without_loss)
+    return Conversation(messages[: learned[-1] + 1], repr(_opening(messages, without_loss)), without_loss)
 
 
 def _check_row(location: str, row: Row, columns: tuple[str, ...]) -> None:
@@ -260,11 +260,11 @@ def _message(message: Any, location: str, errors: str) -> Message:
 
 
 def _history(pairs: Any, location: str) -> list[Row]:
-    """Earlier exchanges, each a list of a question and its answer, as messages."""
+    """Earlier exchanges, each a list of a question and its answer, as messages; part of the prompt, and so not learned."""
     if not isinstance(pairs, list | None) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs or []):
         raise UserError(f"{location} has no list of pairs under 'history' but {pairs!r:.80}.")
-    return [message for pair in pairs or [] for message in _exchange(*pair)]
+    return [message for question, answer in pairs or [] for message in _exchange(question, answer, weight=0)]
 
 
-def _exchange(prompt: Any, answer: Any) -> list[Row]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+def _exchange(prompt: Any, answer: Any, weight: int = 1) -> list[Row]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer, "weight": weight}]

@@ -120,6 +120,11 @@ def test_conversations_with_one_prompt_stay_in_one_split(tmp_path):
     assert sum(found.leaked.values()) == 1
 
 
+def test_rows_with_the_same_history_are_split(tmp_path):
+    found = read(write_rows(tmp_path / "rows.json", [{**row, "history": [["Hello", "Hi."]]} for row in ALPACA]))
+    assert [len(found.splits[name]) for name in SPLITS] == [34, 2, 4]
+
+
 def test_a_given_split_that_is_empty_is_rejected(tmp_path):
     train, test = write_rows(tmp_path / "train.json", ALPACA), write_rows(tmp_path / "test.json", [])
     with pytest.raises(UserError, match="test.json has no examples"):
@@ -178,7 +183,8 @@ def test_system_history_and_texts_that_are_not_stripped(tmp_path, row):
     one, unused = read_one(tmp_path / "rows.jsonl", row)
     expected = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", " f():\n"), ("assistant", "    y\n")]
     assert contents(one) == expected
-    assert (one.answer, len(one.prompt), one.answers, one.without_loss, unused) == ("    y\n", 4, [2, 4], (), [])
+    assert (one.answer, len(one.prompt), one.answers, unused) == ("    y\n", 4, [2, 4], [])
+    assert one.without_loss == ((2,) if "history" in row else ())  # which is part of the prompt
 
 
 @pytest.mark.parametrize(("field", "bad", "good"), [("weight", 0, 1), ("train", False, None), ("loss", False, True)])
