@@ -6,20 +6,25 @@
     python hub_upload.py outputs/pretrain USER/NAME --space
 
 This needs a token with write access: run `hf auth login` or set HF_TOKEN. If the connection breaks, run the same command again:
-it sends only what is missing.
+it sends only what is missing. Files of an earlier upload that are not sent again are deleted. A card that was edited on the Hub
+keeps its text and its metadata, apart from the metrics.
 """
 
 import argparse
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
@@ -31,6 +36,7 @@ SPACE = Path(__file__).parent / "space"
 TIMEOUT_SECONDS = 120  # without any answer from the Hub
 ATOMIC = "an upload changes all files or none"
 COMMIT_SUFFIX = "(hub_upload.py)"  # marks the commits made here: others are not overwritten
+GENERATED = "Blob of the generated card: "  # in the description of a commit: another card on the Hub was edited there
 SPACE_CARD = """---
 title: "{name}"
 license: apache-2.0
@@ -55,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base_model", default="", metavar="USER/BASE", help="Hub id of the base model")
     parser.add_argument("--license", default="", help="license to put into the model card, such as apache-2.0")
     parser.add_argument("--space", action="store_true", help="also create a Space of the same name, to try the model in")
-    parser.add_argument("--overwrite", action="store_true", help="upload even if others have changed the repository")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was changed on the Hub, also an edited card")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code in DIRECTORY that is not from this package")
     parser.add_argument("--dry_run", action="store_true", help="check and list the files, without uploading them")
     arguments = parser.parse_args()
@@ -119,48 +125,83 @@ def space_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
 
 
-def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> str:
-    """Create the repository and the branch if missing, and return the id of the branch's last commit.
+@dataclass(frozen=True)
+class Branch:
+    """A branch before an upload."""
+
+    name: str
+    head: str  # id of its last commit
+    files: set[str]
+    edited_card: str  # its card, if it is not as the last upload generated it; else empty
+
+
+def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> Branch:
+    """Create the repository and the branch if missing, and compare the branch with the last upload.
 
     Raises:
-        UserError: no write access, changed by others since the last upload, or public although --private was passed.
+        UserError: no write access, other changes than those of the card, or public although --private was passed.
     """
+    options: dict[str, Any] = {"repo_type": kind}
     with hub_errors(repository):
         sdk = "gradio" if kind == "space" else None
-        api.create_repo(repository, private=arguments.private or None, repo_type=kind, exist_ok=True, space_sdk=sdk)
-        if arguments.private and not api.repo_info(repository, repo_type=kind).private:
+        api.create_repo(repository, private=arguments.private or None, exist_ok=True, space_sdk=sdk, **options)
+        if arguments.private and not api.repo_info(repository, **options).private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or drop --private.")
-        is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, repo_type=kind).branches}
+        is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, **options).branches}
         if is_new:
-            api.create_branch(repository, branch=revision, repo_type=kind)
-        head = api.list_repo_commits(repository, repo_type=kind, revision=revision)[0]
-        existing = set(api.list_repo_files(repository, repo_type=kind, revision=head.commit_id))
-        is_ours = is_new or head.title.endswith(COMMIT_SUFFIX) or existing <= {".gitattributes"}
-        if not (is_ours or arguments.overwrite):
+            api.create_branch(repository, branch=revision, **options)
+        commits = api.list_repo_commits(repository, revision=revision, **options)
+        last = next((commit for commit in commits if commit.title.endswith(COMMIT_SUFFIX)), None)
+        files, uploaded = (
+            list_files(api, repository, kind, oid) if oid else {} for oid in (commits[0].commit_id, last and last.commit_id)
+        )
+        changed = {name for name in files.keys() | uploaded.keys() if files.get(name) != uploaded.get(name)}
+        if changed - {CARD, ".gitattributes"} and not (is_new or arguments.overwrite):
+            names = ", ".join(map(printable, sorted(changed - {".gitattributes"})))
             raise UserError(
-                f"{repository} ({revision}) was changed by others, last in {head.title!r:.80}: review the changes, then pass "
-                "--overwrite or another --revision."
+                f"{repository} ({revision}) was changed since the last upload by this program ({names:.200}), last in "
+                f"{commits[0].title!r:.80}: review the changes, then pass --overwrite or another --revision."
             )
-        return head.commit_id
+        generated = re.search(f"{GENERATED}([0-9a-f]{{40}})", last.message if last else "")
+        is_edited = CARD in files and files[CARD] != (generated[1] if generated else uploaded.get(CARD))
+        card = ""
+        if is_edited and not arguments.overwrite:
+            with tempfile.TemporaryDirectory() as directory:
+                path = api.hf_hub_download(repository, CARD, revision=commits[0].commit_id, local_dir=directory, **options)
+                card = Path(path).read_text(encoding="utf-8", errors="replace")
+        return Branch(revision, commits[0].commit_id, {*files}, card)
 
 
-def upload(api: HfApi, repository: str, kind: str, revision: str, files: Files, title: str, parent: str) -> CommitInfo:
-    """Upload all files in one commit on top of `parent`.
+def list_files(api: HfApi, repository: str, kind: str, revision: str) -> dict[str, str]:
+    """The ids of the contents of all files."""
+    items = api.list_repo_tree(repository, recursive=True, revision=revision, repo_type=kind)
+    return {item.path: item.blob_id for item in items if isinstance(item, RepoFile)}
+
+
+def upload(api: HfApi, repository: str, kind: str, branch: Branch, files: Files, arguments: argparse.Namespace) -> CommitInfo:
+    """Upload all files, and delete those of an earlier upload, in one commit on top of the branch.
 
     Raises:
         UserError: the branch has moved on, or the connection broke.
     """
+    generated: Any = files[CARD]
+    if branch.edited_card:
+        files = {**files, CARD: checks.merge_card(generated, branch.edited_card, arguments.license)}
+        print(f"{repository}: the text of the card, which was edited on the Hub, is kept (--overwrite would replace it).")
+    # An adapter, a chat template, metrics or weights of another upload would be taken for those of this one.
+    known = checks.UPLOADED if kind == "model" else ()
+    stale = [name for name in sorted(branch.files - files.keys()) if any(fnmatch(name, pattern) for pattern in known)]
+    if stale:
+        print(f"{repository}: deleting files of an earlier upload: {', '.join(stale)}")
     with hub_errors(repository):
-        existing = set(api.list_repo_files(repository, repo_type=kind, revision=parent))
-        # Weights that were sharded differently would be loaded together with the new ones.
-        stale = [name for name in existing - files.keys() if any(fnmatch(name, pattern) for pattern in checks.WEIGHTS)]
         return api.create_commit(
             repository,
             [*(CommitOperationAdd(*item) for item in files.items()), *(CommitOperationDelete(name) for name in stale)],
-            commit_message=f"{title} {COMMIT_SUFFIX}",
+            commit_message=f"{arguments.directory.resolve().name} {COMMIT_SUFFIX}",
+            commit_description=GENERATED + git_hash(generated),
             repo_type=kind,
-            revision=revision,
-            parent_commit=parent,
+            revision=branch.name,
+            parent_commit=branch.head,
         )
 
 
@@ -203,18 +244,17 @@ def main() -> None:
     with hub_errors(base_model):
         if base_model and not api.repo_exists(base_model):
             raise UserError(f"--base_model {base_model} is not on the Hub, or not visible to you: upload it first.")
-    title = arguments.directory.resolve().name
-    head = prepare_branch(api, name, "model", revision, arguments)
-    space_head = prepare_branch(api, name, "space", "main", arguments) if arguments.space else ""
-    commit = upload(api, name, "model", revision, files, title, head)
+    branch = prepare_branch(api, name, "model", revision, arguments)
+    space = prepare_branch(api, name, "space", "main", arguments) if arguments.space else None
+    commit = upload(api, name, "model", branch, files, arguments)
     print(f"Uploaded to {api.endpoint}/{name}. To load exactly this version:")
     if arguments.adapter:
         print(f"    peft.PeftModel.from_pretrained(model, {name!r}, revision={commit.oid!r})  # model: {base_model}")
     else:
         print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
-    if arguments.space:
+    if space:
         card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
-        upload(api, name, "space", "main", {**space_files(), CARD: card}, title, space_head)
+        upload(api, name, "space", space, {**space_files(), CARD: card}, arguments)
         with hub_errors(name):
             api.add_space_variable(name, "MODEL", name)
             api.add_space_variable(name, "REVISION", commit.oid)

@@ -26,6 +26,7 @@ class Repository:
     variables: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, str]] = field(default_factory=dict)  # id -> path -> digest
     titles: dict[str, str] = field(default_factory=dict)  # id -> title
+    descriptions: dict[str, str] = field(default_factory=dict)  # id -> the rest of the message
     branches: dict[str, str] = field(default_factory=dict)  # name -> id
 
     def commit(self, branch: str, files: dict[str, str], title: str) -> str:
@@ -69,6 +70,11 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore errors: tests close connections on purpose, and an error of the server fails the request of the client."""
+
+    def store(self, content: bytes) -> str:
+        digest = hashlib.sha256(content).hexdigest()
+        self.blobs[digest] = content
+        return digest
 
     def content(self, name: str, path: str, revision: str = "main", kind: str = "model") -> bytes:
         found = self.repositories[kind, name].files(revision)
@@ -171,14 +177,9 @@ class Handler(BaseHTTPRequestHandler):
         if key in self.server.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url}, X_Error_Message="already exists")
         repository = Repository(request.get("visibility") == "private" or request.get("private", False))
-        repository.commit("main", {".gitattributes": self._store(b"*.safetensors filter=lfs\n")}, "initial commit")
+        repository.commit("main", {".gitattributes": self.server.store(b"*.safetensors filter=lfs\n")}, "initial commit")
         self.server.repositories[key] = repository
         return self._send(200, {"url": url, "name": key[1]})
-
-    def _store(self, content: bytes) -> str:
-        digest = hashlib.sha256(content).hexdigest()
-        self.server.blobs[digest] = content
-        return digest
 
     def _repository(self, kind: str, name: str, write: bool = False) -> Repository | None:
         """Return the repository if the token may read it (or write to it); answer with an error if not."""
@@ -217,9 +218,11 @@ class Handler(BaseHTTPRequestHandler):
         oid, files = found
         if below:  # a subdirectory: repositories here have none
             return self._refuse(404, f"{below} does not exist", "EntryNotFound")
-        if what == "commits":  # the last commit only: no client here needs more
-            title = repository.titles[oid]
-            return self._send(200, [{"id": oid, "title": title, "message": "", "date": "2026-01-01T00:00:00Z", "authors": []}])
+        if what == "commits":  # of all branches, the last one first
+            ids = list(repository.commits)
+            listed = ({"id": it, "title": repository.titles[it]} for it in reversed(ids[: ids.index(oid) + 1]))
+            more = {"date": "2026-01-01T00:00:00Z", "authors": []}
+            return self._send(200, [{**it, "message": repository.descriptions.get(it["id"], ""), **more} for it in listed])
         if what == "tree":
             return self._send(200, [self._entry(path, digest) for path, digest in files.items()])
         if what == "preupload":
@@ -240,15 +243,15 @@ class Handler(BaseHTTPRequestHandler):
         return {"type": "file", "path": path, "size": len(content), "oid": digest if is_large else blob, **large}
 
     def _commit(self, repository: Repository, branch: str, oid: str, files: dict[str, str], home: str) -> None:
-        title = ""
+        title = description = ""
         for line in map(json.loads, self.body.splitlines()):
             key, it = line["key"], line["value"]
             if key == "header":
-                title = it["summary"]
+                title, description = it["summary"], it["description"]
                 if it.get("parentCommit", oid) != oid:
                     return self._refuse(412, "A commit has happened since. Please refresh and try again.")
             if key == "file":
-                files[it["path"]] = self._store(base64.b64decode(it["content"]))
+                files[it["path"]] = self.server.store(base64.b64decode(it["content"]))
             elif key == "lfsFile":
                 if it["oid"] not in self.server.blobs:
                     return self._refuse(400, f"{it['path']} was not uploaded")
@@ -256,6 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 del files[it["path"]]
         new = repository.commit(branch, files, title)
+        repository.descriptions[new] = description
         return self._send(200, {"success": True, "commitOid": new, "commitUrl": f"{home}/commit/{new}"})
 
     def _variable(self, name: str) -> None:
@@ -279,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.received += len(content)
         if limit is not None and len(content) < size:
             return self._hang_up()
-        if self._store(content) != path.removeprefix("/store/"):
+        if self.server.store(content) != path.removeprefix("/store/"):
             return self._refuse(400, "the content does not have the announced digest")
         return self._send(200, {})
 

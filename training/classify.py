@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tokenizers import normalizers
@@ -39,7 +40,7 @@ from training.errors import UserError
 from training.recipe import Recipe, run_recipe
 from training.results import cards
 from training.results import classification_report as report
-from training.results.markdown import code
+from training.results.markdown import code, plain
 from training.results.scores import Predictions, predict
 
 USAGE = f"""from transformers import pipeline
@@ -48,12 +49,22 @@ classify = pipeline("text-classification", model="{cards.MODEL_PLACEHOLDER}", tr
 print(classify({{text}}, truncation=True))"""
 
 ADAPTER_USAGE = f"""from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+labels = {{labels}}
 model = AutoModelForSequenceClassification.from_pretrained(
-    "{cards.BASE_PLACEHOLDER}", num_labels={{num_labels}}, classifier_pooling={{pooling}}, trust_remote_code=True
+    "{cards.BASE_PLACEHOLDER}",
+    id2label=dict(enumerate(labels)),
+    label2id=dict(zip(labels, range(len(labels)))),
+    problem_type={{problem_type!r}},
+    classifier_pooling={{pooling!r}},
+    ignore_mismatched_sizes=True,
+    trust_remote_code=True,
 )
-model = PeftModel.from_pretrained(model, "{cards.MODEL_PLACEHOLDER}")"""
+model = PeftModel.from_pretrained(model, "{cards.MODEL_PLACEHOLDER}").merge_and_unload()
+tokenizer = AutoTokenizer.from_pretrained("{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+print(classify({{text}}, truncation=True))"""
 
 PREDICTS = {
     SINGLE: "the probability of each class of a text",
@@ -98,6 +109,8 @@ class ClassifyRecipe(Recipe[Any]):
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self.examples = examples.read_examples(arguments)
         self.names = self.examples.names
+        names = list((config.id2label or {}).values())
+        self.base_names = [] if names == [f"LABEL_{index}" for index in range(len(names))] else names  # transformers' default
         self.last_split = "test" if self.examples.splits["test"] else "validation"
         self._tokenize()
         self._report_data()
@@ -149,6 +162,10 @@ class ClassifyRecipe(Recipe[Any]):
         for name, labels in self.labels.items():
             counts = report.describe_labels(self.examples.splits[name], labels, self.names, arguments.problem_type)
             print_(f"{'Training' if name == 'train' else name.capitalize()} examples: {counts}")
+        if self.base_names:
+            kept, new = ([name for name in self.names if (name in self.base_names) == is_kept] for is_kept in (True, False))
+            shown = (", ".join(plain(name, 40) for name in names) or "none" for names in (kept, new))
+            print_("Head: rows of the base, by the names of its labels: {}; new rows: {}".format(*shown))
         duplicates = " and ".join(f"{self.examples.duplicates[name]:,} of {name}" for name in SPLITS[:2])
         print_(f"Dropped as duplicates of texts in a later split: {duplicates}")
         if arguments.balance == "undersample":
@@ -172,7 +189,7 @@ class ClassifyRecipe(Recipe[Any]):
         return self.accelerator.prepare(dataloader)
 
     def build_model(self) -> ScratchGPTForSequenceClassification:
-        """The base model with a new head, or the base's own if it is a classifier with as many labels."""
+        """The base model with a new head; if it is a classifier, with its rows for the labels that it knows."""
         arguments = self.arguments
         set_seed(arguments.seed)
         model: ScratchGPTForSequenceClassification = pretrained.load_pretrained(
@@ -187,9 +204,20 @@ class ClassifyRecipe(Recipe[Any]):
             pad_token_id=self.tokenizer.pad_token_id,
             **pretrained.dropout_fields(arguments.dropout),
         )
+        if self.base_names not in ([], self.names):
+            self._match_head(model)
         if arguments.train_last_n_layers >= 0:
             pretrained.freeze(model, arguments.train_last_n_layers, model.score)
         return model
+
+    @torch.no_grad()
+    def _match_head(self, model: ScratchGPTForSequenceClassification) -> None:
+        """Replace the head by rows of the base's head, for the labels that both have, and new rows."""
+        base = pretrained.load_pretrained(ScratchGPTForSequenceClassification, self.arguments.base_model, None)
+        model.score.weight.normal_(std=model.config.initializer_range)
+        for index, name in enumerate(self.names):
+            if name in self.base_names:
+                model.score.weight[index] = base.score.weight[self.base_names.index(name)]
 
     def train_dataloader(self) -> DataLoader:
         arguments, tokenizer, train = self.arguments, self.tokenizer, self.tokenized["train"]
@@ -228,12 +256,15 @@ class ClassifyRecipe(Recipe[Any]):
         dataset = cards.dataset_name(arguments.dataset)
         names = ", ".join(map(code, self.names[:20]))
         names += f" and {len(self.names) - 20} more" if len(self.names) > 20 else ""
+        text = repr(self.examples.splits[last][0].text[:80])
         return cards.CardContent(
             introduction=f"A small GPT, {cards.describe_base(arguments.base_model)} on {dataset}. It predicts "
             f"{PREDICTS[arguments.problem_type]}: {names}. It was evaluated on texts like those it was trained on; its "
             "predictions for other texts are not reliable.",
-            usage=USAGE.format(text=repr(self.examples.splits[last][0].text[:80])),
-            adapter_usage=ADAPTER_USAGE.format(num_labels=len(self.names), pooling=repr(arguments.classifier_pooling)),
+            usage=USAGE.format(text=text),
+            adapter_usage=ADAPTER_USAGE.format(
+                labels=self.names, problem_type=arguments.problem_type, pooling=arguments.classifier_pooling, text=text
+            ),
             results=report.results_table(results, arguments.problem_type),
             examples=f"![{last} split]({PREDICTIONS})\n\nThe mistakes on that split are in [{MISTAKES}]({MISTAKES}), "
             f"all metrics in [{SCORES}]({SCORES}).",

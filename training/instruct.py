@@ -29,7 +29,7 @@ from training.engine import pretrained
 from training.engine.arguments import EpochArguments, resolve_epochs
 from training.engine.flops import flops_per_token
 from training.engine.metrics import LMMetrics, evaluate
-from training.engine.run_folder import RESPONSES, RESPONSES_PAGE, SCORES
+from training.engine.run_folder import ADAPTER, RESPONSES, RESPONSES_PAGE, SCORES
 from training.engine.train import TrainResult
 from training.errors import UserError, printable
 from training.recipe import Recipe, run_recipe
@@ -44,6 +44,14 @@ USAGE = f"""from transformers import pipeline
 chat = pipeline("text-generation", model="{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
 messages = [{{{{"role": "user", "content": {{question}}}}}}]
 print(chat(messages)[0]["generated_text"][-1]["content"])"""
+
+IMPORTS = "import AutoModelForCausalLM"
+LOAD_ADAPTER = cards.CAUSAL_ADAPTER.replace(IMPORTS, f"{IMPORTS}, AutoTokenizer, GenerationConfig, pipeline")
+ADAPTER_USAGE = f"""{LOAD_ADAPTER}.merge_and_unload()
+model.generation_config = GenerationConfig.from_pretrained("{cards.MODEL_PLACEHOLDER}")
+tokenizer = AutoTokenizer.from_pretrained("{cards.MODEL_PLACEHOLDER}", trust_remote_code=True)
+chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+{USAGE.partition("trust_remote_code=True)")[2].lstrip()}"""
 
 
 @dataclass
@@ -115,19 +123,24 @@ class InstructRecipe(Recipe[LMMetrics]):
                 if not len(tokenized):
                     raise UserError(
                         f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
-                        f"than {self.max_length} tokens (use a larger --context_length), the others contain a special token."
+                        f"than {self.max_length} tokens (use a larger --context_length), the others contain special tokens: "
+                        f"{', '.join(sorted({*tokenized.special})) or 'none'}."
                     )
         self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
 
     def _report_data(self) -> None:
         """Print sizes, what was dropped, and an example."""
         print_, leaked, tokenized = self.accelerator.print, self.conversations.leaked, self.tokenized
+        special = [token for split in tokenized.values() for token in split.special]
+        examples = f" ({', '.join(sorted({*special})[:3])})" if special else ""
+        openings = {conversation.group for split in tokenized.values() for conversation in split.conversations}
         print_(
-            f"Conversations: {self._sizes()}\n"
+            f"Conversations: {self._sizes()}; each of their {len(openings):,} prompts is in one split only\n"
+            f"Ignored columns: {', '.join(map(printable, self.conversations.unused)) or 'none'}\n"
             f"Dropped: {self.conversations.duplicates:,} duplicates; {leaked['train']:,} of train and "
             f"{leaked['validation']:,} of validation that begin with the prompt of a later split; "
             f"{sum(split.num_too_long for split in tokenized.values()):,} longer than {self.max_length:,} tokens; "
-            f"{sum(split.num_special for split in tokenized.values()):,} with a special token in their text"
+            f"{len(special):,} with a special token in their text{examples}"
         )
         print_(f"New tokens: {self.num_new_tokens}. An example, with the tokens of the loss in brackets:\n")
         print_(printable(prompts.render_with_loss_mask(tokenized["train"], 0, self.tokenizer)), "\n")
@@ -171,7 +184,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         if arguments.train_last_n_layers >= 0:
             embeddings = [model.get_input_embeddings()] if self.num_new_tokens else []
             pretrained.freeze(model, arguments.train_last_n_layers, model.lm_head, *embeddings)
-        model.generation_config = GenerationConfig(
+        model.generation_config = self.generation_config = GenerationConfig(
             do_sample=False,
             repetition_penalty=arguments.repetition_penalty,  # Keskar et al., 2019, "CTRL"
             max_new_tokens=min(arguments.max_new_tokens, model.config.max_position_embeddings // 2),
@@ -222,6 +235,8 @@ class InstructRecipe(Recipe[LMMetrics]):
         (directory / SCORES).write_text(json.dumps(self._results(result), indent=2), encoding="utf-8")
         if self.response_rows:
             responses.write_responses(directory, self.response_rows)
+        if (directory / ADAPTER).is_dir():
+            self.generation_config.save_pretrained(directory / ADAPTER)
 
     def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
         results, dataset = self._results(result), cards.dataset_name(self.arguments.dataset)
@@ -231,11 +246,12 @@ class InstructRecipe(Recipe[LMMetrics]):
                 f"The answers to the test split are side by side in [{RESPONSES_PAGE}]({RESPONSES_PAGE}), all of them in "
                 f"[{RESPONSES}]({RESPONSES}).\n\n{examples}"
             )
+        question = repr(self.previewed[0][-1]["content"])
         return cards.CardContent(
             introduction=f"A small GPT, {cards.describe_base(self.arguments.base_model)} to follow instructions. It answers in "
             f"the style of {dataset}; its statements are not reliable.",
-            usage=USAGE.format(question=repr(self.previewed[0][-1]["content"])),
-            adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=len(self.tokenizer)),
+            usage=USAGE.format(question=question),
+            adapter_usage=ADAPTER_USAGE.format(question=question, vocab_size=len(self.tokenizer)),
             results=responses.results_table(results),
             examples=examples,
             task="text-generation",

@@ -8,10 +8,11 @@ MODEL is the directory or the Hub id of any text classifier that transformers lo
 """
 
 import json
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from training.data.files import (
     encoding_option,
     ending,
     find_files,
-    get_text,
+    join_texts,
     read_lines,
     read_rows,
 )
@@ -35,14 +36,14 @@ from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
 from training.progress import bar_options
 
-CHUNK = 1024  # texts that are labelled before the first of them is written
+CHUNK = 1024  # texts at most that are labelled before the first of them is written
 
 
 @dataclass
 class PredictArguments:
     model: str = option("", "directory or Hub id of a text classifier; also the first word of the command line")
     input: str = option("-", "a file of lines, a table with --text_column, or - for standard input")
-    text_column: str = option("text", "column of the text in a table")
+    text_column: list[str] = option(["text"], "column of the text in a table; several columns are joined by line ends")
     columns: list[str] = option([], "names of the columns, left to right, of .csv and .tsv files without a header")
     encoding: str = encoding_option()
     encoding_errors: str = encoding_errors_option()
@@ -65,7 +66,7 @@ def label_texts(arguments: PredictArguments) -> None:
     )
     texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
     with tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
-        while chunk := list(islice(texts, CHUNK)):
+        while chunk := read_chunk(texts, is_live=sources == [None]):
             order = [index for index, text in enumerate(chunk) if text.strip()]
             order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths
             found: Any = classify([chunk[index] for index in order], truncation=True, max_length=limit) if order else []
@@ -95,11 +96,29 @@ def read_texts(path: Path | None, arguments: PredictArguments) -> Iterator[str]:
     """The texts of a file, or of standard input."""
     encoding = encoding_of(arguments)
     if path and (ending(path) in TABLE_ENDINGS or arguments.columns):
-        columns = {arguments.text_column: "text_column"}
+        columns = dict.fromkeys(arguments.text_column, "text_column")
         for location, row in read_rows(path, columns, encoding, arguments.columns):
-            yield get_text(row, arguments.text_column, location, encoding.errors)
+            yield join_texts(row, arguments.text_column, location, encoding.errors)
     else:
         yield from (line.rstrip("\r\n") for _, line in read_lines(path or "-", encoding))
+
+
+def read_chunk(texts: Iterator[str], is_live: bool) -> list[str]:
+    """The next texts; if they are live, from standard input, only those that have arrived, so that each is answered at once."""
+    chunk = []
+    for text in texts:
+        chunk.append(text)
+        if len(chunk) == CHUNK or (is_live and not has_input()):
+            break
+    return chunk
+
+
+def has_input() -> bool:
+    """False if standard input is a pipe or a terminal where nothing waits to be read."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # a file that select does not know
+        return True
 
 
 def as_row(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Classification: what is particular to it, besides what test_finetuning.py shows."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from transformers import AutoTokenizer, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from tests.training.conftest import scores, write_rows
-from training import classify
+from training import classify, predict
 from training.engine.arguments import resolve_epochs
 from training.errors import UserError
 
@@ -144,9 +147,45 @@ def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tune, run, tmp_path)
         tune(classify, base=base)
 
 
-def test_a_classifier_as_the_base_gets_a_new_head_for_other_labels(finished, tune, tmp_path):
-    names = ["one", "two", "three"]
-    table = [{"text": f"{names[number % 3]} nights, {number}", "label": names[number % 3]} for number in range(60)]
-    words = ["--dataset", write_rows(tmp_path / "three.jsonl", table), "--max_steps", "2"]
-    folder = tune(classify, *words, base=finished(classify)[0])
-    assert ScratchGPTForSequenceClassification.from_pretrained(folder).config.num_labels == 3
+def test_a_classifier_as_the_base_keeps_the_rows_of_its_labels(finished, tune, tmp_path, capsys):
+    """By their names, wherever the labels are in the list; new labels get new rows."""
+    base = finished(classify)[0]
+    names = ["dark", "a new one", "bright"]
+    table = [{"text": f"It was a {name} night, {number}", "label": name} for number in range(20) for name in names]
+    words = ["--dataset", write_rows(tmp_path / "three.jsonl", table), "--max_steps", "1", "--learning_rate", "1e-9"]
+    folder = tune(classify, *words, "--lora_r", "2", base=base)
+    assert "Head: rows of the base, by the names of its labels: bright, dark; new rows: a new one\n" in capsys.readouterr().out
+    old, new = (ScratchGPTForSequenceClassification.from_pretrained(path) for path in (base, folder))
+    assert list(new.config.id2label.values()) == ["a new one", "bright", "dark"]
+    torch.testing.assert_close(new.score.weight[1:], old.score.weight, atol=1e-6, rtol=0)
+    assert 0.01 < new.score.weight[0].std() < 0.04  # initializer_range
+    renamed = tmp_path / "renamed"
+    old.config.id2label, old.config.label2id = {0: "dark", 1: "bright"}, {"dark": 0, "bright": 1}
+    old.score.weight.data = old.score.weight.data.flip(0)  # the same model, with its labels in another order
+    old.save_pretrained(renamed)
+    load_pipeline(base).tokenizer.save_pretrained(renamed)
+    again = tune(classify, "--max_steps", "1", "--learning_rate", "1e-9", base=renamed, output="again")
+    assert scores(again)["before"]["accuracy"] == 1
+
+
+def test_two_columns_of_texts_and_macro_f1(tune, tmp_path, capsys):
+    """Like ag_news, without a header; the test split has one label of three."""
+    names = ["war", "sport", "money"]
+    table = [{"label": names[n % 3], "title": f"Title {n}", "body": f"Report {n}."} for n in range(60)]
+    held_out = [{**row, "title": "A new title"} for row in table if row["label"] == "war"]
+    files = [
+        "--dataset",
+        write_rows(tmp_path / "train.tsv", table),
+        "--test_dataset",
+        write_rows(tmp_path / "test.tsv", held_out),
+    ]
+    columns = ["--columns", "label", "title", "body", "--text_column", "title", "body"]
+    folder = tune(classify, *files, *columns, "--max_steps", "1")
+    test = scores(folder)["test"]
+    (row,) = test["confusion_matrix"][2:]
+    predicted = np.repeat(sorted(names), row)
+    expected = f1_score(["war"] * sum(row), predicted, average="macro", zero_division=0)
+    assert test["macro_f1"] == pytest.approx(expected)
+    assert re.search(r"true: war\] Title \d+ Report \d+\.", capsys.readouterr().out)
+    predict.main([str(folder), "--input", str(tmp_path / "test.tsv"), *columns])
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["text"] == "A new title\nReport 0."

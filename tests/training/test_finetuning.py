@@ -22,7 +22,18 @@ from transformers import (
 from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.lora import load_adapter
 from tests.conftest import WITHOUT_THE_PACKAGE, Processes, on_two_processes
-from tests.training.conftest import ANSWERS, ROOT, TUNING, evaluations, interrupted_after, rows, run_program, scores, snippet_of
+from tests.training.conftest import (
+    ANSWERS,
+    ROOT,
+    TUNING,
+    evaluations,
+    interrupted_after,
+    rows,
+    run_program,
+    scores,
+    snippet_of,
+    write_rows,
+)
 from training import classify, instruct, pretrain
 from training.data.prompts import CHAT_TEMPLATES
 from training.engine.pretrained import load_config_and_tokenizer, load_model_and_tokenizer
@@ -78,27 +89,45 @@ def test_another_seed_holds_out_the_same_data(recipe, finished, tune):
 
 
 def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run, tmp_path):
-    """One after another, in a process that cannot import this project."""
-    (labels, _), (answers, _) = finished(classify), finished(instruct)
-    adapted = tune(classify, "--lora_r", "4", "--max_steps", "2")
-    snippets = [
-        snippet_of((folder / "README.md").read_text())
-        .replace("PATH_OR_HUB_ID_OF_THE_BASE", str(run))
-        .replace("PATH_OR_HUB_ID", str(folder))
-        for folder in (labels, answers, adapted / "adapter")
+    """One after another, in a process that cannot import this project; adapters give the numbers of the merged models."""
+    table = [{"text": f"night {n}", "dark": n % 2, "calm": int(n % 3 > 0), "length": n / 9} for n in range(60)]
+    words = [
+        "--dataset",
+        write_rows(tmp_path / "table.jsonl", table),
+        "--lora_r",
+        "4",
+        "--max_steps",
+        "4",
+        "--learning_rate",
+        "0.1",
     ]
-    ids = torch.tensor([[0, 40, 41, 42, 1]])
-    use = (
-        f"import torch\nprint('\\nRESULT' + json.dumps([classify({QUESTIONS[classify]!r}), chat({QUESTIONS[instruct]!r}), "
-        f"model.eval()(torch.tensor({ids.tolist()})).logits.tolist()]))"
-    )
-    program = "\n".join([WITHOUT_THE_PACKAGE, *snippets, use])
+    several = ["--problem_type", "multi_label_classification", "--label_column", "dark", "calm"]
+    folders = {
+        finished(classify)[0]: classify,
+        finished(instruct)[0]: instruct,
+        tune(classify, *words, "--label_column", "dark", output="one", base=finished(classify)[0]) / "adapter": classify,
+        tune(classify, *words, *several, output="several") / "adapter": classify,
+        tune(classify, *words, "--problem_type", "regression", "--label_column", "length", output="number")
+        / "adapter": classify,
+        tune(instruct, "--lora_r", "4", "--repetition_penalty", "3", "--max_new_tokens", "9") / "adapter": instruct,
+    }
+    program = WITHOUT_THE_PACKAGE
+    for folder, recipe in folders.items():
+        base = finished(classify)[0] if folder.parent.name == "one" else run
+        snippet = snippet_of((folder / "README.md").read_text()).replace("PATH_OR_HUB_ID_OF_THE_BASE", str(base))
+        use = f"classify([{QUESTIONS[classify]!r}])" if recipe is classify else f"chat({QUESTIONS[instruct]!r})"
+        program += "\n" + snippet.replace("PATH_OR_HUB_ID", str(folder)) + f"\nprint('\\nRESULT' + json.dumps({use}))"
     printed = Processes(exec, tmp_path / "log", [program, {}]).wait()
-    (found, *_), (chat,), logits = json.loads(re.findall("^RESULT(.*)", printed, re.M)[0])
-    assert found[0]["label"] == "dark"
-    assert chat["generated_text"][-1] == {"role": "assistant", "content": "stormy"}
-    merged = ScratchGPTForSequenceClassification.from_pretrained(adapted)
-    torch.testing.assert_close(torch.tensor(logits), merged(ids).logits.detach(), atol=1e-5, rtol=1e-4)
+    for (folder, recipe), line in zip(folders.items(), re.findall("^RESULT(.*)", printed, re.M), strict=True):
+        merged = folder.parent if folder.name == "adapter" else folder
+        tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
+        model = pipeline(TASKS[recipe], str(merged), tokenizer=tokenizer, **({"top_k": None} if recipe is classify else {}))
+        if recipe is instruct:
+            assert json.loads(line) == model(QUESTIONS[instruct])
+            continue
+        (found,), (expected,) = json.loads(line), model([QUESTIONS[classify]])
+        scores = ({item["label"]: item["score"] for item in items} for items in (found, expected))
+        assert next(scores) == pytest.approx(next(scores), abs=1e-5)
 
 
 @BOTH

@@ -33,7 +33,8 @@ def test_printed_lines_metrics_and_card(finished):
     assert [found["test"][name] for name in ("finished", "exact_match", "chrf")] == [1, 1, pytest.approx(100)]
     assert found["base"]["finished"] < 1
     for line in (
-        "Conversations: train 64, validation 8, test 8",
+        "Conversations: train 64, validation 8, test 8; each of their 80 prompts is in one split only\n",
+        "Ignored columns: none\n",
         "New tokens: 3. An example, with the tokens of the loss in brackets:\n\n<|bos|><|user|>night ",
         "<|assistant|>[stormy<|eos|>]" if "<|assistant|>[stormy<|eos|>]" in printed else "<|assistant|>[calm<|eos|>]",
         "Answers: 100.0% finished, 100.0% exact match, chrF 100.0; of the base: ",

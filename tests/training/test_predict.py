@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast, pipeline
@@ -47,6 +50,25 @@ def test_a_file_a_table_and_standard_input(classifier, nights, label, tmp_path, 
     assert by_line == [{"text": "", **nothing}] * 2000 + by_table + [{"text": text, **nothing} for text in ("", "  ")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO("\r\n".join(texts).encode()))))
     assert label("--model", classifier, "--batch_size", "7") == by_table
+
+
+def test_a_pipe_is_answered_line_by_line(classifier, monkeypatch):
+    """Before more lines arrive; lines that arrive together are a batch."""
+    pipes = [os.pipe() for _ in range(2)]
+    (standard_input, send), (receive, standard_output) = (
+        (os.fdopen(pipe[0]), os.fdopen(pipe[1], "w", buffering=1)) for pipe in pipes
+    )
+    monkeypatch.setattr(sys, "stdin", standard_input)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(standard_output.fileno()), "w"))  # with a buffer, as a pipe has
+    thread = Thread(target=predict.main, args=([classifier],), daemon=True)
+    thread.start()
+    for text in ("It was a dark night", "It was a bright night"):
+        print(text, file=send)
+        assert select.select([receive], [], [], 60)[0], "no answer to the line"
+        assert json.loads(receive.readline())["text"] == text
+    send.close()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_a_mistake_is_an_error(run, tmp_path):

@@ -2,15 +2,17 @@
 
 Notable:
 - A label is the text in its column, and a name in the model's `id2label`. Several columns, or lists, are several labels; with
-  `regression` the columns are numbers.
+  `regression` the columns are numbers. Lists of 0 and 1 that all have one length are multi-hot: the labels are "0", "1", ...
+- Texts in several columns are joined by line ends, since a GPT has no token between the two texts of a pair.
 - Duplicates of a text stay in one split, and so do the built-in docstrings of a module. The splits are stratified by label.
 """
 
 import hashlib
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -25,6 +27,7 @@ from training.data.files import (
     check_columns,
     encoding_of,
     get_text,
+    join_texts,
     number_rows,
     read_rows,
     refuse_empty,
@@ -47,7 +50,7 @@ class ExampleArguments(SplitArguments):
         "`docs` (docstrings labelled by their library); .csv, .tsv, .json, .jsonl and .parquet files, directories and globs of "
         "them; ids of datasets on the Hub",
     )
-    text_column: str = option("text", "column with the text")
+    text_column: list[str] = option(["text"], "column with the text; several columns are joined by line ends")
     label_column: list[str] = option(["label"], "column with the label or number; several columns for several labels (0 or 1)")
     columns: list[str] = option([], "column names of .csv and .tsv files without a header")
     problem_type: str = option(SINGLE, "one label, several labels or numbers per text", choices=[SINGLE, MULTI, REGRESSION])
@@ -96,7 +99,7 @@ def check_examples(arguments: ExampleArguments) -> None:
     names = " ".join(columns)
     if not columns:
         raise UserError("--label_column is empty: pass the column with the labels.")
-    if len({arguments.text_column, *columns}) <= len(columns):
+    if not arguments.text_column or len({*arguments.text_column, *columns}) < len(arguments.text_column) + len(columns):
         raise UserError(f"--label_column {names} and --text_column must be different columns.")
     if len(columns) > 1 and kind == SINGLE:
         raise UserError(f"--label_column {names}: several columns are for --problem_type {MULTI} or {REGRESSION}.")
@@ -145,7 +148,7 @@ def as_numbers(examples: list[Example], names: list[str], problem_type: str) -> 
 
 
 def _columns(arguments: ExampleArguments) -> dict[str, str]:
-    return {arguments.text_column: "text_column", **dict.fromkeys(arguments.label_column, "label_column")}
+    return {**dict.fromkeys(arguments.text_column, "text_column"), **dict.fromkeys(arguments.label_column, "label_column")}
 
 
 def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
@@ -188,7 +191,7 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tu
 def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows in which the ids of `ClassLabel` columns, or of lists of them, are replaced by their names."""
     features = {column: rows.features[column] for column in arguments.label_column}
-    for row_location, row in number_rows(rows.select_columns([arguments.text_column, *features]), location):
+    for row_location, row in number_rows(rows.select_columns([*arguments.text_column, *features]), location):
         for column, feature in features.items():
             item = getattr(feature, "feature", feature)
             if isinstance(item, ClassLabel):
@@ -200,26 +203,48 @@ def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArgu
     read = {SINGLE: _read_label, MULTI: _read_labels, REGRESSION: _read_numbers}[arguments.problem_type]
     examples, empty = [], []
     for location, row in rows:
-        text = get_text(row, arguments.text_column, location, arguments.encoding_errors)
+        text = join_texts(row, arguments.text_column, location, arguments.encoding_errors)
         if text.strip():
             values = {column: row[column] for column in arguments.label_column}
             examples.append(Example(text, read(values, location), text.strip()))
         else:
             empty.append(location)
-    refuse_empty(empty, f"text under {arguments.text_column!r}")
-    return examples
+    refuse_empty(empty, f"text under {' and '.join(map(repr, arguments.text_column))}")
+    return _name_multi_hot(examples) if arguments.problem_type == MULTI and len(arguments.label_column) == 1 else examples
+
+
+def _as_integer(value: Any) -> Any:
+    """A label without the fraction .0, which other programs write, in particular for 0 and 1."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value.strip()[0] if isinstance(value, str) and value.strip() in ("0.0", "1.0") else value
+
+
+def _name_multi_hot(examples: list[Example]) -> list[Example]:
+    """Replace multi-hot lists by the positions of their ones; in other lists, a label that is repeated counts once."""
+    lengths, values = {len(it.label) for it in examples}, {value for it in examples for value in it.label}
+    if values <= {"0", "1", "True", "False"} and any(len({*it.label}) < len(it.label) for it in examples):
+        if len(lengths) > 1:
+            raise UserError(
+                f"--label_column has lists of 0 and 1 with {min(lengths)} to {max(lengths)} values: use one length."
+            )
+    elif lengths != {2} or values not in ({"0", "1"}, {"True", "False"}):
+        return [replace(it, label=tuple(dict.fromkeys(it.label))) for it in examples]
+    ones = ([str(index) for index, value in enumerate(it.label) if value in ("1", "True")] for it in examples)
+    return [replace(it, label=tuple(names)) for it, names in zip(examples, ones, strict=True)]
 
 
 def _read_label(values: dict[str, Any], location: str) -> str:
     ((column, value),) = values.items()
     if isinstance(value, list):
         raise UserError(f"{location} has a list under {column!r}: several labels per text are for --problem_type {MULTI}.")
-    if isinstance(value, float):
+    if isinstance(value, float) and not value.is_integer():
         raise UserError(f"{location} has the number {value} under {column!r}: use names, or --problem_type {REGRESSION}.")
     return _label_name(value, column, location)
 
 
 def _label_name(value: Any, column: str, location: str) -> str:
+    value = _as_integer(value)
     if not isinstance(value, str | int) or not str(value).strip():
         raise UserError(f"{location} has no label under {column!r} but {value!r:.80}: add one, or leave this row out.")
     if isinstance(value, str):
@@ -229,6 +254,7 @@ def _label_name(value: Any, column: str, location: str) -> str:
 
 def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
     if len(values) > 1:
+        values = {column: _as_integer(value) for column, value in values.items()}
         for column, value in values.items():
             if str(value) not in ("0", "1", "True", "False"):
                 raise UserError(f"{location} has {value!r} under {column!r}: with several label columns each must be 0 or 1.")
@@ -239,7 +265,7 @@ def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
             f"{location} has no list under {column!r} but {value!r}: use lists (in .jsonl or .parquet), or several columns of "
             "0 and 1 as --label_column."
         )
-    return tuple(dict.fromkeys(_label_name(item, column, location) for item in value))
+    return tuple(_label_name(item, column, location) for item in value)
 
 
 def _read_numbers(values: dict[str, Any], location: str) -> tuple[float, ...]:
@@ -255,7 +281,7 @@ def _read_numbers(values: dict[str, Any], location: str) -> tuple[float, ...]:
 
 def _as_number(value: Any) -> float | None:
     try:
-        return None if isinstance(value, bool) else float(value)
+        return None if isinstance(value, bool) or math.isnan(number := float(value)) else number
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -224,6 +224,11 @@ def get_text(row: Row, text_column: str, location: str, errors: str = "strict") 
     return text
 
 
+def join_texts(row: Row, text_columns: Sequence[str], location: str, errors: str = "strict") -> str:
+    """The texts of a row that are not empty, each on a line of its own; errors as in `get_text`."""
+    return "\n".join(filter(str.strip, (get_text(row, column, location, errors) for column in text_columns)))
+
+
 def number_rows(rows: Iterable[Any], location: str) -> Iterator[tuple[str, Any]]:
     """Yield rows with their locations, from row 1."""
     return ((f"{location} {number}", row) for number, row in enumerate(rows, start=1))

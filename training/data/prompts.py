@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from training.data.conversations import Conversation, Message
 from training.data.datasets import TokenizedExamples
@@ -114,7 +115,7 @@ class TokenizedConversations:
     conversations: list[Conversation]  # those that were not dropped
     examples: TokenizedExamples  # the loss mask is True on the answers, whose length is `num_bytes`
     num_too_long: int  # conversations dropped because they are longer than the context
-    num_special: int  # conversations dropped because a text contains a special token
+    special: list[str]  # special tokens in texts, one for each conversation that was dropped because of it
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -130,27 +131,28 @@ def tokenize_conversations(
 ) -> TokenizedConversations:
     """Tokenize conversations with the tokenizer's chat template, and drop those that are longer than `max_length` tokens.
 
+    Answers are tokenized separately from the text before them, as in generation, so that no token is part of both.
+
     Raises:
         UserError: the template fails, does not mark the answers, or renders prompts differently for generation.
     """
-    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))))
-    plain = [it for it in conversations if not any(special.search(message["content"]) for message in it.messages)]
+    pattern = re.compile("|".join(map(re.escape, special_tokens(tokenizer))))
+    found = [next(filter(None, (pattern.search(it["content"]) for it in one.messages)), None) for one in conversations]
+    plain = [conversation for conversation, match in zip(conversations, found, strict=True) if match is None]
     kept, ids, masks = [], [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
     for first in range(0, len(plain), 1000):
         part = plain[first : first + 1000]
-        rendered = _render(tokenizer, [list(it.messages) for it in part], return_assistant_tokens_mask=True)
-        for conversation, row, mask in zip(part, rendered["input_ids"], rendered["assistant_masks"], strict=True):
-            if not any(mask):
-                raise UserError(
-                    "the chat template marks nothing as the assistant's, so there would be no loss: put the answers between "
-                    "{% generation %} and {% endgeneration %}, or pass another --chat_template."
-                )
-            if len(row) <= max_length:
+        rendered = _render(part, tokenizer)
+        encoded = iter(tokenizer([text for pieces in rendered for text, _ in pieces], add_special_tokens=False)["input_ids"])
+        for conversation, pieces in zip(part, rendered, strict=True):
+            indices = [index for _, index in pieces]
+            has_loss = [it not in conversation.without_loss and (it is not None or not completion_only_loss) for it in indices]
+            rows = list(islice(encoded, len(pieces)))
+            if sum(map(len, rows)) <= max_length:
                 kept.append(conversation)
-                ids.append(np.array(row, dtype=np.int32))
-                masks.append(np.array(mask, dtype=bool) | (not completion_only_loss))
-        _check_prompts(part, rendered, tokenizer)
-    answers = [message["content"] for it in kept for message in it.messages if message["role"] == "assistant"]
+                ids.append(np.concatenate(rows).astype(np.int32))
+                masks.append(np.repeat(has_loss, [*map(len, rows)]))
+    answers = [it.messages[index]["content"] for it in kept for index in it.answers if index not in it.without_loss]
     all_ids = np.concatenate(ids)
     examples = TokenizedExamples(
         all_ids,
@@ -158,7 +160,7 @@ def tokenize_conversations(
         num_bytes=None if loses_text(tokenizer, all_ids, answers[:20]) else sum(len(answer.encode()) for answer in answers),
         loss_mask=np.concatenate(masks),
     )
-    return TokenizedConversations(kept, examples, len(plain) - len(kept), len(conversations) - len(plain))
+    return TokenizedConversations(kept, examples, len(plain) - len(kept), [match[0] for match in found if match])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -176,44 +178,63 @@ def digest(splits: dict[str, TokenizedConversations]) -> str:
     return content.hexdigest()
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], **options: Any) -> Any:
+def _call_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], **options: Any) -> Any:
+    """The rendered conversations, and with `return_assistant_tokens_mask` the bounds of what the template marks in each."""
     try:
+        options |= {"chat_template": tokenizer.get_chat_template(), **tokenizer.special_tokens_map}
         with quiet():  # transformers' warning about unmarked answers; an error follows
-            return tokenizer.apply_chat_template(conversations, return_dict=True, **options)
+            return render_jinja_template(conversations, **options)
     except Exception as error:  # a template is a program and can fail in any way
         raise UserError(f"the chat template cannot be rendered: {one_line(error)}.") from error
 
 
-def _check_prompts(conversations: list[Conversation], rendered: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Reject a template whose prompts for generation differ from what precedes the answers in training, in any turn."""
-    turns = [[end for end, message in enumerate(it.messages) if message["role"] == "assistant"] for it in conversations]
-    messages = [list(it.messages[:end]) for it, ends in zip(conversations, turns, strict=True) for end in ends]
-    prompts = iter(_render(tokenizer, messages, add_generation_prompt=True)["input_ids"])
-    for ends, row, mask in zip(turns, rendered["input_ids"], rendered["assistant_masks"], strict=True):
-        own = list(islice(prompts, len(ends)))
-        starts = [index for index, (before, marked) in enumerate(pairwise([0, *mask])) if marked and not before]
-        for number, start in enumerate(starts):  # a template may mark only some of the answers, but always the last
-            is_last = start == starts[-1]
-            prompt = own[-1 if is_last else min(number, len(own) - 1)]
-            if row[:start] == prompt or (not is_last and row[:start] in own):
-                continue
-            trained, generated = (tokenizer.decode(ids)[-40:] for ids in (row[:start], prompt))
+def _render(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, int | None]]]:
+    """Each conversation as pieces of text: answers, each with the index of its message, and the rest, with None.
+
+    Raises:
+        UserError: the template marks no answer, or its prompts for generation differ from what precedes an answer in training.
+    """
+    rendered, prompts, expected = [], [], []
+    texts, spans = _call_template(tokenizer, [[*it.messages] for it in conversations], return_assistant_tokens_mask=True)
+    for conversation, text, bounds in zip(conversations, texts, spans, strict=True):
+        starts, ends = ({bound[side] for bound in bounds} for side in (0, 1))
+        bounds = [*zip(sorted(starts - ends), sorted(ends - starts), strict=True)]  # adjacent parts are one
+        answers = conversation.answers
+        if not bounds or len(bounds) > len(answers) or (conversation.without_loss and len(bounds) < len(answers)):
+            marked = "nothing" if not bounds else f"{len(bounds)} parts of a conversation with {len(answers)} answers"
             raise UserError(
-                f"the chat template renders prompts differently for training and generation: {trained!r} and {generated!r} "
-                "precede an answer. Have add_generation_prompt write all that precedes {% generation %}, and end it with a "
-                "special token or a line end."
+                f"the chat template marks {marked} as the assistant's, so the loss would not be that of the answers: put each "
+                "between {% generation %} and {% endgeneration %}, or pass another --chat_template."
             )
+        pieces: list[tuple[str, int | None]] = []
+        end = 0
+        # A template may leave out earlier answers: the last part is the last answer.
+        for index, (start, next_end) in zip(answers[-len(bounds) :], bounds, strict=True):
+            pieces += [(text[end:start], None), (text[start:next_end], index)]
+            prompts.append([*conversation.messages[:index]])
+            expected.append(text[:start])
+            end = next_end
+        rendered.append([*pieces, (text[end:], None)])
+    for generated, trained in zip(_call_template(tokenizer, prompts, add_generation_prompt=True)[0], expected, strict=True):
+        if generated != trained:
+            raise UserError(
+                f"the chat template renders prompts differently for training and generation: {trained[-40:]!r} and "
+                f"{generated[-40:]!r} precede an answer. Have add_generation_prompt write all that precedes {{% generation %}}."
+            )
+    return rendered
 
 
 def stop_token_id(tokenized: TokenizedConversations, tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the special token that ends every answer; a `UserError` if there is none, since the model would never stop."""
     examples = tokenized.examples
     loss_mask, bounds = np.asarray(examples.loss_mask), pairwise(examples.offsets.tolist())
-    ends = {int(examples.ids[start:end][loss_mask[start:end]][-1]) for start, end in bounds}
+    answers = [examples.ids[start:end][loss_mask[start:end]] for start, end in bounds]
+    ends = {int(answer[-1]) for answer in answers}
     if len(ends) > 1 or not ends <= set(special_tokens(tokenizer).values()):
         raise UserError(
-            "the chat template has no special token at the end of the answers, so the model could never stop: put one before "
-            "{% endgeneration %}, such as {{ eos_token }}, or pass another --chat_template."
+            f"the chat template ends answers with {tokenizer.decode(answers[0])[-20:]!r}, where the last token is not special, "
+            "so the model could never stop: put a special token before {% endgeneration %}, such as {{ eos_token }} or, to add "
+            "one to the tokenizer, <|end_of_turn|>; or pass another --chat_template."
         )
     return ends.pop()
 

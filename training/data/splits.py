@@ -102,7 +102,10 @@ def split_items(
     for name, split in splits.items():
         if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
             sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
-            raise UserError(f"the {name} split is empty ({sizes}): pass more examples, or larger fractions of them.")
+            raise UserError(
+                f"the {name} split is empty ({sizes}), since examples with the same text or prompt stay in one split: pass "
+                "more different ones, or larger fractions of them."
+            )
     return splits, dropped
 
 

@@ -51,7 +51,7 @@ class ResponseScores:
     """Metrics of answers against references."""
 
     finished: float  # share that ends with the stop token
-    exact_match: float  # share that equals the reference
+    exact_match: float  # share that equals the reference, except for white space around it
     chrf: float  # character n-gram F-score over all answers, 0 to 100 (Popović, 2015)
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens:
 
 def _response(tokenizer: Any, ids: list[int], stop_token_id: int) -> Response:
     finished = bool(ids) and ids[-1] == stop_token_id
-    return Response(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip(), finished)
+    return Response(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True), finished)
 
 
 def respond_distributed(
@@ -144,7 +144,7 @@ def respond_distributed(
 def score_responses(responses: Sequence[Response], conversations: Sequence[Conversation]) -> ResponseScores:
     """Metrics against the answers of the conversations."""
     expected = [conversation.answer for conversation in conversations]
-    matches = [response.text == answer for response, answer in zip(responses, expected, strict=True)]
+    matches = [response.text.strip() == answer.strip() for response, answer in zip(responses, expected, strict=True)]
     return ResponseScores(
         finished=sum(response.finished for response in responses) / len(responses),
         exact_match=sum(matches) / len(responses),

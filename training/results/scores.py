@@ -30,7 +30,7 @@ class ClassificationScores:
 
     loss: float  # nats per text, or per label if a text has several
     accuracy: float  # share of the texts with all labels right
-    macro_f1: float  # mean over the labels
+    macro_f1: float  # mean over the labels; with one per text, over those that occur or are predicted
 
     def __str__(self) -> str:
         return f"loss {self.loss:.3f}, accuracy {self.accuracy:.2%}, macro-F1 {self.macro_f1:.3f}"
@@ -82,7 +82,10 @@ class Predictions:
             error = np.abs(self.logits - labels).mean()
             return RegressionScores(loss, float(error), float(metrics.r2_score(labels, self.logits)))
         accuracy = (self.decisions == labels).all(-1).mean()
-        return ClassificationScores(loss, float(accuracy), float(self.f1_scores(labels)[2].mean()))
+        f1 = self.f1_scores(labels)[2]
+        if self.problem_type == SINGLE:
+            f1 = f1[(labels + self.decisions).any(0)]  # as scikit-learn: labels that this split lacks have no F1
+        return ClassificationScores(loss, float(accuracy), float(f1.mean()))
 
     def full_report(self, labels: np.ndarray) -> dict[str, Any]:
         """All metrics, for `metrics.json` and the card."""

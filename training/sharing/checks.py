@@ -42,6 +42,9 @@ TOKENIZER = (
 )
 RESULTS = (CURVE, METRICS, SCORES, PREDICTIONS, MISTAKES, RESPONSES, RESPONSES_PAGE)
 FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
+CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
+UPLOADED = (*CODE, *(pattern for pattern in FILES if pattern != "LICENSE"))  # what an earlier upload may have left
+MEASURED = ("model-index", "base_model", "library_name", "sdk", "sdk_version", "app_file", "models")  # metadata of an upload
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -137,9 +140,23 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
         return str(card).encode()
 
 
+def merge_card(new: bytes, edited: str, license: str) -> bytes:
+    """The edited card on the Hub with its text and metadata, but with the new card's metrics, base and, if given, licence."""
+    with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
+        card, old = ModelCard(new.decode(), ignore_metadata_errors=True), ModelCard(edited, ignore_metadata_errors=True)
+        for name, value in old.data.to_dict().items():
+            if name not in MEASURED and not (license and name == "license"):
+                card.data[name] = value
+        card.text = old.text if old.text.strip() else card.text
+        return str(card).encode()
+
+
 def prepare_adapter_config(directory: Path, base_model: str) -> bytes:
-    """Name the base model on the Hub in the adapter's config, instead of a local directory."""
-    return json.dumps({**_read_json(directory / ADAPTER_CONFIG), "base_model_name_or_path": base_model}, indent=2).encode()
+    """Name the base model on the Hub in the adapter's config; a revision of another repository, or a local one, is dropped."""
+    config = _read_json(directory / ADAPTER_CONFIG)
+    if config.get("base_model_name_or_path") != base_model:
+        config["revision"] = None
+    return json.dumps({**config, "base_model_name_or_path": base_model}, indent=2).encode()
 
 
 def check_weights(directory: Path, files: Files) -> None:

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,8 +43,27 @@ def questions(split: list[Conversation]) -> list[str]:
     return [conversation.prompt[-1]["content"] for conversation in split]
 
 
+def as_parts(row: dict) -> dict:
+    """As OpenAI's API writes them."""
+    question, answer = as_messages(row)
+    parts = [{"type": "text", "text": part} for part in question["content"].partition(" ")]
+    return {"messages": [{**question, "content": parts}, {**answer, "content": [{"type": "text", "text": row["output"]}]}]}
+
+
+def as_sharegpt(row: dict) -> dict:
+    names = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[it["role"]], "value": it["content"]} for it in as_messages(row)]}
+
+
+def as_dolly(row: dict) -> dict:
+    return {"instruction": row["instruction"], "context": row["input"], "response": row["output"]}
+
+
+ROWS = [dict, as_prompt, as_two_lists, as_parts, as_sharegpt, as_dolly, lambda row: {"messages": as_messages(row)}]
+
+
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("as_row", [dict, as_prompt, as_two_lists, lambda row: {"messages": as_messages(row)}])
+@pytest.mark.parametrize("as_row", ROWS)
 def test_every_format_of_row_and_file_gives_the_same_conversations(tmp_path, ending, as_row):
     found = read(write_rows(tmp_path / f"rows{ending}", [as_row(row) for row in ALPACA]))
     expected = read(write_rows(tmp_path / "other.json", ALPACA))
@@ -100,6 +120,11 @@ def test_conversations_with_one_prompt_stay_in_one_split(tmp_path):
     assert sum(found.leaked.values()) == 1
 
 
+def test_rows_with_the_same_history_are_split(tmp_path):
+    found = read(write_rows(tmp_path / "rows.json", [{**row, "history": [["Hello", "Hi."]]} for row in ALPACA]))
+    assert [len(found.splits[name]) for name in SPLITS] == [34, 2, 4]
+
+
 def test_a_given_split_that_is_empty_is_rejected(tmp_path):
     train, test = write_rows(tmp_path / "train.json", ALPACA), write_rows(tmp_path / "test.json", [])
     with pytest.raises(UserError, match="test.json has no examples"):
@@ -129,21 +154,64 @@ def test_only_files_of_conversations_are_read(tmp_path):
         check_conversations(ConversationArguments(dataset=[str(tmp_path / "talks.txt")]))
 
 
-def test_several_turns(tmp_path):
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": " Hello\n"},
-        {"role": "assistant", "content": "Hi."},
-        {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "Bye."},
+def read_one(path: Path, row: dict) -> tuple[Conversation, list[str]]:
+    """The conversation of a row, and what is ignored in it."""
+    found = read(write_rows(path, [row, *ALPACA]))
+    everything = [conversation for split in found.splits.values() for conversation in split]
+    (one,) = [it for it in everything if not re.match("Double", it.messages[0]["content"])]
+    return one, found.unused
+
+
+def contents(one: Conversation) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in one.messages]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "instruction": " f():\n", "output": "    y\n", "history": [["Hello", "Hi."]]},
+        {"system_prompt": "Be brief.", "conversations": [
+            {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."},
+            {"from": "human", "value": " f():\n"}, {"from": "gpt", "value": "    y\n"}]},
+        {"messages": [
+            {"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello", "weight": None},
+            {"role": "assistant", "content": "Hi.", "tool_calls": []}, {"role": "user", "content": " f():\n"},
+            {"role": "assistant", "content": "    y\n"}]},
+    ],
+)  # fmt: skip
+def test_system_history_and_texts_that_are_not_stripped(tmp_path, row):
+    one, unused = read_one(tmp_path / "rows.jsonl", row)
+    expected = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", " f():\n"), ("assistant", "    y\n")]
+    assert contents(one) == expected
+    assert (one.answer, len(one.prompt), one.answers, unused) == ("    y\n", 4, [2, 4], [])
+    assert one.without_loss == ((2,) if "history" in row else ())  # which is part of the prompt
+
+
+@pytest.mark.parametrize(("field", "bad", "good"), [("weight", 0, 1), ("train", False, None), ("loss", False, True)])
+def test_answers_without_loss(tmp_path, field, bad, good):
+    """They are read, but neither learned nor the answer of the test."""
+    says = [
+        ("user", "1 + 1?"),
+        ("assistant", "3"),
+        ("user", "Try again."),
+        ("assistant", "2"),
+        ("user", "No."),
+        ("assistant", "5"),
     ]
-    rows = [{"messages": [*conversation[:-1], {**conversation[-1], "content": f"Bye {n}."}]} for n in range(30)]
-    rows[1:] = [{"messages": as_messages(row)} for row in ALPACA]
-    found = read(write_rows(tmp_path / "rows.jsonl", rows))
-    (long,) = [one for split in found.splits.values() for one in split if len(one.messages) == 5]
-    assert [message["content"] for message in long.messages] == ["Be brief.", "Hello", "Hi.", "Bye", "Bye 0."]
-    assert long.answer == "Bye 0."
-    assert len(long.prompt) == 4
+    messages = [{"role": role, "content": content} for role, content in says]
+    for index, value in ((1, bad), (3, good), (5, bad)):
+        messages[index][field] = value
+    one, _ = read_one(tmp_path / "rows.jsonl", {"messages": messages})
+    assert contents(one) == says[:4]
+    assert one.without_loss == (1,)
+
+
+def test_columns_without_a_meaning_here_are_listed(tmp_path):
+    row = {"id": 7, "label": "sport", "tools": [], "notes": None, **conversation(("user", "Hello"), ("assistant", "Hi."))}
+    row["messages"][0]["name"] = "Ann"
+    assert read_one(tmp_path / "rows.jsonl", row)[1] == ["id", "label", "name of messages"]
+    preferred = {**ALPACA[0], "instruction": "Hello", "chosen": "a", "rejected": "b"}  # as in the book: `output` is the answer
+    assert read_one(tmp_path / "rows.jsonl", preferred)[1] == ["chosen", "rejected"]
 
 
 def test_a_hub_dataset_has_its_own_splits(monkeypatch):
@@ -187,7 +255,7 @@ def conversation(*messages: tuple[str, str]) -> dict:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, "row 6 must have messages, or prompt and completion, or instruction and output; it has question"),
+        ({"question": "a"}, "row 6 must have messages, or conversations, or prompt and completion, or .*; it has question"),
         ({"instruction": "a"}, "row 6 must have messages, or"),
         ({"instruction": "a", "output": " "}, "row 6 has an empty answer: leave this row out"),
         ({"instruction": "", "output": "b"}, "row 6 has an empty message of the user"),
@@ -199,7 +267,32 @@ def conversation(*messages: tuple[str, str]) -> dict:
         (conversation(("user", "a")), "row 6 ends with a message of the user: the last message must be the assistant's"),
         (conversation(("assistant", "a")), "row 6 has messages of assistant: the first must be the user's"),
         (conversation(("user", "a"), ("system", "b"), ("assistant", "c")), "row 6 has messages of user, system, assistant"),
-        (conversation(("user", "a"), ("tool", "b")), "row 6 has a message of 'tool': the roles are system, user, assistant"),
+        (
+            conversation(("user", "a"), ("tool", "b")),
+            "row 6 has a message of 'tool': the roles are developer, human, gpt, system",
+        ),
+        ({"prompt": "a", "completion": "b", "label": False}, "row 6 has the label False .KTO.*: train with TRL's KTOTrainer"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "row 6 has a chosen and a rejected answer .DPO.*with TRL's DPOTrainer",
+        ),
+        ({**ALPACA[0], "weight": 0}, "row 6 has a weight of 0: leave this row out"),
+        ({**ALPACA[0], "tools": [{"name": "add"}]}, "row 6 has 'tools', which is not supported: leave out the row, or 'tools'"),
+        ({**ALPACA[0], "history": ["Hello"]}, "row 6 has no list of pairs under 'history' but"),
+        (
+            {"messages": [*as_messages(ALPACA[0])[:1], {"role": "assistant", "content": "b", "weight": 0}]},
+            "has no answer to learn",
+        ),
+        ({"messages": [{"role": role, "content": "a", "weight": 0.5} for role in ("user", "assistant")]}, "weight of 0.5"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
+            "row 6 has 'tool_calls', which is not",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "row 6 has content that is not text but {'type'",
+        ),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "row 6 has a message of .'user'.: the roles are"),
         ({"instruction": "\ud800", "output": "b"}, "row 6 has half of a character"),
         ("hello", "row 6 is not an object but str"),
     ],
@@ -231,6 +324,10 @@ def test_a_file_that_is_not_a_list(tmp_path, content, message):
         read(str(tmp_path / "rows.json"))
 
 
-def test_too_few_conversations(tmp_path):
-    with pytest.raises(UserError, match="the validation split is empty"):
-        read(write_rows(tmp_path / "rows.json", ALPACA[:3]))
+def test_too_few_conversations_or_prompts(tmp_path):
+    many_answers = [{**ALPACA[0], "output": str(number)} for number in range(30)]
+    for rows in (ALPACA[:3], many_answers):
+        with pytest.raises(
+            UserError, match="the validation split is empty .*, since .* the same text or prompt stay in one split"
+        ):
+            read(write_rows(tmp_path / "rows.json", rows))

@@ -1,3 +1,5 @@
+import gzip
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +117,34 @@ def test_several_labels_per_text(tmp_path):
         np.testing.assert_array_equal(one, [[n % 3 == 0, n % 2 == 0] for n in numbers])
 
 
+@pytest.mark.parametrize("flag", [int, bool, float])
+def test_multi_hot_lists(tmp_path, flag):
+    """As transformers' loss takes them: the labels are the positions. Lists of the names 0, 1 and 2 stay lists of names."""
+    bits = [[n % 2 == 0, n % 3 == 0, n % 5 == 0] for n in range(40)]
+    rows = [{"text": f"text {n}", "label": [flag(bit) for bit in row]} for n, row in enumerate(bits)]
+    named = [{"text": f"text {n}", "label": [index for index in range(3) if row[index]]} for n, row in enumerate(bits)]
+    found = read(tmp_path / "rows.jsonl", rows, problem_type=MULTI)
+    assert found.names == ["0", "1", "2"]
+    assert found == read(tmp_path / "named.jsonl", named, problem_type=MULTI)
+    rows[5]["label"] += [flag(1)]
+    with pytest.raises(UserError, match="--label_column has lists of 0 and 1 with 3 to 4 values: use one length"):
+        read(tmp_path / "rows.jsonl", rows, problem_type=MULTI)
+
+
+def test_texts_in_two_columns_and_labels_that_other_programs_write_as_floats(tmp_path):
+    rows = [{"title": f"text {n}" if n % 4 else None, "body": f"body {n}", "label": float(n % 2)} for n in range(40)]
+    files = tmp_path / "rows.ndjson.gz"
+    files.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    arguments = ExampleArguments(dataset=[str(files)], text_column=["title", "body"])
+    check_examples(arguments)
+    found = read_examples(arguments)
+    assert found.names == ["0", "1"]
+    assert {"text 1\nbody 1", "body 4"} <= set().union(*(texts(split) for split in found.splits.values()))
+    columns = [{"text": f"text {n}", "a": str(float(n % 2)), "b": float(n % 3 == 0)} for n in range(40)]
+    flags = read(tmp_path / "flags.csv", columns, problem_type=MULTI, label_column=["a", "b"])
+    assert flags == read(tmp_path / "flags.jsonl", columns, problem_type=MULTI, label_column=["a", "b"])
+
+
 def test_numbers_to_predict(tmp_path):
     rows = [{"text": f"text {n}", "stars": n / 4, "likes": n} for n in range(40)]
     found = read(tmp_path / "rows.csv", rows, problem_type=REGRESSION, label_column=["stars", "likes"])
@@ -132,13 +162,13 @@ def test_a_hub_dataset_has_its_own_splits_and_label_names(monkeypatch):
     # Labels that are not published are -1: such a split is ignored.
     parts["test"] = Dataset.from_dict({"sentence": ["a", "b"], "feeling": [-1, -1]}, features=features)
     monkeypatch.setattr(training.data.sources, "load_dataset", lambda *_: DatasetDict(parts))
-    arguments = ExampleArguments(dataset=["someone/feelings"], text_column="sentence", label_column=["feeling"])
+    arguments = ExampleArguments(dataset=["someone/feelings"], text_column=["sentence"], label_column=["feeling"])
     found = read_examples(arguments)
     assert found.names == ["glad", "sad"]
     assert texts(found.splits["validation"]) == {f"validation {n}" for n in range(10)}
     assert [len(found.splits[name]) for name in SPLITS] == [8, 10, 2]
     with pytest.raises(UserError, match="someone/feelings has no 'text'; it has sentence, feeling. Set --text_column"):
-        read_examples(replace(arguments, text_column="text"))
+        read_examples(replace(arguments, text_column=["text"]))
 
 
 def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):
@@ -172,7 +202,12 @@ def rows_with(**changes) -> list[dict]:
         (rows_with(label=0.5), {}, "line 6 has the number 0.5 under 'label': use names, or --problem_type regression"),
         (rows_with(label="\ud800"), {}, "line 6 has half of a character"),
         (rows_with(label=["a"]), {}, "line 6 has a list under 'label'.*--problem_type multi_label_classification"),
-        (ROWS, {"text_column": "body"}, "line 1 has no 'body'; it has text, label. Set --text_column"),
+        (
+            rows_with(label=float("nan"))[5:],
+            {"problem_type": REGRESSION},
+            "line 1 has no number under 'label' but nan: add one",
+        ),
+        (ROWS, {"text_column": ["body"]}, "line 1 has no 'body'; it has text, label. Set --text_column"),
         (ROWS, {"label_column": ["kind"]}, "line 1 has no 'kind'; it has text, label. Set --label_column"),
         (ROWS, {"problem_type": REGRESSION}, "line 1 has no number under 'label' but 'even'"),
         (rows_with(label=1e30)[5:], {"problem_type": REGRESSION}, r"1e\+30 under 'label', too large a number: scale them"),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -89,6 +90,10 @@ def test_several_turns_and_a_system():
     assert "[two<|eos|>]" in render_with_loss_mask(
         tokenize_conversations([conversation("one", "two", system="Count.")], with_template("alpaca"), 64), 0, tokenizer
     )
+    messages = list(conversation("one", "two", "three", "four", system="Count.").messages)
+    expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert encoded.examples.ids.tolist() == expected["input_ids"]
+    assert encoded.examples.loss_mask.tolist() == list(map(bool, expected["assistant_masks"]))
     everything = tokenize_conversations([CONVERSATION], tokenizer, 64, completion_only_loss=False)
     assert render_with_loss_mask(everything, 0, tokenizer) == f"[{AS_TEXT['chat'].replace('[', '').replace(']', '')}]"
 
@@ -97,12 +102,14 @@ def test_several_turns_and_a_system():
 @given(
     contents=st.lists(st.text(min_size=1, max_size=30).map(str.strip).filter(bool), min_size=2, max_size=6).map(
         lambda texts: texts[: len(texts) // 2 * 2]
-    )
+    ),
+    indentation=st.text(" \n\t", max_size=5),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_prompt_reads_the_same_with_and_without_its_answer(name, contents):
+def test_a_prompt_reads_the_same_with_and_without_its_answer(name, contents, indentation):
     """The prompt for generation is that of training, the loss mask starts right after it, and decoding restores any text."""
     tokenizer = TOKENIZERS[name]
+    contents[-1] = indentation + contents[-1] + indentation
     whole = conversation(*contents)
     encoded = tokenize_conversations([whole], tokenizer, 10_000)
     prompt = tokenizer.apply_chat_template(whole.prompt, add_generation_prompt=True)["input_ids"]
@@ -112,12 +119,29 @@ def test_a_prompt_reads_the_same_with_and_without_its_answer(name, contents):
     assert not loss_mask[len(prompt) - 1]
     assert tokenizer.decode(ids[len(prompt) : -1]) == contents[-1]
     assert ids[-1] == tokenizer.eos_token_id
+    assert encoded.examples.num_bytes == sum(len(answer.encode()) for answer in contents[1::2])
     assert loss_mask.sum() == sum(
         len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in contents[1::2]
     )
 
 
 TOKENIZERS = {name: with_template(name) for name in CHAT_TEMPLATES}
+
+
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+def test_answers_without_loss(completion_only_loss):
+    tokenizer = with_template()
+    one = replace(conversation("1 + 1?", "3", "Again.", "2"), without_loss=(1,))
+    encoded = tokenize_conversations([one], tokenizer, 64, completion_only_loss)
+    prompts = ("<|bos|><|user|>1 + 1?<|assistant|>", "<|user|>Again.<|assistant|>")
+    expected = "{}3<|eos|>{}[2<|eos|>]" if completion_only_loss else "[{}]3<|eos|>[{}2<|eos|>]"
+    assert render_with_loss_mask(encoded, 0, tokenizer) == expected.format(*prompts)
+    assert encoded.examples.num_bytes == 1
+    tokenizer.chat_template = (
+        QUESTIONS + "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="marks 1 parts of a conversation with 2 answers"):
+        tokenize_conversations([one], tokenizer, 64)
 
 
 def test_new_tokens_are_single_and_old_ones_keep_their_ids():
@@ -187,7 +211,7 @@ def test_long_conversations_and_those_with_special_tokens_are_dropped_and_counte
         CONVERSATION,
     ]
     encoded = tokenize_conversations(conversations, tokenizer, 64)
-    assert (len(encoded), encoded.num_too_long, encoded.num_special) == (2, 1, 2)
+    assert (len(encoded), encoded.num_too_long, encoded.special) == (2, 1, ["<|assistant|>", "<|eos|>"])
     assert encoded.conversations == [CONVERSATION, CONVERSATION]
     assert tokenize_conversations(conversations[:1], tokenizer, int(encoded.lengths[0]) + 1).num_too_long == 0
     assert tokenize_conversations(conversations[:1], tokenizer, int(encoded.lengths[0])).num_too_long == 1
@@ -221,10 +245,14 @@ QUESTIONS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n'
         ("{{ 1 / 0 }}", "the chat template cannot be rendered: division by zero"),
         ("{{ 'a' * 10 ** 15 }}", "the chat template cannot be rendered"),
         (QUESTIONS + "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}", "could never stop"),
-        (  # alone, "A: " ends with a token that is none when an answer follows
-            QUESTIONS + "A: {% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}A: {% endif %}",
-            "renders prompts differently for training and generation: '.*A:' and '.*A: '",
+        (
+            QUESTIONS + "{% generation %}{{ m.content + '<end_of_turn>' }}{% endgeneration %}{% endif %}{% endfor %}",
+            "turn>', where the last token is not special",
+        ),
+        (  # only the last turn is prompted as it was trained
+            QUESTIONS + "{{ 'A: ' if loop.last else 'B: ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}",
+            "renders prompts differently for training and generation: '.*B: ' and '.*A: '",
         ),
         (  # only the last answer is preceded by what generation writes
             QUESTIONS + "{{ '' if loop.last else 'Earlier: ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
@@ -274,7 +302,7 @@ def test_special_tokens_that_the_config_does_not_name(tmp_path):
     )
     assert set_up_chat_template(tokenizer, ChatTemplate(template), 64) == 0
     encoded = tokenize_conversations([CONVERSATION, conversation("a<|start_header_id|>b", "c")], tokenizer, 64)
-    assert (len(encoded), encoded.num_special) == (1, 1)
+    assert (len(encoded), encoded.special) == (1, ["<|start_header_id|>"])
     assert stop_token_id(encoded, tokenizer) == tokenizer.convert_tokens_to_ids("<|eot_id|>")
 
 

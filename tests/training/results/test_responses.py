@@ -11,7 +11,7 @@ from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template, tokenize
 from training.results.responses import Response, respond, response_rows, score_responses, write_responses
 
 QUESTIONS = ["One?", "What comes after one, and before three?", "Three?", "What is the one that comes after three?"]
-ANSWERS = ["One.", "It is two.", "Three.", "Four, I think."]
+ANSWERS = ["One.", "It is two.", "    Three.", "Four, I think."]
 
 
 def conversations() -> list[Conversation]:

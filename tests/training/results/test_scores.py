@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
 from torch.nn import functional
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
@@ -43,6 +44,15 @@ def test_metrics_of_one_label_per_text_by_hand():
 def test_an_undefined_metric_is_left_out():
     assert "roc_auc" not in Predictions(LOGITS[:3], NAMES, SINGLE).full_report(LABELS[:3])
     assert "pearson_correlation" not in Predictions(np.ones((3, 1)), ["x"], REGRESSION).full_report(np.array([[1.0], [2], [3]]))
+
+
+@pytest.mark.parametrize("present", [3, 49])
+def test_macro_f1_is_that_of_scikit_learn(present):
+    """Also if the split lacks labels: of 77, those that occur or are predicted count."""
+    labels = np.eye(77)[np.arange(90) % present]
+    logits = np.random.default_rng(0).normal(size=(90, 77)).astype(np.float32) + 3 * labels.astype(np.float32)
+    expected = metrics.f1_score(labels.argmax(-1), logits.argmax(-1), average="macro")
+    assert Predictions(logits, list(map(str, range(77))), SINGLE).score(labels).macro_f1 == pytest.approx(expected)
 
 
 def test_calibration_error_by_hand():

@@ -48,6 +48,7 @@ def upload(hub, tmp_path, monkeypatch, capsys):
     """Run `hub_upload.py` in this process, without the check that loads the model in another: quicker."""
     monkeypatch.setattr("training.sharing.checks.check_loads", lambda *_: None)
     changed = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    changed["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in (changed | {"HF_TOKEN_PATH": str(tmp_path / "no_token")}).items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
 

@@ -131,6 +131,14 @@ def test_model_in_the_cache_of_the_hub(model, tmp_path):
     assert checks.model_files(snapshot, False).keys() == UPLOADED
 
 
+@pytest.mark.parametrize(("trained_on", "revision"), [("ann/base", "abc"), ("ann/other", None), ("outputs/base", None)])
+def test_the_revision_of_the_base_is_that_of_its_repository(tmp_path, trained_on, revision):
+    config = {"base_model_name_or_path": trained_on, "revision": "abc"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = json.loads(checks.prepare_adapter_config(tmp_path, "ann/base"))
+    assert found == {"base_model_name_or_path": "ann/base", "revision": revision}
+
+
 @pytest.fixture
 def code_that_must_not_run(tmp_path) -> Iterator[str]:
     yield f"open({str(tmp_path / 'ran')!r}, 'w')\ngenerate = lambda *_, **__: 0\n"

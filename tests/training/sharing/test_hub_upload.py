@@ -125,19 +125,52 @@ def test_no_write_access(hub, model, upload, token, repository, message):
     assert not hub.repositories
 
 
-@pytest.mark.parametrize("kind", ["model", "space"])
-def test_changes_by_others_are_not_overwritten(hub, model, upload, kind):
+def change(hub, name: str, content: bytes, kind: str = "model") -> None:
+    """A commit by another program."""
+    repository = hub.repositories[kind, "ann/book"]
+    files = repository.files("main")[1]
+    repository.commit("main", {**files, name: hub.store(content)}, f"Update {name}")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "config.json"), ("space", "app.py")])
+def test_changes_by_others_are_not_overwritten(hub, model, upload, kind, name):
     """A changed Space stops the upload of the model, too."""
     upload(model, "ann/book", "--space")
-    repository, model_repository = hub.repositories[kind, "ann/book"], hub.repositories["model", "ann/book"]
-    repository.commit("main", repository.files("main")[1], "Update README.md")
+    model_repository = hub.repositories["model", "ann/book"]
+    change(hub, name, b"{}", kind)
     commits = len(model_repository.commits)
-    with pytest.raises(UserError, match="ann/book .main. was changed by others, last in 'Update README.md': review"):
+    message = rf"ann/book .main. was changed since the last upload by this program .{name}., last in 'Update {name}': review"
+    with pytest.raises(UserError, match=message):
         upload(model, "ann/book", "--space")
     assert len(model_repository.commits) == commits
     upload(model, "ann/book", "--space", "--overwrite")
     upload(model, "ann/book", "--revision", "v2")
     assert set(model_repository.branches) == {"main", "v2"}
+
+
+def test_an_edited_card_keeps_its_text_and_its_metadata(hub, model, upload):
+    """At every later upload, until it is overwritten; metrics and base are those of the upload."""
+    upload(model, "ann/book")
+    card = ModelCard(hub.content("ann/book", "README.md").decode())
+    card.text += "\nWritten by the owner.\n"
+    card.data["tags"], card.data["license"], card.data["library_name"] = ["poems"], "mit", "other"
+    change(hub, "README.md", str(card).encode())
+    edit_card(model, "\n# ", "\nLater.\n\n# ")
+    for _ in range(2):
+        assert "ann/book: the text of the card, which was edited on the Hub, is kept" in upload(model, "ann/book")
+        found = ModelCard(hub.content("ann/book", "README.md").decode())
+        assert found.text == card.text
+        assert (found.data.tags, found.data.license, found.data.library_name) == (["poems"], "mit", "transformers")
+    upload(model, "ann/book", "--license", "cc0-1.0")
+    assert ModelCard(hub.content("ann/book", "README.md").decode()).data.license == "cc0-1.0"
+    assert "is kept" not in upload(model, "ann/book", "--overwrite")
+    assert "Later." in hub.content("ann/book", "README.md").decode()
+    assert "is kept" not in upload(model, "ann/book")
+    change(hub, "README.md", b"---\nlicense: [\n---\nMine.")
+    with pytest.raises(
+        UserError, match="the card on the Hub cannot be read .*: correct it there, or replace it with --overwrite"
+    ):
+        upload(model, "ann/book")
 
 
 def test_private_model_is_not_sent_to_a_public_repository(hub, model, upload):
@@ -180,15 +213,27 @@ def test_commit_by_others_during_the_upload(hub, model, upload, monkeypatch):
         upload(model, "ann/book")
 
 
-def test_stale_weights_are_deleted(hub, model, upload):
+def test_files_of_earlier_uploads_are_deleted(hub, model, upload):
+    """Only those that an upload knows: the others are the owner's."""
     local = ScratchGPTForCausalLM.from_pretrained(model)
+    earlier = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "metrics.json",
+        "responses.jsonl",
+        "hub.py",
+    ]
     upload(model, "ann/book")
+    for name in [*earlier, "LICENSE", "notes.txt"]:
+        change(hub, name, name.encode())
     (model / "model.safetensors").unlink()
     local.save_pretrained(model, max_shard_size="40KB")
-    upload(model, "ann/book")
+    printed = upload(model, "ann/book", "--overwrite")
+    assert f"ann/book: deleting files of an earlier upload: {', '.join(sorted([*earlier, 'model.safetensors']))}\n" in printed
     names = set(hub.repositories["model", "ann/book"].files("main")[1])
-    assert "model.safetensors" not in names
-    assert "model.safetensors.index.json" in names
+    sharded = {name for name in names if name.startswith("model-0")} | {"model.safetensors.index.json"}
+    assert names == UPLOADED - {"model.safetensors"} | {".gitattributes", "LICENSE", "notes.txt"} | sharded
 
 
 def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mount, tmp_path, monkeypatch):
