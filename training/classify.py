@@ -227,8 +227,9 @@ class ClassifyRecipe(Recipe[Any]):
             rows = AugmentedTexts(
                 texts, train, tokenizer, self.max_length, arguments.subword_dropout, arguments.token_dropout, arguments.seed
             )
-        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        sampler = LengthGroupedBatchSampler(train.lengths, arguments.batch_size, num_batches, arguments.seed)
+        accumulation = arguments.gradient_accumulation_steps
+        num_batches = arguments.max_steps * accumulation
+        sampler = LengthGroupedBatchSampler(train.lengths, arguments.batch_size, num_batches, arguments.seed, accumulation)
         return padded_dataloader(rows, tokenizer.pad_token_id, batch_sampler=sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> Any:

@@ -31,6 +31,7 @@ from training.data.corpora import CorpusArguments, check_corpora, read_corpora, 
 from training.data.datasets import evaluation_dataloader, evaluation_rows
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
+from training.engine.checkpoints import STATE
 from training.engine.launch import start_accelerator
 from training.engine.metrics import evaluate, keeps_documents_apart
 from training.engine.pretrained import load_model_and_tokenizer
@@ -64,15 +65,16 @@ def read_documents(arguments: EvaluateArguments) -> Dataset:
 
 
 def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
-    """`--windows`, or those of the run whose card is in the model's directory; ordered if there is no such card.
+    """`--windows`, or those of the run whose card or checkpoint is in the model's directory; ordered if there is neither.
 
     Raises:
         UserError: packed with a stride, or with a model that cannot score documents by themselves.
     """
-    windows, card = arguments.windows, Path(name, CARD)
+    windows, card, state = arguments.windows, Path(name, CARD), Path(name, STATE)
     if windows == "auto":
         settings = card.read_text("utf-8", "replace").rpartition("<summary>All settings")[2] if card.is_file() else ""
-        windows = "packed" if re.search("^windows: packed$", settings, re.MULTILINE) else "ordered"
+        settings += state.read_text("utf-8", "replace") if state.is_file() else ""
+        windows = "packed" if re.search('^windows: packed$|"windows": "packed"', settings, re.MULTILINE) else "ordered"
     if windows == "packed" and arguments.stride:
         raise UserError(
             f"--stride {arguments.stride} is for --windows ordered, and this model is scored with packed: pass one."

@@ -197,10 +197,11 @@ class InstructRecipe(Recipe[LMMetrics]):
 
     def train_dataloader(self) -> DataLoader:
         size, seed = self.arguments.batch_size, self.arguments.seed
-        num_batches = self.arguments.max_steps * self.arguments.gradient_accumulation_steps
+        accumulation = self.arguments.gradient_accumulation_steps
+        num_batches = self.arguments.max_steps * accumulation
         if self.arguments.packing:
             return train_dataloader([self.rows], MixtureBatchSampler([len(self.rows)], size, num_batches, seed))
-        sampler = LengthGroupedBatchSampler(self.tokenized["train"].lengths, size, num_batches, seed)
+        sampler = LengthGroupedBatchSampler(self.tokenized["train"].lengths, size, num_batches, seed, accumulation)
         return padded_dataloader(self.rows, self.tokenizer.pad_token_id, batch_sampler=sampler)
 
     def evaluate(self, model: nn.Module, split: str = "validation") -> LMMetrics:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL = 16  # batches
+POOL = 16  # steps
 
 
 class MixtureBatchSampler(Sampler[list[int]]):
@@ -63,21 +63,28 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Full batches of examples of similar length; those left over from an epoch are in the first batch of the next.
 
     An index continues from epoch to epoch: `index % len(lengths)` is the example, `index // len(lengths)` the epoch.
+
+    Args:
+        accumulation: batches per optimizer step. The rows of a step depend on their number only, not on its division.
     """
 
     drop_last = True  # Accelerate reads it
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, num_batches: int, seed: int):
+    def __init__(self, lengths: np.ndarray, batch_size: int, num_batches: int, seed: int, accumulation: int = 1):
         self.lengths, self.batch_size, self.num_batches, self.seed = lengths, batch_size, num_batches, seed
+        self.accumulation = accumulation
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(self._batches(), self.num_batches)
+        size = self.batch_size
+        batches = (step[start : start + size] for step in self._steps() for start in range(0, len(step), size))
+        return itertools.islice(batches, self.num_batches)
 
-    def _batches(self) -> Iterator[list[int]]:
-        generator, count, size = np.random.default_rng(self.seed), len(self.lengths), self.batch_size
+    def _steps(self) -> Iterator[list[int]]:
+        generator, count = np.random.default_rng(self.seed), len(self.lengths)
+        size = self.batch_size * self.accumulation
         draws: list[int] = []
         for first in itertools.count(step=count):
             num_left = len(draws)
@@ -86,8 +93,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
                 yield draws[:size]
                 draws = draws[size:]
             while len(draws) >= size:
-                num_batches = min(POOL, len(draws) // size)
-                pool, draws = draws[: num_batches * size], draws[num_batches * size :]
+                num_steps = min(POOL, len(draws) // size)
+                pool, draws = draws[: num_steps * size], draws[num_steps * size :]
                 pool.sort(key=lambda draw: self.lengths[draw % count])
-                for position in generator.permutation(num_batches).tolist():
+                for position in generator.permutation(num_steps).tolist():
                     yield pool[position * size : (position + 1) * size]

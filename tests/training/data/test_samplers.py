@@ -43,6 +43,14 @@ def test_each_text_comes_once_an_epoch_in_full_batches(lengths, batch_size, num_
         assert set(range(epochs * len(lengths))) <= set(itertools.chain.from_iterable(batches[:enough]))
 
 
+def test_the_rows_of_a_step_do_not_depend_on_its_division():
+    """So a resumed run may divide its steps into other batches: each example still comes once an epoch."""
+    lengths = np.arange(23) % 7
+    whole = list(LengthGroupedBatchSampler(lengths, 6, 20, 0))
+    parts = list(LengthGroupedBatchSampler(lengths, 2, 60, 0, accumulation=3))
+    assert [[*itertools.chain(*parts[start : start + 3])] for start in range(0, 60, 3)] == whole
+
+
 @pytest.mark.parametrize(
     "make_sampler",
     [
