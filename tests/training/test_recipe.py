@@ -17,7 +17,7 @@ from training import classify, instruct, pretrain
 from training.cli import parse_arguments
 from training.engine import loop
 from training.engine.flops import flops_per_token
-from training.engine.loop import start_accelerator
+from training.engine.launch import start_accelerator
 from training.errors import UserError, explain_out_of_memory
 
 
