@@ -102,7 +102,8 @@ def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """The value for people; files without their directories, since it appears on the card."""
+    return " ".join(Path(str(item)).name for item in value) if isinstance(value, list) else str(value)
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
