@@ -50,7 +50,7 @@ def test_metrics_and_printed_lines(finished):
     tokens = sum(row["tokens"] for row in steps)
     last = evaluated[-1]
     for phrase in (
-        f"Step 12: loss {last['eval_loss']:.3f}, perplexity {last['eval_perplexity']:,.1f}, ",
+        f"step 12: loss {last['eval_loss']:.3f}, perplexity {last['eval_perplexity']:,.1f}, ",
         "Training documents: 1 (",
         f"Trained for 12 steps, {tokens:,} tokens, {sum(row['seconds'] for row in steps):.1f} seconds (excluding evaluation)",
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)",
