@@ -84,7 +84,10 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     arguments: Any = parse_arguments(recipe_class.arguments_class, description, argv)
     accelerator, run_folder, start = setup(arguments, recipe_class.check)
     if start.is_finished:
-        accelerator.print(f"The run in {run_folder.path} is finished. To train longer, raise its number of steps or epochs.")
+        longer = "raise its number of steps or epochs"
+        if not start.checkpoint:
+            longer = f"pass --base_model {run_folder.path} and another --output_dir, since it has no checkpoints"
+        accelerator.print(f"The run in {run_folder.path} is finished. To train longer, {longer}.")
         return
     recipe = recipe_class(arguments, accelerator)
     model = recipe.build_model()

@@ -253,6 +253,9 @@ def test_an_interrupted_run_resumes_with_its_own_data_and_base_only(recipe, step
     if recipe is pretrain:  # with LoRA the base is not in the checkpoint
         weights = (tmp_path / "other" / "model.safetensors").read_bytes()
         changes.append((base / "model.safetensors", weights, "the base model of the run in .* has changed since"))
+    if recipe is not pretrain:
+        with pytest.raises(UserError, match=rf"--num_train_epochs 0.5 is \d+ steps, but the run in .* has done {step}: pass"):
+            tune(recipe, *options, "--resume", "--num_train_epochs", "0.5", output="resumed", base=base)
     for path, content, message in changes:
         original = path.read_bytes()
         path.write_bytes(content)

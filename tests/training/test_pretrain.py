@@ -177,7 +177,7 @@ def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
     assert float(ordered) > losses["test"] + 0.01
 
 
-def test_a_second_run_does_not_change_the_first(run, book, capsys):
+def test_a_second_run_does_not_change_the_first(run, book, tmp_path, capsys):
     """Resuming a finished run is no error, and does nothing."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     words = ["--dataset", book, "--output_dir", str(run), *SMALL]
@@ -186,6 +186,10 @@ def test_a_second_run_does_not_change_the_first(run, book, capsys):
     pretrain.main([*words, "--resume"])
     assert capsys.readouterr().out == f"The run in {run} is finished. To train longer, raise its number of steps or epochs.\n"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    pretrain.main(["--dataset", book, "--output_dir", str(copy), *SMALL, "--resume"])
+    assert f"pass --base_model {copy} and another --output_dir" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_trained_longer(run, book, tmp_path):

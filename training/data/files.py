@@ -22,7 +22,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.cli import option
-from training.errors import UserError, one_line
+from training.errors import UserError, explain_errors, one_line
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLE_ENDINGS = (*JSON_LINES, ".json", ".parquet", ".csv", ".tsv")
@@ -46,11 +46,17 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # the first line of
 DAMAGED = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # of compressed files
 
 
+def _zip_members(archive: zipfile.ZipFile) -> list[str]:
+    """The names of the files in an archive, without the resource forks that macOS adds."""
+    return [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+
+
 def _open_zip(path: Path, mode: str = "rb") -> Any:
     archive = zipfile.ZipFile(path)
-    if len(names := archive.namelist()) != 1:
+    if len(names := _zip_members(archive)) != 1:
         raise UserError(f"{path} contains {len(names)} files: unpack it, or pass an archive of one file.")
-    return archive.open(names[0])
+    with explain_errors(f"{path} cannot be read", RuntimeError):  # encrypted, or compressed by an unknown method
+        return archive.open(names[0])
 
 
 def _open_zstd(path: Path, mode: str = "rb") -> Any:
@@ -87,7 +93,12 @@ def encoding_of(arguments: Any) -> Encoding:
 
 
 def ending(path: Path) -> str:
-    """The extension that tells the format of a file, in lower case; of a compressed file, the one before."""
+    """The extension that tells the format of a file, in lower case; of a compressed file, the one before or in the archive."""
+    if path.suffix.lower() == ".zip":
+        with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            endings = [Path(name).suffix.lower() for name in _zip_members(archive)]
+            if len(endings) == 1 and endings[0] in FILE_ENDINGS:
+                return endings[0]
     return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
 
 

@@ -12,6 +12,7 @@ Notable:
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def save_checkpoint(
 
     Args:
         model, optimizers: without Accelerate's wrappers.
-        state: JSON values, with `step` and `eval_loss` among them.
+        state: JSON values, with `step` and `eval_loss` among them: infinity if these weights were not evaluated.
         save_model: writes a model directory, given its path and the full state dict.
     """
     weights = full_state_dict(model)
@@ -79,9 +80,9 @@ def save_checkpoint(
             digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
             (temporary / MANIFEST).write_text(json.dumps(digests))
         paths = _checkpoints(directory)
-        best = min(paths, key=_eval_loss)  # the first of those saved since one evaluation: the weights that were evaluated
+        best = min(paths, key=_eval_loss)
         for path in paths[:-save_total_limit]:
-            if path != best:
+            if path != best or _eval_loss(path) == math.inf:
                 shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -153,4 +154,4 @@ def _eval_loss(path: Path) -> float:
     try:
         return json.loads((path / STATE).read_text())["eval_loss"]
     except (OSError, ValueError, KeyError):
-        return float("inf")  # damaged
+        return math.inf  # damaged

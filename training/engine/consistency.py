@@ -57,7 +57,7 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     changed = compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
     # A run that was extended, and then killed, has checkpoints that are newer than its model.
     is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
-    values = ((name, *(_text(source.get(name)) for source in (state["settings"], settings))) for name in changed)
+    values = ((name, *(_text(source[name]) for source in (state["settings"], settings))) for name in changed)
     return Start(settings, found, [f"{name} {before} -> {now}" for name, before, now in values], is_finished)
 
 
@@ -80,14 +80,19 @@ def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may
         may_change: the settings that may differ, because they do not affect the steps that are done.
 
     Raises:
-        UserError: a setting differs that may not; fewer steps than are done.
+        UserError: a setting differs that may not; fewer steps than are done; a checkpoint of other settings.
     """
     saved, step = state["settings"], state["step"]
-    changed = [name for name in sorted(now.keys() | saved.keys()) if now.get(name) != saved.get(name)]
+    if now.keys() != saved.keys() or "notes" not in state:
+        raise UserError(
+            f"the run in {path} was started by another program, or by another version of this one: resume it with that, or "
+            "start a new run in another --output_dir."
+        )
+    changed = [name for name in sorted(now) if now[name] != saved[name]]
     for name in changed:
         if name not in may_change:
             raise UserError(
-                f"--{name} is {_text(now.get(name))}, but the run in {path} was started with {_text(saved.get(name))}: resume "
+                f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}: resume "
                 "it with that value, or start a new run in another --output_dir."
             )
     rows, saved_rows = (settings["batch_size"] * settings["gradient_accumulation_steps"] for settings in (now, saved))

@@ -88,7 +88,7 @@ def training_steps(
         if not math.isfinite(mean_loss):
             raise UserError(
                 f"the loss of step {number} is {mean_loss}: the run has diverged. Lower --learning_rate and "
-                "--muon_learning_rate, then --weight_decay."
+                "--muon_learning_rate, then --weight_decay. To resume it, delete the checkpoints of the steps with high losses."
             )
         yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
 

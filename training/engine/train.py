@@ -178,10 +178,10 @@ class _Run(Generic[Metrics]):
         """With early stopping, load the checkpoint with the lowest held-out loss; return metrics and preview of the model."""
         if self.losses and min(self.losses) < self.losses[-1]:
             best = find_checkpoint(self.run_folder.checkpoints, self.accelerator.print, best=True)
-            if best and self.arguments.early_stopping_patience:
+            if best and best[1]["eval_loss"] < self.losses[-1] and self.arguments.early_stopping_patience:
                 last_step = self.step
                 self._load(*best)
-                self._note(f"restored the model of step {self.step:,}, which has the lowest held-out loss")
+                self._note(f"restored the model of step {self.step:,}, the saved one with the lowest held-out loss")
                 self.step, self.evaluated = last_step, None
             elif WORSE * min(self.losses) < self.losses[-1]:
                 self._warn_of_better(best)
@@ -214,7 +214,7 @@ class _Run(Generic[Metrics]):
     def _save(self) -> None:
         state = {
             "step": self.step,
-            "eval_loss": self.losses[-1] if self.losses else math.inf,
+            "eval_loss": self.losses[-1] if self.evaluated else math.inf,  # of these weights
             "eval_losses": self.losses,
             "settings": self.start.settings,
             "notes": self.notes,
@@ -235,12 +235,15 @@ class _Run(Generic[Metrics]):
         self.accelerator.print(text[0].upper() + text[1:])
 
     def _check_content(self, state: dict[str, Any]) -> None:
-        """Refuse a base model or data that differ from those of the run."""
+        """Refuse a base model or data that differ from those of the run, and fewer epochs than are done."""
         path = self.run_folder.path
         if self.frozen != state["frozen"]:
             raise UserError(f"the base model of the run in {path} has changed since it was started: resume with that one.")
         if self.task.data_digest != state["data"]:
             raise UserError(f"the data of the run in {path} has changed since it was started: resume with that, or start anew.")
+        if self.arguments.max_steps < state["step"]:  # without epochs, it has been refused before
+            epochs = f"--num_train_epochs {self.arguments.num_train_epochs} is {self.arguments.max_steps} steps"
+            raise UserError(f"{epochs}, but the run in {path} has done {state['step']}: pass at least as many.")
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

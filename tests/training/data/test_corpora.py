@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -32,12 +33,17 @@ def write(folder, name, text):
     return str(path)
 
 
-def zipped(*contents):
+def zipped(*contents, names="01"):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for number, content in enumerate(contents):
-            archive.writestr(str(number), content)
+        for name, content in zip(names, contents, strict=False):
+            archive.writestr(name, content)
     return file.getvalue()
+
+
+def encrypted(archive):
+    """The archive with the flag of an encrypted file in both of its headers."""
+    return re.sub(rb"(PK\x03\x04..|PK\x01\x02.{4}).", lambda match: match[1] + b"\1", archive, flags=re.DOTALL)
 
 
 def read(sources, **options):
@@ -162,6 +168,13 @@ def test_every_format_compressed_and_in_other_encodings(tmp_path, name, content,
         assert texts(path, **options) == texts(Path(path).parent, **options) == expected
 
 
+@pytest.mark.parametrize("name", ["export.zip", "v1.2.zip", "a.txt.zip"])
+def test_an_archive_has_the_format_of_its_file(tmp_path, name):
+    names = ["data/", "data/a.csv", "__MACOSX/data/._a.csv"]  # as macOS makes them
+    path = write(tmp_path, name, zipped(b"", b"text,n\none,1\ntwo,2\n", b"\0", names=names))
+    assert texts(path) == texts(tmp_path) == ["one", "two"]
+
+
 def test_columns_in_objects(tmp_path):
     rows = [{"meta": {"text": text, "id": 3}} for text in ("one", "two")]
     assert texts(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))), text_column="meta.text") == ["one", "two"]
@@ -190,6 +203,7 @@ def test_linked_and_hidden_directories(tmp_path):
         ("a.txt.zst", b"text", "ZSTD decompress failed"),
         ("a.txt.zip", b"text", r"a damaged \.zip file"),
         ("two.zip", zipped(b"1", b"2"), "contains 2 files: unpack it"),
+        ("a.txt.zip", encrypted(zipped(b"1")), "cannot be read .*encrypted"),
         ("a.txt", "ü".encode("utf-16")[:3], "not utf-16 text .*: set --encoding"),
         ("a.txt", "üä".encode("utf-16-le"), "not UTF-8 text|text in another encoding: set --encoding"),
     ],

@@ -93,7 +93,9 @@ def test_the_gradient_is_clipped(tiny_model):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss of step 1 is nan: the run has diverged. Lower --learning_rate"):
+    with pytest.raises(
+        UserError, match=r"the loss of step 1 is nan: the run has diverged. Lower --learning_rate.*\. To resume it"
+    ):
         train(tiny_model, batches(2))
 
 

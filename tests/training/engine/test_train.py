@@ -1,6 +1,8 @@
 """Training, resuming, early stopping, and what is printed, on a tiny task."""
 
 import gc
+import hashlib
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -121,7 +123,7 @@ def test_early_stopping_restores_the_model_with_the_lowest_loss(tmp_path, capsys
     assert result.steps == 12  # evaluated at 3, 6, 9 and 12; the lowest loss is that of step 6
     assert result.after.loss == 9.0  # evaluated again after restoring
     assert [row["eval_loss"] for row in run_folder.history if "eval_loss" in row][1:] == [4.0, 3.0, 3.5, 3.6]
-    assert "Restored the model of step 6, which has the lowest held-out loss" in capsys.readouterr().out
+    assert "Restored the model of step 6, the saved one with the lowest held-out loss" in capsys.readouterr().out
     weights = load_file(run_folder.checkpoints / "step-00000006" / "model.safetensors")
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in weights.items())
 
@@ -197,6 +199,34 @@ def test_the_best_model_is_named_if_the_last_one_is_saved(tmp_path, capsys):
     assert note[1:] in capsys.readouterr().out
     best = ScratchGPTForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000003")
     assert not torch.equal(best.model.norm.weight, model.model.norm.weight)
+
+
+def test_only_a_model_that_was_evaluated_is_the_best(tmp_path):
+    """Evaluated after steps 2, 4 and 6, and saved after 3 and 6: the model of step 2 is lost, that of step 3 has no loss."""
+    options = {"eval_steps": 2, "save_steps": 3, "max_steps": 6, "save_total_limit": 1}
+    result, model, folder = run(tmp_path, RandomTask(losses=[5.0, 6.0, 6.6], **options))
+    note = "the final model has a held-out loss of 6.600; the lowest was 5.000: to keep the best model, pass"
+    assert result.notes == [f"{note} --early_stopping_patience"]
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000006"]
+    del folder
+    gc.collect()
+    result, resumed, _ = run(tmp_path, RandomTask(losses=[6.6], resume=True, early_stopping_patience=9, **options))
+    assert not any("restored" in note for note in result.notes)
+    assert all(torch.equal(one, two) for one, two in zip(resumed.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [lambda state: state["settings"].pop("num_processes"), lambda state: state.pop("notes")])
+def test_a_checkpoint_of_another_version(tmp_path, change):
+    run(tmp_path, RandomTask(max_steps=1))
+    gc.collect()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    state, digests = (json.loads((path / name).read_text()) for name in ("state.json", "manifest.json"))
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    digests["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(digests))
+    with pytest.raises(UserError, match="was started by another program, or by another version of this one: resume it with"):
+        run(tmp_path, RandomTask(resume=True))
 
 
 def test_what_is_printed(tmp_path, capsys):
