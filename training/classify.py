@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from tokenizers import normalizers
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from training.cli import option, run_main
@@ -109,8 +110,9 @@ class ClassifyRecipe(Recipe[Any]):
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self.examples = examples.read_examples(arguments)
         self.names = self.examples.names
-        names = list((config.id2label or {}).values())
-        self.base_names = [] if names == [f"LABEL_{index}" for index in range(len(names))] else names  # transformers' default
+        fields, _ = PreTrainedConfig.get_config_dict(arguments.base_model)
+        is_classifier = any("ForSequenceClassification" in name for name in fields.get("architectures") or [])
+        self.base_names = [*(config.id2label or {}).values()] if is_classifier else []  # of the rows of the base's head
         self.last_split = "test" if self.examples.splits["test"] else "validation"
         self._tokenize()
         self._report_data()

@@ -88,6 +88,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         self.max_length = arguments.context_length or config.max_position_embeddings
         template = prompts.get_chat_template(arguments.chat_template, self.tokenizer)
         self.num_new_tokens = prompts.set_up_chat_template(self.tokenizer, template, config.max_position_embeddings)
+        self.vocab_size = max(len(self.tokenizer), config.vocab_size)  # embeddings may have rows without a token
         accelerator.print(f"Reading {cards.dataset_name(arguments.dataset)}")
         with accelerator.local_main_process_first():  # the first process of each machine fills the cache
             self.conversations = read_conversations(arguments, template.input_mark)
@@ -252,7 +253,7 @@ class InstructRecipe(Recipe[LMMetrics]):
             introduction=f"A small GPT, {cards.describe_base(self.arguments.base_model)} to follow instructions. It answers in "
             f"the style of {dataset}; its statements are not reliable.",
             usage=USAGE.format(question=question),
-            adapter_usage=ADAPTER_USAGE.format(question=question, vocab_size=len(self.tokenizer)),
+            adapter_usage=ADAPTER_USAGE.format(question=question, vocab_size=self.vocab_size),
             results=responses.results_table(results),
             examples=examples,
             task="text-generation",

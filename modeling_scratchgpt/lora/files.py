@@ -139,9 +139,11 @@ def _read_config(file: str) -> LoraConfig:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         known = {item.name for item in fields(LoraConfig)}
         if content.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type is {content.get('peft_type')!r}: only LORA is supported.")
+            raise ValueError(f"peft_type is {content.get('peft_type')!r}, only LORA is supported: load it with PEFT.")
         for name, value in content.items():
-            if value and name not in known | WITHOUT_EFFECT:
+            # Initializations with a name, such as "pissa", may belong to a base that they have changed.
+            is_other = name == "init_lora_weights" and value not in (True, False, "gaussian")
+            if value and (is_other or name not in known | WITHOUT_EFFECT):
                 raise ValueError(f"{name} is {value!r}, which is not supported: load it with PEFT.")
         given = {name: value for name, value in content.items() if name in known and value is not None}
         return LoraConfig(**{**PEFT_DEFAULTS, **given})

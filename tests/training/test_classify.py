@@ -147,7 +147,7 @@ def test_a_tokenizer_that_does_not_fit_its_model_is_refused(tune, run, tmp_path)
         tune(classify, base=base)
 
 
-def test_a_classifier_as_the_base_keeps_the_rows_of_its_labels(finished, tune, tmp_path, capsys):
+def test_a_classifier_as_the_base_keeps_the_rows_of_its_labels(finished, tune, run, tmp_path, capsys):
     """By their names, wherever the labels are in the list; new labels get new rows."""
     base = finished(classify)[0]
     names = ["dark", "a new one", "bright"]
@@ -166,6 +166,18 @@ def test_a_classifier_as_the_base_keeps_the_rows_of_its_labels(finished, tune, t
     load_pipeline(base).tokenizer.save_pretrained(renamed)
     again = tune(classify, "--max_steps", "1", "--learning_rate", "1e-9", base=renamed, output="again")
     assert scores(again)["before"]["accuracy"] == 1
+    capsys.readouterr()
+    unnamed = ScratchGPTForSequenceClassification.from_pretrained(base)  # as Trainer saves it by default
+    unnamed.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    unnamed.save_pretrained(renamed)
+    anew = tune(classify, "--max_steps", "1", "--learning_rate", "1e-9", base=renamed, output="anew")
+    assert "Head: rows of the base, by the names of its labels: none; new rows: bright, dark\n" in capsys.readouterr().out
+    new = ScratchGPTForSequenceClassification.from_pretrained(anew).score.weight
+    assert not torch.allclose(new, unnamed.score.weight, atol=1e-3)
+    fields = json.loads((run / "config.json").read_text()) | {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    shutil.copytree(run, tmp_path / "names", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "names" / "config.json").write_text(json.dumps(fields))  # a language model, which has no head for them
+    assert tune(classify, "--max_steps", "1", base=tmp_path / "names", output="from-names").is_dir()
 
 
 def test_two_columns_of_texts_and_macro_f1(tune, tmp_path, capsys):

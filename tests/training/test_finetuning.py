@@ -152,6 +152,13 @@ def test_gpt2_is_a_base_model(recipe, tune, tmp_path):
         assert [row["score"] for row in model(texts, batch_size=2)] == pytest.approx(alone, abs=1e-5)
     else:
         assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id == 0
+    # transformers' own GPT-2 has other names for the layers of an adapter: its program takes the package's.
+    folder = tune(recipe, *options[recipe][:-2], "--num_train_epochs", "1", "--lora_r", "4", base=base, output="lora")
+    card = (folder / "adapter" / "README.md").read_text().replace("PATH_OR_HUB_ID_OF_THE_BASE", str(base))
+    names: dict = {}
+    exec(snippet_of(card).replace("PATH_OR_HUB_ID", str(folder / "adapter")), names)
+    ids = torch.tensor([[0, 40, 41]])
+    torch.testing.assert_close(names["model"].eval()(ids).logits, type(names["model"]).from_pretrained(folder)(ids).logits)
 
 
 @pytest.mark.parametrize(

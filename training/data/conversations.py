@@ -197,19 +197,21 @@ def _conversation(location: str, row: Row, errors: str, input_mark: str, unused:
 
 def _check_row(location: str, row: Row, columns: tuple[str, ...]) -> None:
     """Refuse a row in none of the formats, and one with a judgement of its answer."""
-    if not columns and {"chosen", "rejected"} <= row.keys():
+    if {"chosen", "rejected"} <= row.keys() and (not columns or isinstance(row["chosen"], dict)):
         raise UserError(f"{location} has a chosen and a rejected answer (DPO): train on such pairs with TRL's DPOTrainer.")
     if not columns:
         expected = ", or ".join(" and ".join(columns) for columns in FORMATS)
         existing = ", ".join(f"{key} (empty)" if row[key] is None else str(key) for key in row) or "nothing"
         raise UserError(f"{location} must have {expected}; it has {existing:.200}.")
-    if key := next((key for key in ("label", "kto_tag") if row.get(key) in (0, 1)), None):
+    judgements = ("true", "false", "0", "1", "0.0", "1.0")
+    if key := next((key for key in ("label", "kto_tag") if str(row.get(key)).lower() in judgements), None):
         raise UserError(
             f"{location} has the {key} {row[key]} (KTO), but every answer would be learned as a good one: train with TRL's "
             "KTOTrainer, or keep the good rows only, without this column."
         )
-    if not _is_learned({"weight": row.get("weight")}, location):
-        raise UserError(f"{location} has a weight of 0: leave this row out.")
+    # "train" and "loss" may also be the names of columns of numbers.
+    if any(row.get(key) is False for key in WEIGHTS) or not _is_learned({"weight": row.get("weight")}, location):
+        raise UserError(f"{location} has a weight of 0, or train or loss false: leave this row out.")
     _check_supported(row, location)
 
 

@@ -357,12 +357,13 @@ def _separated_rows(
     is_csv = ending(path) == ".csv"  # in TSV, quotes have no special meaning
     lines: Iterator[str] = (line for _, line in read_lines(path, encoding))
     options: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    if is_csv and not names:
+    if is_csv:
         first = next(lines, "")
         lines = chain([first], lines)
-        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in SEPARATORS}
-        options["delimiter"] = max(headers, key=lambda mark: (columns.keys() <= {*headers[mark]}, len(headers[mark])))
-    separators = SEPARATORS[options.get("delimiter", ",")]
+        found = {mark: next(csv.reader([first], delimiter=mark), []) for mark in SEPARATORS}
+        fits = {mark: len(it) == len(names) if names else columns.keys() <= {*it} for mark, it in found.items()}
+        options["delimiter"] = max(found, key=lambda mark: (fits[mark], len(found[mark])))
+    separators = SEPARATORS[options["delimiter"]]
     reader = csv.reader(lines, **options)
     try:
         header = names or next(reader, [])

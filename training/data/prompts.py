@@ -143,7 +143,8 @@ def tokenize_conversations(
     for first in range(0, len(plain), 1000):
         part = plain[first : first + 1000]
         rendered = _render(part, tokenizer)
-        encoded = iter(tokenizer([text for pieces in rendered for text, _ in pieces], add_special_tokens=False)["input_ids"])
+        texts = [text for pieces in rendered for text, _ in pieces]
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])  # no warning about long texts
         for conversation, pieces in zip(part, rendered, strict=True):
             indices = [index for _, index in pieces]
             has_loss = [it not in conversation.without_loss and (it is not None or not completion_only_loss) for it in indices]

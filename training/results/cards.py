@@ -4,6 +4,7 @@ The metadata at the top of the card is written by the Hub's own classes. What a 
 for at the upload: the license, and the repository of the base model.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,8 +13,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from modeling_scratchgpt.hub import is_hub_id
+from modeling_scratchgpt.interchange import model_type_of
 from training.data.sources import is_dataset_id, short_name
 from training.engine.metrics import readable
 from training.engine.pretrained import LoraArguments
@@ -55,9 +58,9 @@ class CardContent:
 def write_card(directory: Path, arguments: Any, content: CardContent, facts: dict[str, str]) -> None:
     """Write the card of a model, and that of its adapter if there is one; `facts` are rows of its table about the training."""
     training = table("| | |", ((name, value.replace("|", r"\|")) for name, value in {**content.data, **facts}.items()))
-    programs = {directory: ("transformers", content.usage), directory / ADAPTER: ("peft", content.adapter_usage)}
-    for location, (library, program) in programs.items():
+    for location, library in {directory: "transformers", directory / ADAPTER: "peft"}.items():
         if location.is_dir():
+            program = content.usage if location == directory else _adapter_usage(arguments.base_model, content)
             metadata = _metadata(arguments, content, library)
             sections = [
                 f"---\n{metadata.to_yaml()}\n---",
@@ -74,6 +77,17 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
                 f"<details><summary>All settings</summary>\n\n{block(_settings(arguments, content), 'yaml')}\n\n</details>",
             ]
             ModelCard("\n\n".join(sections) + "\n").save(location / CARD)
+
+
+def _adapter_usage(base_model: str, content: CardContent) -> str:
+    """The program for an adapter, with this package where transformers has other names or another head for its base."""
+    model_type = model_type_of(PreTrainedConfig.get_config_dict(base_model)[0])
+    if model_type == "scratchgpt" or (model_type == "qwen3" and content.task == "text-generation"):
+        return content.adapter_usage
+    program = re.sub(r"from transformers import AutoModelFor\w+\n| AutoModelFor\w+,", "", content.adapter_usage)
+    program = re.sub(r"AutoModel(For\w+)", r"ScratchGPT\1", program)
+    reason = f"# The base is a {model_type} as the package of ScratchGPT loads it: this program needs that package."
+    return f"{reason}\nfrom modeling_scratchgpt import {re.findall('ScratchGPTFor[A-Za-z]+', program)[0]}\n{program}"
 
 
 def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardData:

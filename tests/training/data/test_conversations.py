@@ -272,11 +272,18 @@ def conversation(*messages: tuple[str, str]) -> dict:
             "row 6 has a message of 'tool': the roles are developer, human, gpt, system",
         ),
         ({"prompt": "a", "completion": "b", "label": False}, "row 6 has the label False .KTO.*: train with TRL's KTOTrainer"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "row 6 has the label False .KTO"),
+        ({"prompt": "a", "completion": "b", "kto_tag": 1.0}, "row 6 has the kto_tag 1.0 .KTO"),
+        (
+            {**conversation(("user", "a")), **{it: {"role": "assistant", "content": it} for it in ("chosen", "rejected")}},
+            "row 6 has a chosen and a rejected answer .DPO",
+        ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "row 6 has a chosen and a rejected answer .DPO.*with TRL's DPOTrainer",
         ),
-        ({**ALPACA[0], "weight": 0}, "row 6 has a weight of 0: leave this row out"),
+        ({**ALPACA[0], "weight": 0}, "row 6 has a weight of 0, or train or loss false: leave this row out"),
+        ({**ALPACA[0], "train": False}, "row 6 has a weight of 0, or train or loss false"),
         ({**ALPACA[0], "tools": [{"name": "add"}]}, "row 6 has 'tools', which is not supported: leave out the row, or 'tools'"),
         ({**ALPACA[0], "history": ["Hello"]}, "row 6 has no list of pairs under 'history' but"),
         (

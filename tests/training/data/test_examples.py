@@ -47,10 +47,11 @@ def test_every_file_format_gives_the_same_examples(tmp_path, ending):
     }
 
 
-@pytest.mark.parametrize("name", ["rows.tsv", "Rows"])
-def test_a_table_without_a_header(tmp_path, name):
-    """Like the SMS Spam Collection: tabs, no column names, no extension."""
-    arguments = ExampleArguments(dataset=[write_rows(tmp_path / name, ROWS)], columns=["text", "label"])
+@pytest.mark.parametrize(("name", "separator"), [("rows.tsv", "\t"), ("Rows", "\t"), ("rows.csv", ";"), ("rows.csv", "\t")])
+def test_a_table_without_a_header(tmp_path, name, separator):
+    """Like the SMS Spam Collection: tabs, no column names, no extension; or what a spreadsheet calls .csv."""
+    (tmp_path / name).write_text("".join(f"{row['text']}, or so{separator}{row['label']}\n" for row in ROWS))
+    arguments = ExampleArguments(dataset=[str(tmp_path / name)], columns=["text", "label"])
     check_examples(arguments)
     found = read_examples(arguments)
     assert sum(map(len, found.splits.values())) == len(ROWS)

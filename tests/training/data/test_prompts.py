@@ -257,7 +257,7 @@ QUESTIONS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n'
         (  # only the last answer is preceded by what generation writes
             QUESTIONS + "{{ '' if loop.last else 'Earlier: ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
             "{% endif %}{% endfor %}",
-            r"differently for training and generation: 'three\\nEarlier:' and 'three\\n' precede",
+            r"differently for training and generation: 'three\\nEarlier: ' and 'three\\n' precede",
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
