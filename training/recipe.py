@@ -30,7 +30,7 @@ from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
 from training.errors import explain_out_of_memory, quiet
-from training.results.cards import CardContent, format_command, write_card
+from training.results.cards import CardContent, format_command, without_directories, write_card
 
 
 class Recipe(Task[Metrics]):
@@ -121,11 +121,12 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
     accelerator = recipe.accelerator
     weights = full_state_dict(model)
     if accelerator.is_main_process:
+        notes = "; ".join(" ".join(without_directories(note.split(" "))) for note in result.notes)
         facts = {
             "Parameters": parameters(model),
             "Training": str(result),
             "Hardware": hardware(accelerator),
-            **({"Notes": "; ".join(result.notes)} if result.notes else {}),
+            **({"Notes": notes} if notes else {}),
             "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
             "Command": command,
         }

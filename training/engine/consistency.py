@@ -107,7 +107,7 @@ def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
