@@ -108,7 +108,8 @@ def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may
 
 def _text(value: Any) -> str:
     """The value for people; files without their directories, since it appears on the card."""
-    return " ".join(Path(str(item)).name for item in value) if isinstance(value, list) else str(value)
+    names = [Path(str(item)).name for item in value] if isinstance(value, list) else [str(value)]
+    return " ".join(names) or "nothing"
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
