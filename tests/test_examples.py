@@ -104,7 +104,7 @@ def test_dpo_on_real_preferences(real_data, tmp_path, capsys):
     base, tuned, preferred = (str(tmp_path / name) for name in ("base", "instruct", "preferred"))
     save_base(tmp_path / "base", texts, chat=False, vocab_size=2000, max_position_embeddings=256, hidden_size=128)
     words = ["--base_model", base, "--dataset", str(data / "instruction-data.json"), "--report_to", "none"]
-    instruct.main([*words, "--output_dir", tuned])
+    instruct.main([*words, "--num_train_epochs", "2", "--test_fraction", "0", "--output_dir", tuned])
     capsys.readouterr()
     dpo.main([tuned, str(data / "instruction-data-with-preference.json"), preferred])
     rewards = reported_rewards(capsys.readouterr().out)
