@@ -38,7 +38,7 @@ def test_programs_are_python_and_commands_name_files_that_are_there(document):
     for program in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         ast.parse(program)
     commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
-    for path in re.findall(r"\b(?:training|space|benchmarks|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
+    for path in re.findall(r"\b(?:training|space|benchmarks|examples|tests)/[\w/]+\.\w+|\bhub_upload\.py", commands):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"python -m (modeling_scratchgpt[\w.]*)", commands):
         assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module

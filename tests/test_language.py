@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-FOLDERS = ("benchmarks", "modeling_scratchgpt", "space", "training")
+FOLDERS = ("benchmarks", "examples", "modeling_scratchgpt", "space", "training")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))])
 PROGRAMS = [path for path in SOURCES if "benchmarks" not in path.parts and "\ndef main(" in path.read_text("utf-8")]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("training/configs/**/*.yaml")])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, TextGenerationPipeline
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
-from tests.conftest import TINY
-from tests.training.conftest import ANSWERS, ROOT, scores
+from modeling_scratchgpt import ScratchGPTForCausalLM
+from tests.training.conftest import ANSWERS, scores
 from training import instruct
 
 
@@ -103,27 +101,3 @@ def test_transformers_chat(server, finished):
     )
     assert process.returncode == 0, process.stderr
     assert "stormy" in process.stdout
-
-
-@pytest.mark.slow
-def test_preference_tuning_as_in_the_readme(real_data, tmp_path, monkeypatch):
-    """The program of the README on the real data: afterwards the model prefers the chosen answers to the rejected ones."""
-    (snippet,) = re.findall(r"```python\n([^`]*DPOTrainer[^`]*)```", (ROOT / "training" / "README.md").read_text())
-    data = real_data / "instructions"
-    examples = json.loads((data / "instruction-data.json").read_text())
-    tokenizer = ScratchGPTTokenizer.train([row["instruction"] + row["output"] for row in examples], 2000)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    shape = {**TINY, "vocab_size": 2000, "max_position_embeddings": 256, "hidden_size": 128, **ids}
-    ScratchGPTForCausalLM(ScratchGPTConfig(**shape)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    words = ["--base_model", str(tmp_path / "base"), "--dataset", str(data / "instruction-data.json"), "--report_to", "none"]
-    instruct.main([*words, "--output_dir", str(tmp_path / "outputs" / "instruct")])
-    (tmp_path / "instruction-data-with-preference.json").symlink_to(data / "instruction-data-with-preference.json")
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    history = [row for row in names["trainer"].state.log_history if "rewards/chosen" in row]
-    assert history[-1]["rewards/chosen"] > history[-1]["rewards/rejected"]
-    assert history[-1]["rewards/margins"] > history[0]["rewards/margins"]
-    assert history[-1]["rewards/accuracies"] > 0.6
-    assert ask(load_chat(tmp_path / "outputs" / "preferred"), "What is the cube of 4?")
