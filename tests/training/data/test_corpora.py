@@ -1,8 +1,6 @@
-import ast
 import bz2
 import csv
 import gzip
-import inspect
 import io
 import itertools
 import json
@@ -456,29 +454,6 @@ def test_empty_splits_are_rejected(count, validation, test, message):
         split_documents(documents(f"ab{index}"[:2] + " " * index for index in range(count)), validation, test, seed=0)
 
 
-# The built-in docstrings
-
-
-def test_docstrings_are_those_of_inspect():
-    source = inspect.getsource(json)
-    entries = dict(docstrings._entries(ast.parse(source)))
-    assert entries[""] == inspect.getdoc(json)
-    (loads,) = [text for signature, text in entries.items() if signature.startswith("def loads(")]
-    assert loads == inspect.getdoc(json.loads)
-
-
-def test_signatures():
-    tree = ast.parse(
-        'class A(B, metaclass=C):\n    "a"\n    async def f(self, x: int = 1, *, y) -> str:\n        "f"\n'
-        "def g(" + ", ".join(f"argument_{index}" for index in range(40)) + '):\n    "g"\n'
-    )
-    assert list(docstrings._entries(tree)) == [
-        ("class A(B)", "a"),
-        ("def f(self, x: int=1, *, y) -> str", "f"),
-        ("def g(...)", "g"),
-    ]
-
-
 def test_docs_as_a_source(tmp_path, monkeypatch):
     for name in "abc":
         write(tmp_path, f"library/{name}.py", f'"""About {name}."""\ndef f():\n    "Does this."\n')
@@ -494,11 +469,3 @@ def test_docs_as_a_source(tmp_path, monkeypatch):
     ]
     assert (docs.name, docs.duplicates, docs.documents.features) == ("docs", 1, first.documents.features)
     assert len(read(["docs"], max_documents=1)[0].documents) == 1
-
-
-def test_modules_are_not_run(tmp_path):
-    path = tmp_path / "trap.py"
-    path.write_text(f'"""A docstring."""\nopen({str(tmp_path / "ran")!r}, "w")\n')
-    rows = list(docstrings._docstrings([("library", str(path), "trap.py", 0)]))
-    assert rows == [{"library": "library", "module": "library.trap", "signature": "", "docstring": "A docstring."}]
-    assert not (tmp_path / "ran").exists()
