@@ -91,11 +91,14 @@ def test_the_training_of_a_tokenizer_ends_with_ctrl_c(book, tmp_path, monkeypatc
         return train(*arguments, **options)
 
     monkeypatch.setattr(ScratchGPTTokenizer, "train", record)
-    before = signal.getsignal(signal.SIGINT)
     words = ["--vocab_size", "291", "--max_steps", "1", "--output_dir", str(tmp_path)]
-    pretrain.main(["--dataset", book, *SMALL, *words])
-    assert handlers == [signal.SIG_DFL]
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job of the background
+    try:
+        pretrain.main(["--dataset", book, *SMALL, *words])
+        assert handlers == [signal.SIG_DFL]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_notebook_launches_two_processes(book, tmp_path):
@@ -118,7 +121,7 @@ if __name__ == "__main__":
 def test_the_flops_of_a_token_are_those_of_the_mean_length(recipe, run, tmp_path):
     """Of 100 examples whose lengths differ: the maximum, the median and the context length differ from the mean."""
     words = ["night " * (1 + 12 * (number % 4 == 0)) + str(number) for number in range(100)]
-    table = [{"text": w, "label": str(len(w) > 20), "instruction": w, "output": "calm"} for w in words]
+    table = [{"text": w, "label": "long" if len(w) > 20 else "short", "instruction": w, "output": "calm"} for w in words]
     options = ["--dataset", write_rows(tmp_path / "table.json", table), "--base_model", str(run), "--num_train_epochs", "1"]
     options += ["--batch_size", "1", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
     arguments = parse_arguments(recipe.arguments_class, "test", options)
