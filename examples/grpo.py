@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", help="directory for the model and the curve, accuracy.png")
     parser.add_argument("--sft_steps", type=int, default=300, help="steps of the supervised warm start")
-    parser.add_argument("--max_steps", type=int, default=200, help="steps of GRPO")
+    parser.add_argument("--max_steps", type=int, default=300, help="steps of GRPO")
     arguments = parser.parse_args(argv)
 
     set_seed(0)
