@@ -8,6 +8,7 @@ import hashlib
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -33,8 +34,9 @@ def cached_file(made_from: str, suffix: str, write: Callable[[Path], None]) -> P
             return path
         print(f"The cached file {path} is damaged: writing it again", flush=True)
     for leftover in directory.glob(f"{PREFIX}*"):  # of a process that was killed
-        if time.time() - leftover.stat().st_mtime > ABANDONED:
-            leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just removed or finished it
+            if time.time() - leftover.stat().st_mtime > ABANDONED:
+                leftover.unlink()
     with atomic_file(path) as temporary:
         write(temporary)
         with open(temporary, "ab") as file:
