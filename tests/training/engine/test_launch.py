@@ -1,5 +1,6 @@
 """Precision, compiler and batches of a run, chosen for the device that is there."""
 
+import copy
 import math
 import re
 import shutil
@@ -7,14 +8,18 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
 from tests.training.conftest import SMALL, rows
 from training import pretrain
 from training.engine import launch, machine
+from training.engine.arguments import EngineArguments
 from training.engine.launch import choose_compiler, choose_precision, start_accelerator
+from training.engine.loop import training_steps
 from training.engine.machine import has_fast_bfloat16
+from training.engine.optimizers import build_optimizers
 from training.errors import UserError
 
 
@@ -131,6 +136,25 @@ def test_what_compiling_needs(monkeypatch):
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: "/missing")
     monkeypatch.setenv("CXX", shutil.which("python3"))
     assert machine.missing_compiler("cpu") == "Python.h, of the package python3-dev"
+
+
+def test_the_loss_scale_of_float16_with_two_optimizers(tiny_model):
+    """It changes nothing. Accelerate uses it on GPUs only; here, on a CPU, the model stays in float32."""
+    weights = []
+    for precision in ("no", "fp16"):
+        AcceleratorState._reset_state()
+        accelerator, model = Accelerator(mixed_precision=precision), copy.deepcopy(tiny_model)
+        if precision == "fp16":
+            accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        arguments = EngineArguments(optimizer="muon", max_steps=3)
+        optimizers = accelerator.prepare(*build_optimizers(arguments, model))
+        ids = torch.arange(3, 35).view(2, 16)
+        batches = [{"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}] * 3
+        losses = [step.loss for step in training_steps(accelerator, model, optimizers, batches, arguments)]
+        weights.append([*model.parameters()])
+    for one, two in zip(*weights, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def test_a_compiled_run_is_the_same_run(book, tmp_path, monkeypatch, capsys):
