@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import make_parser
+from measuring import add_modes, make_parser
 from torch import nn
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
@@ -22,7 +22,7 @@ from training.cli import model_config, parse_arguments
 from training.data.datasets import TokenizedExamples, Windows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.engine.flops import flops_per_token
-from training.engine.launch import start_accelerator
+from training.engine.launch import choose_compiler, start_accelerator
 from training.engine.loop import training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar
@@ -56,7 +56,8 @@ def random_windows(path: Path, vocab_size: int, context_length: int) -> Windows:
 def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     """Median seconds of a step of the loop, of a bare step, and of waiting for a batch."""
     arguments = parse_arguments(PretrainArguments, "", [*options.split(), "--max_steps", str(2 * num_steps)])
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(precision=arguments.precision)
+    choose_compiler(accelerator, arguments.torch_compile, 0)
     config = model_config(arguments.model, arguments.vocab_size, arguments.context_length)
     model = ScratchGPTForCausalLM(config)
     optimizers = build_optimizers(arguments, model)
@@ -71,7 +72,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     run_folder.open()
 
     def bare_step() -> None:
-        loss = model(**batch, skip_logits=True, use_cache=False).loss
+        loss = prepared_model(**batch, skip_logits=True, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         for optimizer in optimizers:
@@ -96,11 +97,14 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
 
 
 def main() -> None:
-    num_steps = make_parser(__doc__, steps=100).parse_args().steps
+    parser = make_parser(__doc__, steps=100)
+    add_modes(parser)
+    chosen = parser.parse_args()
+    modes = f" --precision {chosen.precision} --torch_compile {chosen.compile}"
     print("| a step | loop | bare | overhead | waiting for data |\n|---|---|---|---|---|")
     for name, options in SHAPES.items():
         with tempfile.TemporaryDirectory() as directory:
-            loop, bare, waiting = measure(options, num_steps, Path(directory))
+            loop, bare, waiting = measure(options + modes, chosen.steps, Path(directory))
         numbers = f"{1e3 * loop:.1f} ms | {1e3 * bare:.1f} ms | {loop / bare - 1:+.1%} | {waiting / loop:.2%}"
         print(f"| {name} | {numbers} |", flush=True)
 

@@ -29,6 +29,13 @@ def make_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
     return parser
 
 
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """Add options for precision and compilation."""
+    on_gpu = DEVICE == "cuda"
+    parser.add_argument("--precision", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compile", default="true" if on_gpu else "false", choices=["true", "false"])
+
+
 def peak_bytes() -> int:
     """Peak memory of this process: on the GPU, if there is one."""
     if DEVICE == "cuda":
@@ -73,15 +80,18 @@ def seconds_in_turns(functions: Sequence[Callable[[], object]], rounds: int) -> 
     return [statistics.median(taken[1:]) for taken in seconds]
 
 
-def training_step(model: Any, batch_size: int, context_length: int, compile: bool = False) -> Callable[[], None]:
-    """A function for a step of AdamW on random tokens: float32 on the CPU, bfloat16 and, if `compile`, compiled on the GPU."""
+def training_step(
+    model: Any, batch_size: int, context_length: int, compile: bool = False, precision: str = ""
+) -> Callable[[], None]:
+    """A function for a step of AdamW on random tokens; by default in bfloat16 on a GPU and in float32 on a CPU."""
+    dtype = getattr(torch, precision or ("bfloat16" if DEVICE == "cuda" else "float32"))
     model.to(DEVICE).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     ids = torch.randint(0, model.config.vocab_size, (batch_size, context_length), device=DEVICE)
-    forward = torch.compile(model) if compile and DEVICE == "cuda" else model
+    forward = torch.compile(model) if compile else model
 
     def step() -> None:
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=DEVICE == "cuda"):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()

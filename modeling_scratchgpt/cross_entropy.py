@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig
 IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
 LINEAR_FORWARD = nn.Linear.forward  # some libraries replace it
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
+CUDA_CHUNK_BYTES = 2**30  # GPUs have faster products, and each chunk reads and writes the gradient of the weight once more
+ALIGNMENT = 64  # rows: tensor cores are slow if a side of a product is odd
 
 
 def reduce_losses(losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -128,7 +130,14 @@ def _loss_from_logits(hidden_states: Tensor, weight: Tensor, targets: Tensor, di
     return cross_entropy(functional.linear(hidden_states, weight.to(hidden_states.dtype)), targets, divisor)
 
 
-@torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=())
+def chunk_rows(weight: Tensor) -> int:
+    """The number of tokens whose logits exist at once."""
+    rows = (CUDA_CHUNK_BYTES if weight.device.type == "cuda" else CHUNK_BYTES) // (4 * weight.shape[0])
+    return rows // ALIGNMENT * ALIGNMENT or max(1, rows)
+
+
+# A CUDA graph cannot contain the operator, because it waits for the number of targets that are not ignored.
+@torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _linear_cross_entropy(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,17 +151,17 @@ def _linear_cross_entropy(
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     all_scored = len(scored) == len(targets)
-    chunk_size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    for rows in scored.split(chunk_size):
+    chunk_size = chunk_rows(weight)
+    for start in range(0, len(scored), chunk_size):
         # A slice is a view; indexing would copy.
-        chunk = hidden_states[rows[0] : rows[-1] + 1] if all_scored else hidden_states[rows]  # (n, C)
-        target = targets[rows]
+        rows = slice(start, start + chunk_size) if all_scored else scored[start : start + chunk_size]
+        chunk, target = hidden_states[rows], targets[rows]  # (n, C), (n,)
         logits = (weight @ chunk.T).float()  # (V, n): faster than its transpose
         if not (needs_hidden_grad or needs_weight_grad):
             loss_sum += functional.cross_entropy(logits.T, target, reduction="sum")
             continue
         # Loss and gradient share the softmax: loss = log(sum(exp)) - logit of the target, gradient = softmax - one-hot.
-        columns = torch.arange(len(rows), device=rows.device)
+        columns = torch.arange(len(target), device=target.device)
         largest = logits.amax(0)
         loss_sum += (largest - _select(logits, target)).sum()
         exponentials = logits.sub_(largest).exp_()
@@ -166,6 +175,8 @@ def _linear_cross_entropy(
         if needs_weight_grad:
             if weight_grad.dtype == gradient.dtype:
                 weight_grad.addmm_(gradient, chunk)
+            elif weight.device.type == "cuda" and torch.version.hip is None:
+                torch.addmm(weight_grad, gradient, chunk, out_dtype=weight_grad.dtype, out=weight_grad)
             else:  # half precision: accumulate in float32
                 weight_grad += gradient @ chunk
     return loss_sum / divisor, hidden_grad, weight_grad

@@ -187,6 +187,7 @@ class ClassifyRecipe(Recipe[Any]):
 
     def _evaluation_dataloader(self, split: str) -> DataLoader:
         rows, batch_size = PaddedExamples(self.tokenized[split]), 4 * self.arguments.batch_size
+        batch_size += -batch_size % self.accelerator.num_processes
         dataloader = padded_dataloader(rows, self.tokenizer.pad_token_id, batch_size=batch_size, sampler=self.orders[split])
         return self.accelerator.prepare(dataloader)
 

@@ -49,6 +49,10 @@ SYNONYMS = {  # names of the same arguments in other programs
     "grad_clip": "max_grad_norm",
     "eval_interval": "eval_steps",
     "lora_rank": "lora_r",
+    "bf16": "precision",
+    "fp16": "precision",
+    "mixed_precision": "precision",
+    "compile": "torch_compile",
 }
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),

@@ -164,8 +164,8 @@ class InstructRecipe(Recipe[LMMetrics]):
     def _evaluation_dataloader(self, split: str) -> DataLoader:
         """Every conversation once, the longest first, in batches that all processes can share: empty rows fill them up."""
         order = sort_by_length(self.tokenized[split].lengths)
-        order += [-1] * (-len(order) % self.accelerator.num_processes)
         batch_size = min(4 * self.arguments.batch_size, len(order))
+        batch_size += -batch_size % self.accelerator.num_processes
         order += [-1] * (-len(order) % batch_size)
         rows = PaddedExamples(self.tokenized[split].examples)
         dataloader = padded_dataloader(rows, self.tokenizer.pad_token_id, batch_size=batch_size, sampler=order)

@@ -10,10 +10,11 @@ tokens for five seconds, with the run's optimizer and training loop, and extrapo
 Notable:
 - Memory is measured on fake tensors, which have shapes but no data: a step of the real model and optimizer, before anything is
   allocated. A model that does not fit is reported, and not tried.
-- It is the memory of one process that holds the whole model in float32: FSDP and bfloat16 take less.
+- It is the memory of one process that holds the whole model: FSDP takes less.
 """
 
 import itertools
+import math
 import platform
 import statistics
 import weakref
@@ -31,11 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only_
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from modeling_scratchgpt.cross_entropy import CHUNK_BYTES
+from modeling_scratchgpt.cross_entropy import chunk_rows
 from training.cli import parse_arguments, run_main
 from training.engine.arguments import check_engine
-from training.engine.flops import flops_per_token, measured_peak, parameters_by_part
-from training.engine.launch import start_accelerator
+from training.engine.flops import autocast_dtype, flops_per_token, measured_peak, parameters_by_part
+from training.engine.launch import choose_compiler, start_accelerator
 from training.engine.loop import training_steps
 from training.engine.machine import available_memory
 from training.engine.optimizers import build_optimizers
@@ -95,7 +96,9 @@ def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[S
     return model, build_optimizers(arguments, model)
 
 
-def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, tracker: MemoryTracker) -> int:
+def record_step(
+    config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, dtype: torch.dtype, tracker: MemoryTracker
+) -> int:
     """Train two steps on fake ids; the tracker then holds the memory of the second, which is like all later ones.
 
     Returns:
@@ -115,21 +118,23 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
         tracker.peak, tracker.maxima = Counter(), Counter()
         for _ in range(micro_batches):
             tracker.freed = 0
-            with torch.autograd.graph.saved_tensors_hooks(save_activation, lambda tensor: tensor):
+            autocast = torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32)
+            with autocast, torch.autograd.graph.saved_tensors_hooks(save_activation, lambda tensor: tensor):
                 hidden_states = model.model(ids, use_cache=False).last_hidden_state
             freed = tracker.freed
             # Not by model(), which computes all logits unless its weights are plain parameters; fake ones are not. The operator
             # computes both gradients in the forward pass. Autograd uses them as they are, but would copy fake ones.
-            weight, states = model.lm_head.weight, hidden_states.detach().flatten(0, 1)
+            weight, states = model.lm_head.weight, hidden_states.detach().flatten(0, 1).to(dtype)
             operands = states, weight.detach(), ids.flatten(), torch.ones(())
-            chunk = min(len(states), max(1, CHUNK_BYTES // (4 * len(weight))))
-            logits = torch.empty(chunk, len(weight))  # allocated inside the operator, where nothing is recorded
+            # Allocated inside the operator, where nothing is recorded; two of them only if the dtype differs.
+            logits = torch.empty(min(len(states), chunk_rows(weight)), len(weight))
+            casts = logits.to(dtype), weight.detach().to(dtype)
             _, gradient, head_gradient = torch.ops.scratchgpt.linear_cross_entropy(*operands, True, True)
-            del logits
+            del logits, casts
             if weight.grad is None:
                 weight.grad = head_gradient
                 tracker.mark(weight.grad, "gradients")
-            hidden_states.backward(gradient.view_as(hidden_states))
+            hidden_states.backward(gradient.view_as(hidden_states).to(hidden_states.dtype))
             del hidden_states, states, operands, gradient, head_gradient
         for optimizer in optimizers:
             optimizer.step()
@@ -139,17 +144,24 @@ def record_step(config: ScratchGPTConfig, arguments: PretrainArguments, ids: tor
 
 
 def peak_memory(
-    config: ScratchGPTConfig, arguments: PretrainArguments, rows: int, device: torch.device | str = "cpu", reuses: bool = True
+    config: ScratchGPTConfig,
+    arguments: PretrainArguments,
+    rows: int,
+    device: torch.device | str = "cpu",
+    reuses: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, int]:
-    """Bytes in use at the peak of a training step in float32, by kind: weights, gradients, optimizer, activations, temporary.
+    """Bytes in use at the peak of a training step, by kind: weights, gradients, optimizer, activations, temporary.
 
     Args:
         rows: windows in a micro-batch of one process.
         reuses: whether freed memory serves later blocks of the same size. If not, what a forward pass frees stays in use until
             the backward pass, and the maxima of the kinds add up, although they are reached at different moments.
+        dtype: of the matrix products, by autocast.
     """
     with FakeTensorMode(), torch.device(device), MemoryTracker() as tracker:
-        freed = record_step(config, arguments, torch.zeros(rows, arguments.context_length, dtype=torch.long), tracker)
+        ids = torch.zeros(rows, arguments.context_length, dtype=torch.long)
+        freed = record_step(config, arguments, ids, dtype, tracker)
     if arguments.gradient_checkpointing:
         # Blocks reuse each other's memory; the forward pass, the recomputation and the gradients of a block do not.
         freed = 3 * freed // config.num_hidden_layers
@@ -162,7 +174,7 @@ def probe(accelerator: Accelerator, arguments: PretrainArguments, config: Scratc
     """Train on random tokens for about `seconds`; returns the seconds of each step but the first, which loads libraries."""
     model, optimizers = build_run(config, arguments)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
-    rows = arguments.batch_size // accelerator.num_processes
+    rows = math.ceil(arguments.batch_size / accelerator.num_processes)
     ids = torch.randint(0, config.vocab_size, (rows, arguments.context_length + 1), device=accelerator.device)
     batches = itertools.repeat({"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]})
     taken: list[float] = []
@@ -196,12 +208,13 @@ def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config
     """Print the peak memory by kind; refuse a run that does not fit."""
     processes, device = accelerator.num_processes, accelerator.device
     total, libraries, reuses = device_memory(device)  # measured first: fake tensors import more than a run does
-    rows = arguments.batch_size // processes
-    memory = {"libraries": libraries, **peak_memory(config, arguments, rows, device, reuses)}
+    rows, dtype = math.ceil(arguments.batch_size / processes), autocast_dtype(accelerator)
+    memory = {"libraries": libraries, **peak_memory(config, arguments, rows, device, reuses, dtype)}
     if processes > 1:
         memory["DDP buckets"] = memory["weights"]  # the copies of gradients that are sent
     peak = sum(memory.values())
-    title = f"Peak memory, predicted for float32: {peak / 1e9:.2f} GB of this {device.type}'s {total / 1e9:.1f} GB"
+    name = str(dtype).removeprefix("torch.")
+    title = f"Peak memory, predicted for {name}: {peak / 1e9:.2f} GB of this {device.type}'s {total / 1e9:.1f} GB"
     accelerator.print(table(title, {name: f"{size / 1e6:,.0f} MB" for name, size in memory.items() if size}))
     if peak * (processes if device.type == "cpu" else 1) > total:
         raise UserError("it does not fit: lower --batch_size, pass --gradient_checkpointing, or choose a smaller model.")
@@ -209,7 +222,7 @@ def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(PretrainArguments, __doc__, argv)
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(precision=arguments.precision)
     check_engine(arguments, accelerator.num_processes)
     if arguments.lora_r:
         raise UserError(f"--lora_r {arguments.lora_r}: plan.py predicts full training only; adapters take less.")
@@ -223,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
     )
     report_memory(accelerator, arguments, config)
+    choose_compiler(accelerator, arguments.torch_compile, flops * step_tokens * arguments.max_steps)
     seconds = statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
     best, speed, run_tokens = measured_peak(accelerator), step_tokens / seconds, step_tokens * arguments.max_steps
     accelerator.print(

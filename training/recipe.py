@@ -24,7 +24,7 @@ from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
-from training.engine.launch import start_accelerator, start_trackers
+from training.engine.launch import PRECISIONS, choose_compiler, start_accelerator, start_trackers
 from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
 from training.engine.run_folder import CURVE, RunFolder
@@ -92,7 +92,8 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     recipe = recipe_class(arguments, accelerator)
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
-    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator)}")
+    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe))
+    accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
     with explain_out_of_memory():
         result = train(accelerator, recipe, model, run_folder, start)
         recipe.evaluate_test(model)
@@ -103,7 +104,7 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
 def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, RunFolder, Start]:
     """Start Accelerate, check arguments and output directory, and find the checkpoint to resume, before any data is read."""
     output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator(arguments.report_to, output_dir)
+    accelerator = start_accelerator(arguments.report_to, output_dir, arguments.precision)
     run_folder = RunFolder(output_dir, accelerator)
     check_engine(arguments, accelerator.num_processes)
     check(arguments)
@@ -124,7 +125,7 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
         facts = {
             "Parameters": parameters(model),
             "Training": str(result),
-            "Hardware": hardware(accelerator),
+            "Hardware": hardware(accelerator, recipe.arguments.precision),
             **({"Notes": "; ".join(result.notes)} if result.notes else {}),
             "Versions": ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate)),
             "Command": command,
@@ -146,12 +147,22 @@ def parameters(model: PreTrainedModel) -> str:
     return trainable_parameters(model) if is_frozen else f"{model.num_parameters():,} parameters"
 
 
-def hardware(accelerator: Accelerator) -> str:
-    """The device, the processes and threads, the precision and the compiler, for people."""
+def run_flops(recipe: Recipe) -> float:
+    """FLOPs of the whole run, estimated from the size of its first batch."""
+    arguments, batch = recipe.arguments, next(iter(recipe.train_dataloader()))
+    num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+    return recipe.flops_per_token * batch["input_ids"].numel() * num_batches
+
+
+def hardware(accelerator: Accelerator, precision: str) -> str:
+    """The device, the processes and threads, the precision and why it was chosen, and the compiler, for people."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     settings = launcher_settings(accelerator)
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(settings["mixed_precision"], "float8")
+    mixed = settings["mixed_precision"]
+    name = {value: name for name, value in PRECISIONS.items()}.get(mixed, "float8")
+    if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+        name += f" (auto: the device is {'not ' if mixed == 'no' else ''}fast in bfloat16)"
     compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"
     sharding = f" ({settings['distributed_type']})" if settings["distributed_type"] in ("fsdp", "deepspeed") else ""
     processes = f"{settings['num_processes']}{sharding}"
-    return f"{device}, processes: {processes}, threads per process: {torch.get_num_threads()}, {precision}{compiled}"
+    return f"{device}, processes: {processes}, threads per process: {torch.get_num_threads()}, {name}{compiled}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -270,6 +271,42 @@ def test_the_logits_are_never_materialized():
         # The operator's body, where the mode sees what it does.
         module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, torch.tensor(512.0), True, True)
     assert largest == 16 * 1000
+
+
+class Reads(TorchDispatchMode):
+    """Records the operators that wait for a GPU to read data from it."""
+
+    NAMES = ("aten.nonzero", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), kwargs=None):
+        if (name := str(operator).removesuffix(".default")) in self.NAMES:
+            self.names.append(name)
+        return operator(*arguments, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_a_gpu_waits_once(ignored, monkeypatch):
+    """To count the targets that are not ignored, however many chunks there are; and a CUDA graph must not contain it."""
+    hidden_states, weight, targets = inputs(512, 4, 100, ignored, seed=0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 4 * 100)
+    with torch.no_grad(), Reads() as reads:
+        module._linear_cross_entropy._init_fn(hidden_states, weight, targets, torch.tensor(512.0), True, True)
+    assert reads.names == ["aten.nonzero"]
+    assert torch.Tag.cudagraph_unsafe in module._linear_cross_entropy._opoverload.tags
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab_size", "rows"),
+    [("cuda", 50257, 5312), ("cpu", 50257, 320), ("cpu", 4096, 4096), ("cpu", 2**20, 16), ("cpu", 2**25, 1)],
+)
+def test_chunks_are_aligned(device, vocab_size, rows):
+    """To 64 rows, for tensor cores, unless there are fewer; on a GPU 13 chunks of 65,536 tokens instead of 197."""
+    with FakeTensorMode():
+        assert module.chunk_rows(torch.empty(vocab_size, 8, device=device)) == rows
 
 
 def test_several_copies_of_the_file_can_be_imported():

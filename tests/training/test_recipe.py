@@ -70,16 +70,42 @@ def test_a_run_that_is_out_of_memory_says_what_to_lower_and_starts_again(book, t
     words = ["--dataset", book, *SMALL, "--max_steps", "1", "--output_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "count_items", lambda batch: torch.empty(10**17))
-        message = r"out of memory \(.*\): lower --batch_size, and raise --gradient_accumulation_steps as much, lower"
+        message = r"^out of memory with one row at a time \(.*\): lower --context_length, pass --gradient_checkpointing, or "
         with pytest.raises(UserError, match=message):
             pretrain.main(words)
     assert [row["step"] for row in rows(tmp_path)] == [0]
     pretrain.main(words)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 1]
-    with pytest.raises(UserError, match="CUDA out of memory"), explain_out_of_memory():
+    message = r"^out of memory \(CUDA .*\): lower --batch_size, and raise --gradient_accumulation_steps as much, lower"
+    with pytest.raises(UserError, match=message), explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(RuntimeError, match="^shapes differ$"), explain_out_of_memory():
         raise RuntimeError("shapes differ")
+
+
+def test_a_batch_that_does_not_fit_is_divided(run, book, tmp_path, monkeypatch, capsys):
+    """The run is the one whose batches fit, and its card says so."""
+
+    def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(batch["input_ids"]) > 1 + (len(sizes) < 12):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(batch["input_ids"]))
+        return counted(batch)
+
+    sizes, counted = list[int](), loop.count_items
+    monkeypatch.setattr(loop, "count_items", count_items)
+    pretrain.main(["--dataset", book, *SMALL, "--output_dir", str(tmp_path)])
+    assert sizes == [2, 2] * 6 + [1, 1, 1, 1] * 6
+    for expected, row in zip(rows(run), rows(tmp_path), strict=True):
+        assert row.pop("seconds", None) is None or expected.pop("seconds")
+        assert row == pytest.approx(expected, rel=1e-3)
+    notes = [
+        "out of memory: from step 1 on, 2 batches of 2 rows per step",
+        "out of memory: from step 7 on, 4 batches of 1 rows per step",
+    ]
+    printed = capsys.readouterr().out
+    assert all(note[1:] in printed for note in notes)
+    assert "; ".join(notes) in (tmp_path / "README.md").read_text()
 
 
 def test_the_training_of_a_tokenizer_ends_with_ctrl_c(book, tmp_path, monkeypatch):

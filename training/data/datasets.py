@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.data.samplers import ShardedBatchSampler
 from training.errors import UserError
 
 Row = dict[str, torch.Tensor]
@@ -204,6 +207,13 @@ def train_dataloader(datasets: Sequence[Dataset[Row]], batch_sampler: Sampler[li
     return DataLoader(ConcatDataset(datasets), batch_sampler=batch_sampler)
 
 
+def shard_dataloader(accelerator: Accelerator, dataloader: DataLoader) -> DataLoader:
+    """The part of each training batch that this process reads, on its device."""
+    shards = ShardedBatchSampler(dataloader.batch_sampler, accelerator.num_processes, accelerator.process_index)
+    part = DataLoader(dataloader.dataset, batch_sampler=shards, collate_fn=dataloader.collate_fn)
+    return prepare_data_loader(part, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+
+
 def evaluation_rows(
     examples: TokenizedExamples, windows: str, context_length: int, pad_token_id: int, stride: int = 0
 ) -> Windows | PackedExamples:
@@ -226,7 +236,7 @@ def evaluation_rows(
 
 def evaluation_dataloader(rows: Windows | PackedExamples, batch_size: int, num_processes: int = 1) -> DataLoader:
     """Every row once, in order. All batches are full: the last one is filled with empty rows."""
-    batch_size = min(batch_size, num_processes * -(-len(rows) // num_processes))
+    batch_size = num_processes * -(-min(batch_size, len(rows)) // num_processes)
     num_batches = -(-len(rows) // batch_size)
     return DataLoader(rows, batch_size=batch_size, sampler=range(num_batches * batch_size))
 

@@ -8,6 +8,7 @@ Notable:
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -57,6 +58,28 @@ class MixtureBatchSampler(Sampler[list[int]]):
             indices = generator.integers(size, size=4096) if self.with_replacement else generator.permutation(size)
             for part in np.array_split(indices, max(1, len(indices) // 4096)):
                 yield from part.tolist()
+
+
+class ShardedBatchSampler(Sampler[list[int]]):
+    """The rows of each batch that one process reads: consecutive ones, at most one more than another process reads.
+
+    Accelerate's own shards need batches that are a multiple of the number of processes. The loss does not: each process adds
+    its part of the sum, which is divided by the items of all.
+    """
+
+    drop_last = True  # Accelerate reads it
+
+    def __init__(self, batches: Any, num_processes: int, process_index: int):
+        self.batches, self.num_processes, self.process_index = batches, num_processes, process_index
+        self.batch_size = batches.batch_size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            first, end = (len(batch) * index // self.num_processes for index in (self.process_index, self.process_index + 1))
+            yield batch[first:end]
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):

@@ -16,13 +16,14 @@ class EngineArguments(OptimizerArguments):
 
     WITHOUT_EFFECT: ClassVar[set[str]] = {  # on the weights
         *("config", "resume", "report_to", "save_steps", "save_total_limit", "license", "language", "output_dir"),
+        "precision",  # by itself: its choice is compared as `mixed_precision`
     }
     # These may change on `--resume`: they affect only the steps to come, or (the data's path) are compared by content.
     RESUME_MAY_CHANGE: ClassVar[set[str]] = {
         *("dataset", "encoding", "encoding_errors", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
         *("max_steps", "num_train_epochs", "eval_steps", "early_stopping_patience", "max_grad_norm", "weight_decay"),
         *("learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_ratio", "decay_ratio", "min_lr_ratio"),
-        *("mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
+        *("torch_compile", "mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
     }
     typed = frozenset[str]()  # the options on the command line, see `parse_arguments`; without an annotation it is no field
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
@@ -34,6 +35,14 @@ class EngineArguments(OptimizerArguments):
     save_total_limit: int = option(2, "checkpoints to keep, besides the best one", minimum=1)
     early_stopping_patience: int = option(
         0, "stop after N evaluations without a lower loss, and restore the model with the lowest; 0: never", minimum=0
+    )
+    precision: str = option(
+        "auto",
+        "of matrix products; auto: bfloat16 where the device is fast in it, else float32",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    torch_compile: str = option(
+        "auto", "compile the model; auto: if the run is long enough to save time", choices=["auto", "true", "false"]
     )
     resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
     report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")
@@ -64,8 +73,8 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
             f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read: pass "
             f"--gradient_accumulation_steps {launched}."
         )
-    if arguments.batch_size % num_processes:
-        raise UserError(f"--batch_size {arguments.batch_size} must be a multiple of the number of processes, {num_processes}.")
+    if arguments.batch_size < num_processes:
+        raise UserError(f"--batch_size {arguments.batch_size} must be at least the number of processes, {num_processes}.")
 
 
 def resolve_epochs(arguments: Epochs, num_examples: int) -> Epochs:

@@ -67,6 +67,11 @@ def flops_per_token(
     return forward + backward
 
 
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the matrix products of a run."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def measured_peak(accelerator: Accelerator) -> float:
     """FLOP/s of all processes in the fastest matrix product found in about a quarter of a second: a utilization of 100 %.
 
@@ -74,8 +79,7 @@ def measured_peak(accelerator: Accelerator) -> float:
     dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements of each size is taken, since
     any of them may have to wait on a busy machine.
     """
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    best = 0.0
+    dtype, best = autocast_dtype(accelerator), 0.0
     for side in (128, 256, 512, 1024, 2048, 4096, 8192):
         matrix = torch.randn(side, side, device=accelerator.device).to(dtype)
         timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())

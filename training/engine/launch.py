@@ -1,34 +1,50 @@
-"""Starting Accelerate and its trackers, and ending with the launcher."""
+"""Starting Accelerate and its trackers, choosing precision and compiler, and ending with the launcher."""
 
 import ctypes
 import os
 import signal
 import sys
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 
-from training.engine.machine import available_cores
+from training.engine.flops import measured_peak
+from training.engine.machine import available_cores, has_fast_bfloat16, missing_compiler
 from training.engine.run_folder import LOGS
 from training.errors import UserError, explain_errors
 
 RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and their names in Accelerate
+COMPILE_SECONDS = 60  # of the graphs for training and evaluation
+COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
+UTILIZATION = 0.25  # of the device's peak, about, by a step that is not compiled
+TIMEOUT = timedelta(hours=6)  # of processes that wait for the main one; NCCL's 10 minutes are too few to prepare large data
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
-def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -> Accelerator:
+def start_accelerator(report_to: str = "none", output_dir: Path | None = None, precision: str = "auto") -> Accelerator:
     """Accelerate, with each batch split over the processes, so that their number changes the speed and not the result.
 
     Args:
         report_to: the tracker that receives the metrics; `auto` is tensorboard if it is installed.
         output_dir: trackers that write files do so in its directory `logs`.
+        precision: of the matrix products; see `choose_precision`.
 
     Raises:
-        UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one.
+        UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one; a precision
+            that the device or the launcher does not allow.
     """
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to == "auto":
@@ -40,8 +56,12 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
+    cpu = started > 1 and not is_configured and not torch.accelerator.is_available()
+    AcceleratorState._reset_state()  # an earlier run in this process, such as a notebook, may have had another precision
+    chosen_precision = [choose_precision(precision, PartialState(cpu, timeout=TIMEOUT).device.type)]
     accelerator = Accelerator(
-        cpu=started > 1 and not is_configured and not torch.accelerator.is_available(),
+        cpu=cpu,
+        mixed_precision=broadcast_object_list(chosen_precision)[0],  # a measurement may differ between processes
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -61,7 +81,61 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if accelerator.device.type == "cpu" and (not chosen or (chosen == "1" and is_launched)):
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     return accelerator
+
+
+def choose_precision(asked: str, device_type: str) -> str:
+    """Accelerate's name of the precision: of an Accelerate config, of `--precision`, or with `auto` bfloat16 where it is fast.
+
+    Raises:
+        UserError: the option contradicts the config; float16 on a CPU.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher exports `no` if nobody chose
+    if asked != "auto" and launched not in ("no", PRECISIONS[asked]):
+        raise UserError(
+            f"--precision {asked}: Accelerate's config or command line has chosen {launched}: change it, or pass auto."
+        )
+    precision = PRECISIONS.get(asked, launched)
+    if precision == "fp16" and device_type == "cpu":
+        raise UserError("float16 needs a GPU, and this run uses the CPU: pass --precision auto, float32 or bfloat16.")
+    is_open = asked == "auto" and launched == "no" and "ACCELERATE_USE_DEEPSPEED" not in os.environ  # it has its own setting
+    return "bf16" if is_open and has_fast_bfloat16(device_type) else precision
+
+
+def choose_compiler(accelerator: Accelerator, asked: str, flops: float) -> None:
+    """Let Accelerate compile the model: if its config says so, with `--torch_compile true`, or with `auto` if it saves time.
+
+    Args:
+        flops: of the whole run.
+
+    Raises:
+        UserError: the option contradicts the config.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, flops))):
+        plugin.backend = DynamoBackend.INDUCTOR
+    elif plugin.backend != DynamoBackend.NO and asked == "false":
+        raise UserError(
+            f"--torch_compile false: Accelerate's config or command line has chosen dynamo_backend {plugin.backend.value}: "
+            "change it, or pass --torch_compile auto."
+        )
+    if plugin.backend == DynamoBackend.INDUCTOR and (missing := missing_compiler(accelerator.device.type)):
+        accelerator.print(f"The model is not compiled, since {missing} is missing")
+        plugin.backend = DynamoBackend.NO
+
+
+def compiling_pays(accelerator: Accelerator, flops: float) -> bool:
+    """Estimate whether a compiled run of this many FLOPs ends earlier.
+
+    In float32 on a CPU it does not, since matrix products take most of a step. Sharded models are compiled only on request.
+    """
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if is_sharded or (accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"):
+        return False
+    seconds = flops / (UTILIZATION * measured_peak(accelerator))
+    return broadcast_object_list([COMPILE_SAVES * seconds > COMPILE_SECONDS])[0]
 
 
 def start_trackers(accelerator: Accelerator, resume: bool, before_data: bool = False) -> None:

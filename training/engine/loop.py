@@ -81,9 +81,7 @@ def training_steps(
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
         rates = set_learning_rates(optimizers, lr_factor(number - 1, arguments))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        step_all(accelerator, optimizers)
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         if not math.isfinite(mean_loss):
             raise UserError(
@@ -91,6 +89,22 @@ def training_steps(
                 "--muon_learning_rate, then --weight_decay. To resume it, delete the checkpoints of the steps with high losses."
             )
         yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
+
+
+def step_all(accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Step all optimizers, and clear the gradients.
+
+    With float16, Accelerate updates the loss scale after each optimizer, and so unscales the gradients of the next one twice.
+    """
+    scaler = accelerator.scaler
+    for optimizer in optimizers:
+        if scaler:
+            scaler.step(getattr(optimizer, "optimizer", optimizer))
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    if scaler:
+        scaler.update()
 
 
 def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -7,25 +7,28 @@ evaluates, saves checkpoints, stops early or on a signal, and resumes a run that
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator, skip_first_batches
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from training.data.datasets import shard_dataloader
 from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.consistency import Start, weights_digest
 from training.engine.flops import measured_peak
 from training.engine.launch import start_trackers
-from training.engine.loop import GracefulShutdown, training_steps
+from training.engine.loop import GracefulShutdown, Step, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
 from training.engine.run_folder import RunFolder
-from training.errors import UserError
+from training.errors import UserError, one_line
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 WORSE = 1.01  # a final loss that is this many times the lowest is reported
@@ -144,16 +147,12 @@ class _Run(Generic[Metrics]):
         arguments = self.arguments
         if self._should_stop_early():
             return
-        batches = self.accelerator.prepare(self.task.train_dataloader())
-        batches = skip_first_batches(batches, self.step * arguments.gradient_accumulation_steps)
         peak = measured_peak(self.accelerator)
-        prepared = self.prepared_model, self.prepared_optimizers
-        steps = training_steps(self.accelerator, *prepared, batches, arguments, self.step + 1)
         with (
             ProgressBar(arguments.max_steps, self.accelerator, self.task.flops_per_token, peak, self.step) as bar,
             GracefulShutdown(self.accelerator) as shutdown,
         ):
-            for step in steps:
+            for step in self._steps():
                 self.step, self.evaluated = step.number, None
                 bar.log(step)
                 self.run_folder.log_step(step)
@@ -173,6 +172,33 @@ class _Run(Generic[Metrics]):
                     bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
                     self.accelerator.end_training()
                     sys.exit(130)
+
+    def _steps(self) -> Iterator[Step]:
+        """Steps after the current one. If a batch does not fit into memory, smaller ones are accumulated to the same step."""
+        while True:
+            arguments = self.task.arguments
+            batches = shard_dataloader(self.accelerator, self.task.train_dataloader())
+            batches = skip_first_batches(batches, self.step * arguments.gradient_accumulation_steps)
+            prepared = self.prepared_model, self.prepared_optimizers
+            try:
+                yield from training_steps(self.accelerator, *prepared, batches, arguments, self.step + 1)
+                return
+            except RuntimeError as error:
+                # The other processes of a run would wait for this one.
+                if self.accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                    raise
+                if arguments.batch_size == 1:
+                    raise UserError(
+                        f"out of memory with one row at a time ({one_line(error)}): lower --context_length, pass "
+                        "--gradient_checkpointing, or choose a smaller model."
+                    ) from error
+            rows = next(size for size in range(arguments.batch_size // 2, 0, -1) if arguments.batch_size % size == 0)
+            accumulation = arguments.gradient_accumulation_steps * arguments.batch_size // rows
+            self.task.arguments = replace(arguments, batch_size=rows, gradient_accumulation_steps=accumulation)
+            self._note(f"out of memory: from step {self.step + 1:,} on, {accumulation} batches of {rows} rows per step")
+            for optimizer in self.prepared_optimizers:
+                optimizer.zero_grad()
+            clear_device_cache(garbage_collection=True)
 
     def restore_best(self) -> tuple[Metrics, list[str]]:
         """With early stopping, load the checkpoint with the lowest held-out loss; return metrics and preview of the model."""

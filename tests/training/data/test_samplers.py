@@ -1,15 +1,17 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.datasets import PaddedExamples, TokenizedExamples, padded_dataloader
+from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
+from training.data.datasets import PaddedExamples, TokenizedExamples, padded_dataloader, shard_dataloader
 from training.data.samplers import LengthGroupedBatchSampler, MixtureBatchSampler
 
 
@@ -65,7 +67,7 @@ def test_batches_differ_between_epochs_and_seeds(make_sampler):
     assert batches != list(make_sampler(1))
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])  # of batches of 4 rows
 @pytest.mark.parametrize("skipped", [0, 1, 13, 30])
 @pytest.mark.parametrize(
     "sampler",
@@ -77,21 +79,28 @@ def test_batches_differ_between_epochs_and_seeds(make_sampler):
     ],
 )
 def test_skipped_batches_are_those_of_the_full_run(sampler, skipped, num_processes):
-    """As a run is resumed, in one process and in each of two that split the batches."""
+    """As a run is resumed, in one process and in each of several that split the batches."""
     ids = np.arange(90)
     rows = PaddedExamples(TokenizedExamples(ids, np.cumsum([0, *range(2, 14)]), loss_mask=ids > 0))
     loader = padded_dataloader(rows, 0, batch_sampler=sampler)
+    labels = []
     for process in range(num_processes):
-        if num_processes == 1:
-            prepared = Accelerator(cpu=True).prepare(loader)
-        else:
-            prepared = prepare_data_loader(loader, num_processes=2, process_index=process, split_batches=True)
+        accelerator = SimpleNamespace(num_processes=num_processes, process_index=process, device=torch.device("cpu"))
+        prepared = shard_dataloader(accelerator, loader)
         everything, rest = list(prepared), skip_first_batches(prepared, skipped)
+        labels += [label for batch in everything for label in batch["shift_labels"].flatten().tolist()]
         assert len(prepared) == 30
         assert len(rest) == 30 - skipped
         for expected, batch in zip(everything[skipped:], rest, strict=True):
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[name], expected[name]) for name in batch)
+        if 4 % num_processes == 0:  # Accelerate refuses other numbers
+            theirs = prepare_data_loader(loader, num_processes=num_processes, process_index=process, split_batches=True)
+            for expected, batch in zip(theirs, everything, strict=True):
+                assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert sum(label != IGNORE_INDEX for label in labels) == sum(
+        int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in loader
+    )
 
 
 def test_batches_have_little_padding():

@@ -1,0 +1,174 @@
+"""Precision, compiler and batches of a run, chosen for the device that is there."""
+
+import copy
+import math
+import re
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
+
+from tests.training.conftest import SMALL, rows
+from training import pretrain
+from training.engine import launch, machine
+from training.engine.arguments import EngineArguments
+from training.engine.launch import choose_compiler, choose_precision, start_accelerator
+from training.engine.loop import training_steps
+from training.engine.machine import has_fast_bfloat16
+from training.engine.optimizers import build_optimizers
+from training.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "device", "is_fast", "expected"),
+    [
+        ("auto", None, "cpu", False, "no"),
+        ("auto", "no", "cpu", True, "bf16"),  # the launcher exports it if nobody chose
+        ("auto", "no", "cuda", True, "bf16"),
+        ("auto", "fp16", "cuda", True, "fp16"),
+        ("auto", "fp8", "cuda", True, "fp8"),
+        ("float32", "no", "cpu", True, "no"),
+        ("bfloat16", "no", "cpu", False, "bf16"),
+        ("bfloat16", "bf16", "cuda", True, "bf16"),
+        ("float16", None, "cuda", True, "fp16"),
+        ("float32", "bf16", "cuda", True, "--precision float32: Accelerate's config or command line has chosen bf16"),
+        ("bfloat16", "fp8", "cuda", True, "--precision bfloat16: .* has chosen fp8: change it, or pass auto"),
+        ("float16", None, "cpu", True, "float16 needs a GPU.*: pass --precision auto, float32 or bfloat16"),
+        ("auto", "fp16", "cpu", True, "float16 needs a GPU"),
+    ],
+)
+def test_precision(monkeypatch, asked, launched, device, is_fast, expected):
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(launch, "has_fast_bfloat16", lambda device: is_fast)
+    if " " in expected:
+        with pytest.raises(UserError, match=expected):
+            choose_precision(asked, device)
+    else:
+        assert choose_precision(asked, device) == expected
+
+
+def test_runs_of_one_process_may_differ_in_precision():
+    """A notebook; Accelerate keeps the state of its first run."""
+    matrix = torch.ones(2, 2)
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        with start_accelerator(precision=precision).autocast():
+            assert (matrix @ matrix).dtype == dtype
+
+
+def test_bfloat16_is_measured_on_a_cpu(monkeypatch):
+    """The measurement agrees with a longer one, unless the result is close; GPUs are asked, without emulation."""
+    has_fast_bfloat16.cache_clear()
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(256, 256, dtype=dtype)
+        timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+        seconds[dtype] = min(timer.timeit(1).mean for _ in range(4))
+    speedup = seconds[torch.float32] / seconds[torch.bfloat16]
+    if not machine.FAST / 2 < speedup < 2 * machine.FAST:
+        assert has_fast_bfloat16("cpu") == (speedup >= machine.FAST)
+    for is_native in (True, False):
+        has_fast_bfloat16.cache_clear()
+        supported = partial(lambda native, including_emulation: native or including_emulation, is_native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert has_fast_bfloat16("cuda") is is_native
+    has_fast_bfloat16.cache_clear()
+    assert not has_fast_bfloat16("mps")
+
+
+def test_tf32_on_a_gpu_only(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    start_accelerator()
+    assert chosen == []
+    monkeypatch.setattr(launch.Accelerator, "device", torch.device("cuda"))
+    start_accelerator(precision="float32")
+    assert chosen == ["high"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "precision", "flops", "expected"),
+    [
+        ("auto", "no", "bfloat16", 1e18, "INDUCTOR"),
+        ("auto", "no", "bfloat16", 1e10, "NO"),  # too short
+        ("auto", "no", "float32", 1e18, "NO"),  # does not pay on a CPU
+        ("true", "no", "float32", 0, "INDUCTOR"),
+        ("false", "no", "bfloat16", 1e18, "NO"),
+        ("auto", "aot_eager", "float32", 0, "AOT_EAGER"),  # of an Accelerate config
+        ("true", "eager", "float32", 0, "EAGER"),
+    ],
+)
+def test_compiler(monkeypatch, capsys, asked, backend, precision, flops, expected):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    monkeypatch.setattr(launch, "measured_peak", lambda accelerator: 1e12)
+    accelerator = start_accelerator(precision=precision)
+    monkeypatch.setattr(launch, "missing_compiler", lambda device: "")
+    choose_compiler(accelerator, asked, flops)
+    assert accelerator.state.dynamo_plugin.backend == expected
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "missing-compiler")
+    choose_compiler(accelerator, "auto", 0)
+    is_missing = capsys.readouterr().out == "The model is not compiled, since the C++ compiler missing-compiler is missing\n"
+    assert is_missing == (expected == "INDUCTOR")
+    assert (accelerator.state.dynamo_plugin.backend == "NO") == (expected in ("NO", "INDUCTOR"))
+
+
+def test_no_compilation_against_the_config(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match="--torch_compile false: Accelerate's config .* dynamo_backend INDUCTOR: change it"):
+        choose_compiler(start_accelerator(), "false", math.inf)
+
+
+def test_what_compiling_needs(monkeypatch):
+    monkeypatch.setattr(machine, "has_triton", lambda: False)
+    assert machine.missing_compiler("cuda") == "triton"
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: "/missing")
+    monkeypatch.setenv("CXX", shutil.which("python3"))
+    assert machine.missing_compiler("cpu") == "Python.h, of the package python3-dev"
+
+
+def test_the_loss_scale_of_float16_with_two_optimizers(tiny_model):
+    """It changes nothing. Accelerate uses it on GPUs only; here, on a CPU, the model stays in float32."""
+    weights = []
+    for precision in ("no", "fp16"):
+        AcceleratorState._reset_state()
+        accelerator, model = Accelerator(mixed_precision=precision), copy.deepcopy(tiny_model)
+        if precision == "fp16":
+            accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        arguments = EngineArguments(optimizer="muon", max_steps=3)
+        optimizers = accelerator.prepare(*build_optimizers(arguments, model))
+        ids = torch.arange(3, 35).view(2, 16)
+        batches = [{"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}] * 3
+        losses = [step.loss for step in training_steps(accelerator, model, optimizers, batches, arguments)]
+        weights.append([*model.parameters()])
+    for one, two in zip(*weights, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_compiled_run_is_the_same_run(book, tmp_path, monkeypatch, capsys):
+    """With one graph for training and one for evaluation. The card names the compiler."""
+    words = ["--dataset", book, *SMALL, "--max_steps", "2", "--eval_steps", "1", "--precision", "float32", "--output_dir"]
+    pretrain.main([*words, str(tmp_path / "eager")])
+    torch.compiler.reset()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    counters.clear()
+    pretrain.main([*words, str(tmp_path / "compiled")])
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    for expected, row in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert row.pop("seconds", None) is None or expected.pop("seconds")
+        assert row == pytest.approx(expected, rel=1e-4)
+    assert re.search(r"on \S+ CPU, .*, float32, compiled by aot_eager\n", capsys.readouterr().out)
+    assert "float32, compiled by aot_eager |" in (tmp_path / "compiled" / "README.md").read_text()
