@@ -5,18 +5,22 @@ import os
 import signal
 import sys
 import uuid
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from training.engine.machine import available_cores
 from training.engine.run_folder import LOGS
 from training.errors import UserError, explain_errors
 
 RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
+# For the others, while one process prepares the data or writes a checkpoint; a process that ends is noticed at once.
+TIMEOUT = timedelta(hours=24)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
@@ -45,9 +49,15 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None) -
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # Without it, a number in an Accelerate config would divide the loss, although the batches are accumulated below.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir / LOGS if output_dir else None,
     )
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp and fsdp.fsdp_version == 2 and fsdp.mixed_precision_policy:
+        # Accelerate's policy sums the gradients of all processes, and returns the loss, in the precision of the products.
+        exact = replace(fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        fsdp.mixed_precision_policy = exact
     if started > accelerator.num_processes:
         # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
         raise UserError(
