@@ -230,8 +230,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
 
 def packed_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
-    """The documents of a batch (B, T) for flash attention, which takes it as one row. Transformers finds them only in a batch of
-    one row, and again in every layer."""
+    """The documents of a batch (B, T) for flash attention, which takes it as one row.
+
+    Transformers finds them only if B is 1, and again in every layer.
+    """
     is_first = torch.diff(position_ids, prepend=position_ids[:, :1] - 2) != 1  # also the first column
     starts = is_first.flatten().nonzero().squeeze(1)
     boundaries = nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
@@ -302,6 +304,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self.config.skip_logits
         loss = logits = None
+        if isinstance(num_items_in_batch, int):  # a compiler would compile again for each value
+            num_items_in_batch = torch.full((), num_items_in_batch, dtype=torch.float32, device=output.last_hidden_state.device)
         if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
             loss = linear_cross_entropy(output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:
