@@ -8,15 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from transformers import AutoTokenizer, TextGenerationPipeline
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
 from tests.conftest import TINY
-from tests.training.conftest import ANSWERS, ROOT, TUNING, scores
+from tests.training.conftest import ANSWERS, ROOT, scores
 from training import instruct
-from training.cli import parse_arguments
-from training.engine.flops import flops_per_token
 
 
 def load_chat(folder: Path) -> TextGenerationPipeline:
@@ -28,20 +25,6 @@ def load_chat(folder: Path) -> TextGenerationPipeline:
 
 def ask(chat: TextGenerationPipeline, text: str) -> str:
     return chat([{"role": "user", "content": text}])[0]["generated_text"][-1]["content"]
-
-
-def test_the_flops_of_tokens_without_a_label_are_counted(run, nights):
-    words = ["--base_model", str(run), "--dataset", nights[instruct], *TUNING[instruct]]
-    recipe = instruct.InstructRecipe(parse_arguments(instruct.InstructArguments, "", words), Accelerator())
-    examples, config = recipe.tokenized["train"].examples, ScratchGPTConfig.from_pretrained(run)
-    labels, body = (
-        examples.loss_mask.sum(),
-        flops_per_token(config, int(recipe.tokenized["train"].lengths.mean()), has_head=False),
-    )
-    read = len(examples.ids) - len(examples)  # the last id of a conversation is only a label
-    assert labels < read / 2
-    expected = read * body + labels * 6 * config.vocab_size * config.hidden_size
-    assert recipe.flops_per_token * labels == pytest.approx(expected)
 
 
 def test_printed_lines_metrics_and_card(finished):
