@@ -193,7 +193,7 @@ def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
     evaluate.main([str(max((folder / "checkpoints").iterdir())), *words[1:]])  # of the last step
     assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself; float32\)\n", capsys.readouterr().out)
     evaluate.main([*words, "--windows", "ordered"])
-    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents\)\n", capsys.readouterr().out)[1]
+    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents; float32\)\n", capsys.readouterr().out)[1]
     assert float(ordered) > losses["test"] + 0.01
 
 
