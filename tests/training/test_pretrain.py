@@ -309,7 +309,7 @@ def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys
     assert f"{share} of them unknown" in card
     assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
     evaluate.main([str(folder), "--dataset", book])
-    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents\)\n", capsys.readouterr().out)
+    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents; float32\)\n", capsys.readouterr().out)
 
 
 def test_the_split_depends_on_its_own_seed_alone(run, tmp_path):
