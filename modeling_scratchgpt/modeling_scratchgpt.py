@@ -164,6 +164,18 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             )
         return inputs_embeds + self.embed_positions(position_ids), None
 
+    def _masks(
+        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """The mask that the attention takes, and for flash attention, which takes none, the lengths of packed documents."""
+        implementation, is_plain = self.config._attn_implementation, attention_mask is None and past_key_values is None
+        if is_plain and position_ids is None and implementation == "sdpa":
+            # While compiling, some versions of transformers make a mask of this, which rules out SDPA's fast kernels.
+            return {"attention_mask": None}
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        is_packed = is_plain and position_ids is not None and "flash" in implementation
+        return {"attention_mask": mask, **(packed_lengths(position_ids.expand(inputs_embeds.shape[:2])) if is_packed else {})}
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -195,7 +207,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if padding_mask is not None and past_key_values is None:
             attention_mask = padding_mask = padding_mask[:, : inputs_embeds.shape[1]]
         # First, since packed documents are detected from the caller's position_ids, and only without a cache.
-        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -208,14 +220,25 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
             hidden_states = layer(
                 hidden_states,
-                attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **kwargs,
+                **{**masks, **kwargs},
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def packed_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
+    """The documents of a batch (B, T) for flash attention, which takes it as one row.
+
+    Transformers finds them only if B is 1, and again in every layer.
+    """
+    is_first = torch.diff(position_ids, prepend=position_ids[:, :1] - 2) != 1  # also the first column
+    starts = is_first.flatten().nonzero().squeeze(1)
+    boundaries = nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
+    longest = int(boundaries.diff().max())
+    return {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest, "max_length_k": longest}
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -281,6 +304,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self.config.skip_logits
         loss = logits = None
+        if isinstance(num_items_in_batch, int):  # a compiler would compile again for each value
+            num_items_in_batch = torch.full((), num_items_in_batch, dtype=torch.float32, device=output.last_hidden_state.device)
         if skip_logits and shift_labels is not None and is_plain_head(self.lm_head):
             loss = linear_cross_entropy(output.last_hidden_state, self.lm_head.weight, shift_labels, num_items_in_batch)
         else:

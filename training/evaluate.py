@@ -11,6 +11,7 @@ Notable:
 - With `--windows ordered`, windows run across documents: `<bos> document <eos> <bos> document <eos> ...` With `packed`, each
   document is scored by itself, from its first token on, in pieces of the context length if it is longer. A model directory of
   training/pretrain.py is scored as it was trained.
+- It computes in the dtype in which the model was saved: `accelerate launch --mixed_precision bf16` chooses bfloat16.
 - With --stride, windows overlap, and each scores only its new tokens, which have more context: slower, and closer to what the
   model can do. `--stride 1` gives every token the longest possible context.
 """
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
@@ -101,6 +104,14 @@ def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[
     return context_length, arguments.stride or context_length
 
 
+def describe_precision(accelerator: Accelerator, model: PreTrainedModel) -> str:
+    """The dtype of the matrix products: that of the weights, unless Accelerate's launcher has chosen another."""
+    launched = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+    dtype = launched or str(model.dtype).removeprefix("torch.")
+    uses_tf32 = accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "float32 (TF32)" if dtype == "float32" and uses_tf32 else dtype
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(EvaluateArguments, __doc__, argv, positional="model")
     accelerator = start_accelerator()
@@ -122,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = evaluate(accelerator, prepared_model, accelerator.prepare(dataloader), rows.num_bytes)
     settings = {key: getattr(arguments, key) for key in ("model", "dataset", "split")}
     sizes = {"windows": windows, "context_length": rows.context_length, "stride": getattr(rows, "stride", None)}
+    sizes["precision"] = describe_precision(accelerator, model)
     report = {**settings, **sizes, **asdict(metrics), "tokens": rows.num_labels, "bytes": rows.num_bytes}
     size = "" if rows.num_bytes is None else f", {rows.num_bytes:,} bytes"
-    line = f"{metrics} ({rows.num_labels:,} tokens{size}; {rows.scores})"
+    line = f"{metrics} ({rows.num_labels:,} tokens{size}; {rows.scores}; {sizes['precision']})"
     accelerator.print(json.dumps(report) if arguments.json else line)
     accelerator.end_training()
 

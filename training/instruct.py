@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -102,7 +103,10 @@ class InstructRecipe(Recipe[LMMetrics]):
         self.data_digest = prompts.digest(self.tokenized)
         length = int(train.lengths.mean())
         blocks = None if num_layers < 0 or self.num_new_tokens else num_layers
-        self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), trained_blocks=blocks)
+        # Of a token with a label; the tokens without one cost the same, except for the head.
+        read, labels = train.lengths.sum(), np.asarray(train.examples.loss_mask).sum()
+        with_head, body = (flops_per_token(config, length, bool(arguments.lora_r), head, blocks) for head in (True, False))
+        self.flops_per_token = with_head + body * (read / labels - 1)
         self.test_results: dict[str, dict[str, Any]] = {}
         self.response_rows: list[dict[str, Any]] = []
 

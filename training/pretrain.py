@@ -34,7 +34,7 @@ from training.data.datasets import (
 )
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
-from training.data.tokens import tokenize_documents, train_tokenizer
+from training.data.tokens import first_tokens, tokenize_documents, train_tokenizer
 from training.engine.arguments import EngineArguments
 from training.engine.flops import flops_per_token
 from training.engine.metrics import LMMetrics, evaluate
@@ -48,6 +48,7 @@ from training.results import cards
 from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
+BEGINNING = "the beginning of the validation text"
 FEW_TOKENS = 256  # held out: their loss is not reliable
 MIN_PROBABILITY = 1e-6  # of a source
 
@@ -77,6 +78,9 @@ class PretrainArguments(LoraArguments, EngineArguments, CorpusArguments):
         choices=["ordered", "random", "packed"],
     )
     stride: int = option(0, "stride of ordered windows; 0: --context_length, no overlap", minimum=0)
+    eval_tokens: int = option(
+        10_000_000, "evaluate on this many held-out tokens during training, on all of them at the end; 0: always all", minimum=0
+    )
     output_dir: str = option("outputs/pretrain", "new directory for the model")
 
 
@@ -163,8 +167,12 @@ class PretrainRecipe(Recipe[LMMetrics]):
                 f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: "
                 f"{more_windows(self.train_examples, arguments.batch_size)}."
             )
-        self.rows, self.dataloaders = {}, {}
-        for split, examples in self.held_out.items():
+        self.rows, self.dataloaders, held_out = {}, {}, dict(self.held_out)
+        if 0 < arguments.eval_tokens < len(held_out["validation"].ids):
+            held_out[BEGINNING] = first_tokens(held_out["validation"], self.tokenizer, arguments.eval_tokens)
+            self.eval_split = BEGINNING
+            accelerator.print(f"Evaluation on the first {arguments.eval_tokens:,} held-out tokens, at the end on all of them")
+        for split, examples in held_out.items():
             self.rows[split] = evaluation_rows(examples, arguments.windows, length, pad_token_id)
             dataloader = evaluation_dataloader(self.rows[split], arguments.batch_size, accelerator.num_processes)
             self.dataloaders[split] = accelerator.prepare(dataloader)
@@ -227,7 +235,10 @@ class PretrainRecipe(Recipe[LMMetrics]):
             self.accelerator.print(f"Test text, evaluated once, at the end: {self.test}\n")
 
     def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
-        arguments, metrics = self.arguments, {"before training": vars(result.before), "after training": vars(result.after)}
+        arguments, part = self.arguments, ""
+        if self.eval_split == BEGINNING:
+            part = f", on the first {arguments.eval_tokens:,} tokens"
+        metrics = {f"before training{part}": vars(result.before), "after training": vars(result.after)}
         if self.test:
             metrics["after training, on the test text"] = vars(self.test)
         corpus = f"documents: {len(self.texts['train']):,}, tokens: {self.num_tokens:,}"

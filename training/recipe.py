@@ -90,6 +90,9 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
         accelerator.print(f"The run in {run_folder.path} is finished. To train longer, {longer}.")
         return
     recipe = recipe_class(arguments, accelerator)
+    if arguments.prepare_only:
+        accelerator.print("The data is ready: to train on it, run the same command without --prepare_only.")
+        return
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
     choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe))
@@ -112,7 +115,7 @@ def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, Ru
         run_folder.check(arguments.resume)
     accelerator.wait_for_everyone()
     start = find_start(accelerator, arguments, run_folder)
-    if not start.is_finished:
+    if not start.is_finished and not arguments.prepare_only:
         start_trackers(accelerator, arguments.resume, before_data=True)
     return accelerator, run_folder, start
 

@@ -235,6 +235,7 @@ def test_the_default_length_of_a_pipeline_ends_at_the_last_learned_position(toke
 
 def test_generation_with_a_compiled_forward(tiny_model, monkeypatch):
     """One graph for the prompt, one for each next token, none more after plain generation: packed layers are in none."""
+    torch.compiler.reset()  # the limit of recompilations counts those of all models
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph, inputs):

@@ -12,7 +12,7 @@ import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 import modeling_scratchgpt
 from modeling_scratchgpt import (
@@ -313,18 +313,32 @@ def test_a_head_that_is_more_than_a_matrix_is_called(wrapper, tmp_path):
         torch.testing.assert_close(gradient, gradients[-1])
 
 
+def flash_stand_in(module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **options):
+    """Flash attention on lengths: the rows of a batch one after another, cut at the boundaries."""
+    lengths = cu_seq_lens_q.diff().tolist()
+    assert mask is None
+    assert cu_seq_lens_q.dtype == torch.int32
+    assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    assert max_length_q == max_length_k == max(lengths)
+    assert type(max_length_q) is int
+    parts = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (query, key, value)), strict=True)
+    outputs = [torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(outputs, 1).transpose(0, 1).view(len(query), -1, *outputs[0].shape[::2]), None
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_stand_in"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_packed_documents_do_not_attend_to_each_other(tiny_model, attention, use_cache):
     if attention == "flex_attention" and shutil.which("g++") is None:
         pytest.skip("torch compiles flex attention for a CPU with g++, which is not installed")
-    lengths = (5, 1, 9, 3)
-    documents = [random_ids(1, 9)[:, :length] + index for index, length in enumerate(lengths)]
-    packed = torch.cat(documents, dim=1)
-    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-    separate = torch.cat([tiny_model(document).logits for document in documents], dim=1)
-    tiny_model.set_attn_implementation(attention)
+    AttentionInterface.register("flash_stand_in", flash_stand_in)
+    lengths = ((5, 1, 9, 3), (7, 9, 2))
+    documents = [[random_ids(1, 9)[:, :length] + row + length for length in lengths[row]] for row in range(2)]
+    packed = torch.cat([torch.cat(row, dim=1) for row in documents])
+    position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    separate = torch.cat([torch.cat([tiny_model(document).logits for document in row], dim=1) for row in documents])
+    tiny_model.config._attn_implementation = attention  # without a check that flash attention is installed
     together = tiny_model(packed, position_ids=position_ids, use_cache=use_cache).logits
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-4)
 

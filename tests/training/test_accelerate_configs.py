@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
@@ -20,6 +21,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.conftest import MODERN, TINY, Processes, on_two_processes
 from tests.training.conftest import PRETRAIN, ROOT, SMALL, run_module
+from training.engine.launch import start_accelerator
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
 # name: distributed type, total number of processes, machines, mixed precision
@@ -69,9 +71,10 @@ def test_two_nodes_find_each_other(tmp_path):
     """Two launchers of one process each, both on the CPU of this machine, form one run of two processes."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from accelerate import Accelerator\n"
-        "accelerator = Accelerator()\n"
+        "import torch; from training.engine.launch import start_accelerator\n"
+        "accelerator = start_accelerator()\n"
         "print(accelerator.num_processes, accelerator.process_index, flush=True)\n"
+        "assert torch.distributed.group.WORLD._get_backend(torch.device('cpu')).options._timeout.days == 1\n"
         "accelerator.wait_for_everyone()\n"
         "import os; os._exit(0)\n"
     )
@@ -112,17 +115,20 @@ def test_fsdp2_plugin(monkeypatch):
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
     assert not plugin.cpu_ram_efficient_loading
     assert not plugin.activation_checkpointing
-    plugin.set_mixed_precision("bf16")
-    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 
 
-def train_with_fsdp2(folder: str) -> None:
+def train_with_fsdp2(folder: str, precision: str) -> None:
     """Accelerate does not use FSDP on a CPU, but its function that shards a model runs everywhere."""
     one, two = (ScratchGPTForCausalLM.from_pretrained(folder) for _ in range(2))
-    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin())  # from the environment, as under the launcher
+    plugin = FullyShardedDataParallelPlugin()  # from the environment, as under the launcher
+    if precision == "bf16":
+        plugin.set_mixed_precision(precision)
+    AcceleratorState.fsdp_plugin = plugin
+    start_accelerator()
+    state = SimpleNamespace(fsdp_plugin=plugin)
     accelerator = SimpleNamespace(
         state=state,
-        mixed_precision="no",
+        mixed_precision=precision,
         is_main_process=dist.get_rank() == 0,
         device=torch.device("cpu"),
         parallelism_config=None,
@@ -132,13 +138,16 @@ def train_with_fsdp2(folder: str) -> None:
     ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
     rows = ids.chunk(2)[dist.get_rank()]
     optimizers = [torch.optim.AdamW(model.train().parameters(), lr=1e-2) for model in (one, two)]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == "no" else {"rtol": 1e-2, "atol": 0}
     for _ in range(3):
-        whole = one(ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):  # as Accelerate calls it
+            whole = one(ids, labels=ids).loss
+            loss = two(rows, labels=rows, num_items_in_batch=ids[:, 1:].numel()).loss
         whole.backward()
-        loss = two(rows, labels=rows, num_items_in_batch=ids[:, 1:].numel()).loss
+        assert loss.item() != loss.bfloat16().item()  # not rounded
         (loss * 2).backward()  # gradients are averaged over the two
         dist.all_reduce(loss.detach_())
-        torch.testing.assert_close(loss, whole.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, whole.detach(), **tolerance)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -149,4 +158,5 @@ def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
     for number, (shape, tied) in enumerate(cases):
         torch.manual_seed(0)
         ScratchGPTForCausalLM(ScratchGPTConfig(**shape, tie_word_embeddings=tied)).save_pretrained(tmp_path / str(number))
-    on_two_processes(train_with_fsdp2, tmp_path, *([tmp_path / str(number)] for number in range(4)), **fsdp_environment())
+    cases = [*((tmp_path / str(number), "no") for number in range(4)), *((tmp_path / str(number), "bf16") for number in (0, 2))]
+    on_two_processes(train_with_fsdp2, tmp_path, *cases, **fsdp_environment())

@@ -156,7 +156,7 @@ def test_the_printed_line_with_the_longest_context(folder, text, report, capsys,
     facts = report("--model", folder, "--dataset", text, "--context_length", 64)
     assert line == (
         f"loss {facts['loss']:.3f}, perplexity {facts['perplexity']:,.1f}, {facts['bits_per_byte']:.3f} bits per byte "
-        f"({facts['tokens']:,} tokens, {facts['bytes']:,} bytes; windows across documents)\n"
+        f"({facts['tokens']:,} tokens, {facts['bytes']:,} bytes; windows across documents; float32)\n"
     )
     assert "Evaluating" in bar
 

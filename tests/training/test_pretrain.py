@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -125,22 +126,41 @@ def test_a_card_is_valid_markdown_whatever_it_contains(book, tmp_path):
     assert str(tmp_path) not in card.content
 
 
-def test_the_loss_in_the_metrics_is_that_of_the_model(run, book):
-    """Computed again from the saved files alone: every byte of the held-out end of the book."""
+def test_the_loss_in_the_metrics_is_that_of_the_model(book, tmp_path, monkeypatch, capsys):
+    """Computed again from the saved files alone: the held-out end of the book, all of it and its first 200 tokens. The data is
+    prepared before."""
+    run = tmp_path / "out"
+    words = ["--dataset", book, "--output_dir", str(run), *SMALL, "--seed", "5", "--eval_tokens", "200"]
+    pretrain.main([*words, "--prepare_only"])
+    assert "Tokenizer: " in (printed := capsys.readouterr().out)
+    assert printed.endswith("The data is ready: to train on it, run the same command without --prepare_only.\n")
+    assert not run.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(ScratchGPTTokenizer, "train", pytest.fail)
+        pretrain.main(words)
     tokenizer = ScratchGPTTokenizer.from_pretrained(run)
     model = ScratchGPTForCausalLM.from_pretrained(run).eval()
     text = Path(book).read_text()
     cut = round(len(text) * 0.9)
     held_out = text[max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut)) + 1 :]
     ids = [tokenizer.bos_token_id, *tokenizer(held_out)["input_ids"], tokenizer.eos_token_id]
-    nats = 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids) - 1, 32):
-            window = torch.tensor([ids[start : start + 33]])
-            nats += model(window[:, :-1], shift_labels=window[:, 1:]).loss.item() * (window.shape[1] - 1)
-    last = rows(run)[-1]
-    assert last["eval_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-4)
-    assert last["eval_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held_out.encode()), rel=1e-4)
+    last, whole = rows(run)[-2:]
+    for row, prefix, count in ((last, "eval", 200), (whole, "whole_eval", len(ids))):
+        scored = ids[:count]
+        nats = 0.0
+        with torch.no_grad():
+            for start in range(0, count - 1, 32):
+                window = torch.tensor([scored[start : start + 33]])
+                nats += model(window[:, :-1], shift_labels=window[:, 1:]).loss.item() * (window.shape[1] - 1)
+        num_bytes = len(tokenizer.decode(scored, skip_special_tokens=True).encode())
+        assert row[f"{prefix}_loss"] == pytest.approx(nats / (count - 1), rel=1e-4)
+        assert row[f"{prefix}_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+    assert num_bytes == len(held_out.encode())
+    loss = f"{whole['whole_eval_loss']:.3f}"
+    assert f"On all of the held-out data: loss {loss}, " in capsys.readouterr().out
+    card = (run / "README.md").read_text()
+    assert f"| after training | {loss} |" in card
+    assert f"| before training, on the first 200 tokens | {rows(run)[0]['eval_loss']:.3f} |" in card
 
 
 def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
@@ -169,11 +189,11 @@ def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
     capsys.readouterr()
     words = [str(folder), "--dataset", path, "--split", "test", *fractions]
     evaluate.main(words)
-    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself\)\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself; float32\)\n", capsys.readouterr().out)
     evaluate.main([str(max((folder / "checkpoints").iterdir())), *words[1:]])  # of the last step
-    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself\)\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"loss {losses['test']:.3f}, .*; each document by itself; float32\)\n", capsys.readouterr().out)
     evaluate.main([*words, "--windows", "ordered"])
-    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents\)\n", capsys.readouterr().out)[1]
+    ordered = re.fullmatch(r"loss (\S+), .*; windows across documents; float32\)\n", capsys.readouterr().out)[1]
     assert float(ordered) > losses["test"] + 0.01
 
 
@@ -293,7 +313,9 @@ def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys
     assert f"{share} of them unknown" in card
     assert [row["eval_bits_per_byte"] for row in evaluations(folder)] == [None, None]
     evaluate.main([str(folder), "--dataset", book])
-    assert re.fullmatch(r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents\)\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"loss \S+, perplexity \S+ \(\S+ tokens; windows across documents; float32\)\n", capsys.readouterr().out
+    )
 
 
 def test_the_split_depends_on_its_own_seed_alone(run, tmp_path):

@@ -8,9 +8,11 @@ Notable:
 """
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -28,18 +30,24 @@ from training.progress import bar_options, is_interactive
 # White space after a letter or digit: GPT-2's and GPT-4's pre-tokenizers, and splitting on white space, all start a word there.
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
 PIECE, LONGEST_PIECE = 2**16, 2**20  # characters
+TRAINING_BYTES = 2 * 10**9  # of text that a tokenizer is trained on: more changes hardly any token, and takes hours
 BATCH = 2**20  # characters that are tokenized at a time, on all cores
 
 
 def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context_length: int) -> ScratchGPTTokenizer:
-    """Train a tokenizer on the column `text`, or load it from the cache.
+    """Train a tokenizer on the column `text`, on pieces from all of it if it is long, or load it from the cache.
 
     Raises:
         UserError: the vocabulary is too small for the corpus.
     """
 
+    digest, num_bytes = digest_texts(texts)
+    every = -(-num_bytes // TRAINING_BYTES)
+
     def write(path: Path) -> None:
-        passages = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
+        passages: Iterator[str] = (text for batch in texts.iter(batch_size=100) for text in batch["text"])
+        if every > 1:
+            passages = itertools.islice((piece for text in passages for piece in cut_into_pieces(text)), 0, None, every)
         try:
             with interruptible():
                 trained = ScratchGPTTokenizer.train(passages, vocab_size, kind=kind, show_progress=is_interactive())
@@ -48,7 +56,7 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
         content = {"tokenizer": trained.backend_tokenizer.to_str(), "special_tokens": trained.special_tokens_map}
         path.write_text(json.dumps(content))
 
-    path = cached_file(f"tokenizer {kind} {vocab_size} {digest_texts(texts)[0]}", "json", write)
+    path = cached_file(f"tokenizer {kind} {vocab_size} {digest}{f' 1/{every}' if every > 1 else ''}", "json", write)
     content = json.loads(path.read_bytes()[:-CHECKSUM_BYTES])
     backend = Tokenizer.from_str(content["tokenizer"])
     return ScratchGPTTokenizer(tokenizer_object=backend, model_max_length=context_length, **content["special_tokens"])
@@ -88,6 +96,16 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     kept = None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes
     return TokenizedExamples(ids, offsets, kept, path.stem, num_marks=len(set(marks)))
+
+
+def first_tokens(examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase, count: int) -> TokenizedExamples:
+    """The first `count` ids of some documents, and the length of their text."""
+    offsets = np.append(examples.offsets[: np.searchsorted(examples.offsets, count)], count)
+    ids, num_bytes = examples.ids[:count], examples.num_bytes
+    if num_bytes is not None:
+        texts = (tokenizer.decode(ids[start:end], skip_special_tokens=True) for start, end in itertools.pairwise(offsets))
+        num_bytes = sum(len(str(text).encode()) for text in texts)
+    return replace(examples, ids=ids, offsets=offsets, num_bytes=num_bytes)
 
 
 def loses_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, texts: Sequence[str]) -> bool:

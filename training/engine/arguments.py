@@ -15,7 +15,8 @@ class EngineArguments(OptimizerArguments):
     """Arguments shared by all recipes."""
 
     WITHOUT_EFFECT: ClassVar[set[str]] = {  # on the weights
-        *("config", "resume", "report_to", "save_steps", "save_total_limit", "license", "language", "output_dir"),
+        *("config", "resume", "report_to", "save_steps", "save_minutes", "save_total_limit", "license", "language"),
+        *("prepare_only", "output_dir"),
         "precision",  # by itself: its choice is compared as `mixed_precision`
     }
     # These may change on `--resume`: they affect only the steps to come, or (the data's path) are compared by content.
@@ -23,7 +24,7 @@ class EngineArguments(OptimizerArguments):
         *("dataset", "encoding", "encoding_errors", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
         *("max_steps", "num_train_epochs", "eval_steps", "early_stopping_patience", "max_grad_norm", "weight_decay"),
         *("learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_ratio", "decay_ratio", "min_lr_ratio"),
-        *("torch_compile", "mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
+        *("eval_tokens", "torch_compile", "mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),
     }
     typed = frozenset[str]()  # the options on the command line, see `parse_arguments`; without an annotation it is no field
     batch_size: int = option(8, "rows in a batch, over all processes", minimum=1)
@@ -32,6 +33,7 @@ class EngineArguments(OptimizerArguments):
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = option(300, "evaluate every N optimizer steps", minimum=1)
     save_steps: int = option(300, "save a checkpoint every N optimizer steps", minimum=1)
+    save_minutes: float = option(0.0, "also save a checkpoint N minutes after the last one; 0: never", minimum=0)
     save_total_limit: int = option(2, "checkpoints to keep, besides the best one", minimum=1)
     early_stopping_patience: int = option(
         0, "stop after N evaluations without a lower loss, and restore the model with the lowest; 0: never", minimum=0
@@ -45,6 +47,7 @@ class EngineArguments(OptimizerArguments):
         "auto", "compile the model; auto: if the run is long enough to save time", choices=["auto", "true", "false"]
     )
     resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
+    prepare_only: bool = option(False, "prepare the data, print its report, and exit: the run finds it in the cache")
     report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")
     seed: int = option(0, "seed of the weights, the order of the data, and dropout", minimum=0, below=2**32)
     license: str = option("", "license of the model, for its card: an id of the Hub, such as apache-2.0 or mit")

@@ -16,6 +16,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def save_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one, which the run has resumed before
-        with explain_full_disk(directory), atomic_directory(path) as temporary:
+        with explain_full_disk(directory), atomic_directory(path) as temporary, ThreadPoolExecutor() as pool:
             save_model(temporary, weights)
+            digests = _start_digests(temporary, pool, {})  # while the optimizer is written
             if lora_layers(model):
                 trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
                 adapters = {name: tensor for name, tensor in weights.items() if name in trained}
@@ -76,9 +78,8 @@ def save_checkpoint(
             flat = {f"{name}/{key}": value.contiguous() for name, own in moments["state"].items() for key, value in own.items()}
             save_file(flat, temporary / OPTIMIZER)
             (temporary / STATE).write_text(json.dumps({**state, "param_groups": moments["param_groups"]}))
-            files = (path for path in temporary.rglob("*") if path.is_file())
-            digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
-            (temporary / MANIFEST).write_text(json.dumps(digests))
+            digests = _start_digests(temporary, pool, digests)
+            (temporary / MANIFEST).write_text(json.dumps({name: digest.result() for name, digest in digests.items()}))
         paths = _checkpoints(directory)
         best = min(paths, key=_eval_loss)
         for path in paths[:-save_total_limit]:
@@ -143,6 +144,12 @@ def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each tensor once, under the first of its names: safetensors refuses shared memory."""
     first = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}
     return {name: weights[name].contiguous() for name in weights if first[weights[name].data_ptr()] == name}
+
+
+def _start_digests(directory: Path, pool: ThreadPoolExecutor, started: dict[str, Future[str]]) -> dict[str, Future[str]]:
+    """The digests of all files in a directory, by their names; those of the new ones are computed in the background."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return started | {name: pool.submit(_digest, path) for name, path in files.items() if name not in started}
 
 
 def _digest(path: Path) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,8 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and the
 COMPILE_SECONDS = 60  # of the graphs for training and evaluation
 COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
 UTILIZATION = 0.25  # of the device's peak, about, by a step that is not compiled
-TIMEOUT = timedelta(hours=6)  # of processes that wait for the main one; NCCL's 10 minutes are too few to prepare large data
+# For the others, while one process prepares the data or writes a checkpoint; a process that ends is noticed at once.
+TIMEOUT = timedelta(hours=24)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
@@ -68,6 +70,7 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir / LOGS if output_dir else None,
     )
+    keep_float32_sums(accelerator)
     if started > accelerator.num_processes:
         # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
         raise UserError(
@@ -84,6 +87,13 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     return accelerator
+
+
+def keep_float32_sums(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients, and return the loss, in float32: Accelerate's policy takes the precision of the products."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp and fsdp.fsdp_version == 2 and (policy := fsdp.mixed_precision_policy):
+        fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
 
 def choose_precision(asked: str, device_type: str) -> str:

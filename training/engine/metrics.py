@@ -50,7 +50,7 @@ def evaluate(
         UserError: the loss is not finite.
     """
     model.eval()
-    parameters = inspect.signature(accelerator.unwrap_model(model).forward).parameters
+    parameters = inspect.signature(accelerator.unwrap_model(model, keep_torch_compile=False).forward).parameters
     nats, tokens, start = 0.0, 0, time.perf_counter()
     options = bar_options(hidden=not accelerator.is_main_process)
     with tqdm(dataloader, desc="Evaluating", unit=" batches", leave=False, **options) as bar:

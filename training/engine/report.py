@@ -108,6 +108,8 @@ def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:
     """
     steps = [row for row in history if "loss" in row]
     evaluations = [row for row in history if "eval_loss" in row]
+    whole = [row for row in history if "whole_eval_loss" in row][-1:]
+    held_out = "validation, its beginning" if whole else "validation"
     unit_of_time, length = ("minutes", 60) if sum(row["seconds"] for row in steps) >= 120 else ("seconds", 1)
     columns = {
         "step": [row["step"] for row in steps],
@@ -119,7 +121,9 @@ def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:
         axes.plot(column, [row["loss"] for row in steps], color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
         at_step = dict(zip([0, *columns["step"]], [0, *column], strict=True))
         points = [at_step[row["step"]] for row in evaluations], [row["eval_loss"] for row in evaluations]
-        axes.plot(*points, color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.plot(*points, color="tab:orange", marker="o", markersize=4, label=held_out)
+        for row in whole:
+            axes.plot(at_step[row["step"]], row["whole_eval_loss"], "k*", label="validation, all of it")
         axes.set(xlabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer="training" not in label))
         axes.grid(alpha=0.3)

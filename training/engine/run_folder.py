@@ -38,7 +38,8 @@ class RunFolder:
         checkpoints: the directory of the checkpoints.
         history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `tokens`, `seconds`, `learning_rate` (AdamW's) and
             `muon_learning_rate` (with Muon) of an optimizer step; `step` and the metrics, with the prefix `eval_`, of an
-            evaluation. Empty on all processes but the main one.
+            evaluation; with `whole_eval_`, of one on all of the held-out data after others on a part. Empty on all processes
+            but the main one.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
@@ -151,9 +152,9 @@ class RunFolder:
         values = {name: value for name, value in asdict(step).items() if value is not None}
         self._log(values.pop("number"), values, "train/")
 
-    def log_evaluation(self, step: int, metrics: Any) -> None:
+    def log_evaluation(self, step: int, metrics: Any, prefix: str = "eval_") -> None:
         """The same for the metrics of an evaluation after this step, a dataclass."""
-        self._log(step, {f"eval_{name}": value for name, value in asdict(metrics).items()}, "eval/")
+        self._log(step, {prefix + name: value for name, value in asdict(metrics).items()}, "eval/")
 
     def _log(self, step: int, values: dict[str, Any], prefix: str) -> None:
         self.accelerator.log({prefix + name.removeprefix("eval_"): value for name, value in values.items()}, step=step)

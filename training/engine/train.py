@@ -6,6 +6,7 @@ evaluates, saves checkpoints, stops early or on a signal, and resumes a run that
 
 import math
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
@@ -40,12 +42,14 @@ class Task(ABC, Generic[Metrics]):
     Attributes:
         arguments: the parsed arguments; with the number of steps filled in once the data is known.
         data_digest: a digest of the training and validation data; a run is resumed only with the same data.
-        flops_per_token: forward and backward.
+        flops_per_token: forward and backward, for each token that `Step` counts.
+        eval_split: the split for evaluations during training; that of the final model is "validation".
     """
 
     arguments: Any
     data_digest: str
     flops_per_token: float
+    eval_split: str = "validation"
 
     @abstractmethod
     def train_dataloader(self) -> DataLoader:
@@ -96,6 +100,8 @@ def train(
     before, preview_before = run.resume_or_start()
     run.train_until_done()
     after, preview_after = run.restore_best()
+    if task.eval_split != "validation":
+        after = run.evaluate_whole()
     rows = [row for row in run_folder.history if "loss" in row]
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
     return TrainResult(before, after, preview_before, preview_after, run.step, tokens, seconds, run.notes)
@@ -114,7 +120,7 @@ class _Run(Generic[Metrics]):
         self.optimizers = build_optimizers(self.arguments, model)
         self.frozen = weights_digest(model, lambda parameter: not parameter.requires_grad)
         self.prepared_model, *self.prepared_optimizers = accelerator.prepare(model, *self.optimizers)
-        self.step = 0
+        self.step, self.saved_at = 0, time.monotonic()
         self.losses: list[float] = []  # held-out, of each evaluation
         self.notes: list[str] = []  # for the card
         self.evaluated: tuple[Metrics, list[str]] | None = None  # metrics and preview of the current weights
@@ -164,7 +170,7 @@ class _Run(Generic[Metrics]):
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
                 if self.evaluated:
                     bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
-                if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0:
+                if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0 or self._is_old():
                     self._save()
                 if is_last:
                     return
@@ -213,6 +219,13 @@ class _Run(Generic[Metrics]):
                 self._warn_of_better(best)
         return self._evaluate()
 
+    def evaluate_whole(self) -> Metrics:
+        """Metrics of the final model on all of the held-out data."""
+        metrics = self.task.evaluate(self.prepared_model)
+        self.run_folder.log_evaluation(self.step, metrics, "whole_eval_")
+        self.accelerator.print(f"On all of the held-out data: {metrics}\n")
+        return metrics
+
     def _warn_of_better(self, best: tuple[Path, dict[str, Any]] | None) -> None:
         """Say that the final model is not the best of the run, and where the best one is."""
         saved = f", whose model is in {best[0].name}" if best and best[1]["eval_loss"] == min(self.losses) else ""
@@ -224,7 +237,7 @@ class _Run(Generic[Metrics]):
     def _evaluate(self) -> tuple[Metrics, list[str]]:
         """Metrics and preview of the current weights."""
         if self.evaluated is None:
-            self.evaluated = self.task.evaluate(self.prepared_model), self.task.preview(self.model)
+            self.evaluated = self.task.evaluate(self.prepared_model, self.task.eval_split), self.task.preview(self.model)
         return self.evaluated
 
     def _is_best(self) -> bool:
@@ -236,6 +249,12 @@ class _Run(Generic[Metrics]):
         """True if the last `early_stopping_patience` evaluations brought no new lowest loss."""
         patience = self.arguments.early_stopping_patience
         return patience > 0 and bool(self.losses) and len(self.losses) - 1 - self.losses.index(min(self.losses)) >= patience
+
+    def _is_old(self) -> bool:
+        """True if the last checkpoint is `save_minutes` old by the clock of any process; all processes must call it."""
+        minutes = self.arguments.save_minutes
+        is_old = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        return minutes > 0 and bool(self.accelerator.reduce(torch.tensor(int(is_old), device=self.accelerator.device)))
 
     def _save(self) -> None:
         state = {
@@ -250,6 +269,7 @@ class _Run(Generic[Metrics]):
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
         save_model = partial(self.task.save_model, self.model)
         save_checkpoint(directory, self.accelerator, self.model, self.optimizers, state, limit, save_model)
+        self.saved_at = time.monotonic()
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)

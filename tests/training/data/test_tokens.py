@@ -169,6 +169,15 @@ def test_the_cached_tokenizer_is_the_trained_one():
             assert loaded.special_tokens_map == trained.special_tokens_map
 
 
+def test_a_tokenizer_is_trained_on_pieces_from_all_of_a_long_text(monkeypatch):
+    monkeypatch.setattr(tokens_module, "TRAINING_BYTES", 100)
+    texts = Dataset.from_dict({"text": [f"{number} is {number * 7919}" for number in range(20)]})  # 220 bytes or so
+    every = -(-sum(map(len, texts["text"])) // 100)
+    assert every == 3
+    trained = ScratchGPTTokenizer.train(texts["text"][::every], 280, kind="bpe")
+    assert train_tokenizer(texts, 280, "bpe", 16).backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
 def test_texts_are_tokenized_as_by_users():
     """`pipeline` gives the model what it was trained on."""
     words = TEXTS["text"][:]

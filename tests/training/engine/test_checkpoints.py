@@ -1,6 +1,8 @@
+import hashlib
 import os
 import shutil
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +74,27 @@ def test_a_resumed_run_has_the_same_weights(tiny_config, tmp_path, optimizer, ti
     resumed.load(*find_checkpoint(tmp_path, print))
     resumed.train(5)
     assert_equal(resumed.weights(), straight.weights())
+
+
+def test_the_model_is_hashed_while_the_optimizer_is_written(tiny_config, tmp_path, monkeypatch):
+    is_hashed, save_file, file_digest = threading.Event(), checkpoints.save_file, hashlib.file_digest
+
+    def hash_file(file, name):
+        digest = file_digest(file, name)
+        if Path(file.name).name == "model.safetensors":
+            is_hashed.set()
+        return digest
+
+    def wait_and_save(tensors, path):
+        assert is_hashed.wait(10)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(hashlib, "file_digest", hash_file)
+    monkeypatch.setattr(checkpoints, "save_file", wait_and_save)
+    run = Run(tiny_config, "adamw")
+    run.train(1)
+    run.save(tmp_path)
+    assert find_checkpoint(tmp_path, pytest.fail)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):

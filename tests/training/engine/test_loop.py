@@ -127,6 +127,27 @@ def test_evaluation_by_hand(tiny_model):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 100, rel=1e-5)
 
 
+def test_compiled_training_and_evaluation_are_two_graphs_without_logits(tiny_model):
+    torch.compiler.reset()  # the limit of recompilations counts those of all models
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    compiled, data = torch.compile(tiny_model, backend=backend), batches(3)
+    train(compiled, data)
+    result = evaluate(Accelerator(), compiled, data, num_bytes=100)
+    assert result == evaluate(Accelerator(), tiny_model, data, num_bytes=100)
+    assert len(graphs) == 2
+    for count in (5, 7, 9, 11):  # numbers of items that are no tensor: the second value is compiled for all others
+        compiled(**data[0], num_items_in_batch=count, skip_logits=True, use_cache=False)
+    assert len(graphs) == 4
+    shapes = [getattr(node.meta.get("example_value"), "shape", ()) for graph in graphs for node in graph.nodes]
+    assert (2, 12, 32) in shapes
+    assert (2, 12, 300) not in shapes
+
+
 def test_the_perplexity_of_a_model_that_has_diverged_is_short():
     assert str(LMMetrics(800.0, math.exp(700), None)) == "loss 800.000, perplexity 1.0e+304"
 

@@ -53,6 +53,7 @@ class RandomTask:
     """Language modeling on random rows; `losses`, if given, take the place of the measured ones, from the first step on."""
 
     flops_per_token = 1.0
+    eval_split = "validation"
 
     def __init__(self, interrupt_after: int | None = None, losses: list[float] | None = None, **options):
         defaults = {"batch_size": 2, "max_steps": 9, "eval_steps": 3, "save_steps": 2, "learning_rate": 1e-2}
@@ -227,6 +228,15 @@ def test_a_checkpoint_of_another_version(tmp_path, change):
     (path / "manifest.json").write_text(json.dumps(digests))
     with pytest.raises(UserError, match="was started by another program, or by another version of this one: resume it with"):
         run(tmp_path, RandomTask(resume=True))
+
+
+def test_checkpoints_by_time(tmp_path):
+    names = []
+    for minutes in (0.0, 1e-9):
+        directory = tmp_path / str(minutes)
+        run(directory, RandomTask(max_steps=4, save_steps=100, save_total_limit=9, save_minutes=minutes))
+        names.append(sorted(path.name for path in (directory / "checkpoints").iterdir()))
+    assert names == [["step-00000004"], [f"step-0000000{step}" for step in range(1, 5)]]
 
 
 def test_what_is_printed(tmp_path, capsys):
