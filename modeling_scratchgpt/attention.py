@@ -110,6 +110,7 @@ class ScratchGPTAttention(nn.Module):
         if position_embeddings is not None:
             cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, T, D)
             query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms and rotations return float32
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 

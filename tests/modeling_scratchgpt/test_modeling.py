@@ -9,7 +9,8 @@ from transformers import Qwen3Config, StaticCache
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 import modeling_scratchgpt
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, attention
+from modeling_scratchgpt.attention import eager_attention_forward
 from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY
 
@@ -43,6 +44,21 @@ def test_decoding_with_a_cache_gives_the_same_logits(tiny_model):
         cache = step.past_key_values
         rest.append(step.logits)
     torch.testing.assert_close(torch.cat(rest, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_under_autocast_is_in_half_precision(tiny_model, monkeypatch):
+    """With qk_norm and rotation, too, which are computed in float32; so is what the cache keeps."""
+    dtypes = set()
+
+    def recorded(module, query, key, value, *arguments, **options):
+        dtypes.update({query.dtype, key.dtype, value.dtype})
+        return eager_attention_forward(module, query, key, value, *arguments, **options)
+
+    monkeypatch.setattr(attention, "eager_attention_forward", recorded)
+    tiny_model.set_attn_implementation("eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = tiny_model(random_ids(1, 5), use_cache=True).past_key_values
+    assert {cache.layers[0].keys.dtype, cache.layers[0].values.dtype} | dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
