@@ -69,6 +69,13 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ScratchGPTHeadNorm(nn.RMSNorm):
+    """RMSNorm (Zhang & Sennrich, 2019) of each head, in the dtype of its input, as the fast kernels require."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class ScratchGPTAttention(nn.Module):
     """Causal self-attention; grouped-query if there are fewer key-value heads than query heads."""
 
@@ -87,8 +94,8 @@ class ScratchGPTAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # for `_init_weights`, which only gets the module
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = ScratchGPTHeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = ScratchGPTHeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         # Modules, whose probability other libraries may change; that of the weights is an argument of the attention interface.
         self.attention_dropout, self.dropout = nn.Dropout(config.attention_dropout), nn.Dropout(config.hidden_dropout)
 
@@ -110,7 +117,7 @@ class ScratchGPTAttention(nn.Module):
         if position_embeddings is not None:
             cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, T, D)
             query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms and rotations return float32
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotations return float32
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
 

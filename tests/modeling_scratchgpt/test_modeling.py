@@ -25,8 +25,8 @@ def test_eager_and_sdpa_agree(tiny_model):
     mask[0, :6] = 0
     for attention_mask in (None, mask):
         logits = []
-        for attention in ("eager", "sdpa"):
-            tiny_model.set_attn_implementation(attention)
+        for implementation in ("eager", "sdpa"):
+            tiny_model.set_attn_implementation(implementation)
             logits.append(tiny_model(ids, attention_mask=attention_mask).logits)
         real = slice(None) if attention_mask is None else mask.bool()
         torch.testing.assert_close(logits[0][real], logits[1][real], atol=1e-5, rtol=1e-5)
@@ -46,6 +46,7 @@ def test_decoding_with_a_cache_gives_the_same_logits(tiny_model):
     torch.testing.assert_close(torch.cat(rest, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
 def test_attention_under_autocast_is_in_half_precision(tiny_model, monkeypatch):
     """With qk_norm and rotation, too, which are computed in float32; so is what the cache keeps."""
     dtypes = set()
