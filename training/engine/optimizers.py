@@ -8,7 +8,8 @@ decomposition is needed: a few matrix products (the Newton-Schulz iteration) are
 the blocks. Embeddings (looked up, not multiplied), the head, norms and biases stay with AdamW.
 
 Notable:
-- Matrices of one shape are orthogonalized in one batched product, in the dtype in which the device is fastest.
+- Matrices of one shape are orthogonalized in one batched product, in the dtype in which the device is fastest. Several
+  processes share them out.
 - With FSDP2 the momentum stays sharded: only the matrix to orthogonalize is gathered, and each process keeps its shard.
 - To add an optimizer or a schedule, write a function and add it to `OPTIMIZERS` or `SCHEDULES`.
 """
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
@@ -61,8 +64,22 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
+def orthogonalize_together(matrices: torch.Tensor) -> torch.Tensor:
+    """`orthogonalize` matrices (N, rows, columns) that all processes have, each process its part."""
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if num_processes == 1:
+        return orthogonalize(matrices)
+    parts = functional.pad(matrices, (0, 0, 0, 0, 0, -len(matrices) % num_processes)).chunk(num_processes)
+    dtype = matmul_dtype(matrices.device)  # of the result, too: nothing is lost on the way
+    results = [torch.empty_like(part, dtype=dtype) for part in parts]
+    dist.all_gather(results, orthogonalize(parts[dist.get_rank()]).to(dtype).contiguous())
+    return torch.cat(results)[: len(matrices)].to(matrices.dtype)
+
+
 class Muon(Optimizer):
     """Muon, for matrices: momentum, orthogonalized (Jordan et al., 2024).
+
+    With several processes (torch.distributed), all must hold the same parameters and gradients, or shards of them.
 
     Args:
         parameters: matrices, or parameter groups of matrices.
@@ -90,7 +107,7 @@ class Muon(Optimizer):
                 directions = [self._direction(parameter, group["momentum"]) for parameter in parameters]
                 # Rows of a tall orthogonal matrix are shorter than 1: without the factor its outputs would change too little.
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
+                for parameter, update in zip(parameters, orthogonalize_together(torch.stack(directions)), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(shard_like(parameter, update), alpha=rate)
         return loss
 

@@ -289,6 +289,23 @@ def train_in_parallel(kind: str, folder: str) -> None:
     assert kind == "ddp" or momentum.to_local().numel() * 2 == momentum.numel()
 
 
+def orthogonalize_in_parallel() -> None:
+    optimizers.matmul_dtype = lambda device: torch.float32
+    matrices, sizes = random_matrices(5, 12, 8), []
+
+    def counted(part):
+        sizes.append(len(part))
+        return orthogonalize(part)
+
+    optimizers.orthogonalize = counted
+    torch.testing.assert_close(optimizers.orthogonalize_together(matrices), orthogonalize(matrices), atol=1e-5, rtol=1e-4)
+    assert sizes == [3]
+
+
+def test_two_processes_share_the_matrices(tmp_path):
+    on_two_processes(orthogonalize_in_parallel, tmp_path, ())
+
+
 def test_two_processes_equal_one(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     on_two_processes(train_in_parallel, tmp_path, ("ddp", tmp_path / "model"), ("fsdp2", tmp_path / "model"))
