@@ -8,12 +8,14 @@ Notable:
 """
 
 import copy
+import functools
 import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -31,6 +33,7 @@ from training.progress import bar_options, is_interactive
 CUT = re.compile(r"(?<=[^\W_])(?=\s)")
 PIECE, LONGEST_PIECE = 2**16, 2**20  # characters
 TRAINING_BYTES = 2 * 10**9  # of text that a tokenizer is trained on: more changes hardly any token, and takes hours
+PART_BYTES = 10**9  # of text: an interrupted tokenization continues at the part that it has begun
 BATCH = 2**20  # characters that are tokenized at a time, on all cores
 
 
@@ -71,31 +74,58 @@ def tokenize_documents(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBa
     backend.no_padding()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     digest, num_bytes = digest_texts(texts)
+    made_from = f"tokens {marks} {backend.to_str()} {digest}"
+    bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, **bar_options(hidden=not num_bytes))
+    parts: list[Path] = []
 
-    def write(path: Path) -> None:
+    def write_rows(path: Path, first: int, last: int) -> None:
         lengths: list[int] = []
-        bar = tqdm(total=num_bytes, desc=f"Tokenizing {name}", unit="B", unit_scale=True, **bar_options(hidden=not num_bytes))
-        with open(path, "wb") as file, bar:
-            for pieces in _batches_of_pieces(texts):
+        with open(path, "wb") as file:
+            for pieces in _batches_of_pieces(texts.select(range(first, last))):
                 encodings = backend.encode_batch_fast([text for text, _, _ in pieces], add_special_tokens=False)
                 for (text, is_first, is_last), encoding in zip(pieces, encodings, strict=True):
-                    begins = is_first and (len(set(marks)) == 2 or not lengths)
+                    begins = is_first and (len(set(marks)) == 2 or not (first or lengths))
                     ids = marks[:1] * begins + encoding.ids + marks[-1:] * is_last
                     file.write(np.array(ids, dtype=dtype).tobytes())
                     lengths += [0] * is_first
                     lengths[-1] += len(ids)
                     bar.update(len(text.encode()))
-            # The lengths of the documents follow the ids, and then the numbers of both.
-            file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
+            _write_lengths(file, lengths)
 
-    made_from = f"tokens {marks} {backend.to_str()} {digest}"
-    path = cached_file(made_from, dtype.name, write)
-    num_documents, num_ids = np.fromfile(path, np.uint64, count=2, offset=path.stat().st_size - CHECKSUM_BYTES - 16).tolist()
-    ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
-    lengths = np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
+    def write(path: Path) -> None:
+        count = min(len(texts), -(-num_bytes // PART_BYTES))
+        if count <= 1:
+            return write_rows(path, 0, len(texts))
+        for first, last in itertools.pairwise(len(texts) * index // count for index in range(count + 1)):
+            rows = functools.partial(write_rows, first=first, last=last)
+            parts.append(cached_file(f"{made_from} {first}-{last}", dtype.name, rows))
+            bar.update(num_bytes * last // len(texts) - bar.n)  # if it was in the cache
+        joined = [_read_tokens(part, dtype) for part in parts]
+        with open(path, "wb") as file:
+            for ids, _ in joined:
+                ids.tofile(file)
+            _write_lengths(file, np.concatenate([lengths for _, lengths in joined]))
+
+    with bar:
+        path = cached_file(made_from, dtype.name, write)
+    for part in parts:
+        part.unlink(missing_ok=True)
+    ids, lengths = _read_tokens(path, dtype)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     kept = None if loses_text(tokenizer, ids, texts["text"][:20]) else num_bytes
     return TokenizedExamples(ids, offsets, kept, path.stem, num_marks=len(set(marks)))
+
+
+def _write_lengths(file: BinaryIO, lengths: Sequence[int] | np.ndarray) -> None:
+    """The lengths of the documents follow the ids, and then the numbers of both."""
+    file.write(np.array([*lengths, len(lengths), sum(lengths)], dtype=np.uint64).tobytes())
+
+
+def _read_tokens(path: Path, dtype: np.dtype) -> tuple[np.memmap, np.ndarray]:
+    """The ids, and the lengths of the documents, in a cached file."""
+    num_documents, num_ids = np.fromfile(path, np.uint64, count=2, offset=path.stat().st_size - CHECKSUM_BYTES - 16).tolist()
+    ids = np.memmap(path, dtype=dtype, mode="r", shape=(num_ids,))
+    return ids, np.fromfile(path, dtype=np.uint64, count=num_documents, offset=num_ids * dtype.itemsize)
 
 
 def first_tokens(examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase, count: int) -> TokenizedExamples:

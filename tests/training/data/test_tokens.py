@@ -132,6 +132,38 @@ def test_an_interrupted_run_leaves_no_file(cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("bos", ["<|bos|>", "<|eos|>"])
+def test_an_interrupted_tokenization_is_continued(cache, monkeypatch, bos):
+    """At the part that it has begun; the result is that of one part."""
+    texts = Dataset.from_dict({"text": [f"text {number}" for number in range(20)]})
+    tokenizer = ScratchGPTTokenizer.train(texts["text"], 300)
+    tokenizer.bos_token = bos
+    expected = tokenize_documents(texts, tokenizer, "test")
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    file.unlink()
+
+    monkeypatch.setattr(tokens_module, "PART_BYTES", 40)  # of 150
+    read, batches = [], tokens_module._batches_of_pieces
+
+    def interrupted(rows):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.extend(rows["text"][:1])
+        return batches(rows)
+
+    monkeypatch.setattr(tokens_module, "_batches_of_pieces", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_documents(texts, tokenizer, "test")
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(tokens_module, "_batches_of_pieces", lambda rows: read.extend(rows["text"][:1]) or batches(rows))
+    tokens = tokenize_documents(texts, tokenizer, "test")
+    assert read == ["text 0", "text 5", "text 10", "text 15"]
+    assert tokens.ids.tolist() == expected.ids.tolist()
+    assert tokens.offsets.tolist() == expected.offsets.tolist()
+    assert [path.read_bytes() for path in cache.iterdir()] == [content]
+
+
 def test_a_long_document_is_tokenized_as_a_whole_piece_by_piece(monkeypatch):
     monkeypatch.setattr(tokens_module, "PIECE", 20)
     monkeypatch.setattr(tokens_module, "BATCH", 50)
