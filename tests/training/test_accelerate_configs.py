@@ -65,6 +65,7 @@ def test_the_values_and_that_the_launcher_accepts_them(name):
         environment = prepare_multi_gpu_env(arguments)
         assert int(arguments.nproc_per_node) == processes // machines
     assert environment["ACCELERATE_MIXED_PRECISION"] == precision
+    assert environment["ACCELERATE_DYNAMO_BACKEND"] == ("INDUCTOR" if name == "fsdp2" else "NO")
 
 
 def test_two_nodes_find_each_other(tmp_path):
@@ -117,7 +118,7 @@ def test_fsdp2_plugin(monkeypatch):
     assert not plugin.activation_checkpointing
 
 
-def train_with_fsdp2(folder: str, precision: str) -> None:
+def train_with_fsdp2(folder: str, precision: str, is_compiled: bool = False) -> None:
     """Accelerate does not use FSDP on a CPU, but its function that shards a model runs everywhere."""
     one, two = (ScratchGPTForCausalLM.from_pretrained(folder) for _ in range(2))
     plugin = FullyShardedDataParallelPlugin()  # from the environment, as under the launcher
@@ -133,6 +134,8 @@ def train_with_fsdp2(folder: str, precision: str) -> None:
         device=torch.device("cpu"),
         parallelism_config=None,
     )
+    if is_compiled:  # before it is sharded, as Accelerate does
+        two = torch.compile(two, backend="aot_eager")
     two = fsdp2_prepare_model(accelerator, two)
     assert all(isinstance(layer, FSDPModule) for layer in two.model.layers)
     ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -158,5 +161,6 @@ def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
     for number, (shape, tied) in enumerate(cases):
         torch.manual_seed(0)
         ScratchGPTForCausalLM(ScratchGPTConfig(**shape, tie_word_embeddings=tied)).save_pretrained(tmp_path / str(number))
-    cases = [*((tmp_path / str(number), "no") for number in range(4)), *((tmp_path / str(number), "bf16") for number in (0, 2))]
+    cases = [(tmp_path / str(number), "no") for number in range(4)]
+    cases += [(tmp_path / str(number), "bf16", is_compiled) for number, is_compiled in ((0, False), (2, False), (2, True))]
     on_two_processes(train_with_fsdp2, tmp_path, *cases, **fsdp_environment())
