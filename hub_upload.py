@@ -66,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="check and list the files, without uploading them")
     arguments = parser.parse_args()
     arguments.directory = Path(os.path.expanduser(arguments.directory))
+    if arguments.adapter and (arguments.directory / ADAPTER).is_dir():
+        arguments.directory /= ADAPTER
     check_arguments(arguments)
     return arguments
 
@@ -94,8 +96,6 @@ def collect_files(arguments: argparse.Namespace) -> Files:
         UserError: a check failed.
     """
     directory, config = arguments.directory, checks.ADAPTER_CONFIG if arguments.adapter else checks.CONFIG
-    if arguments.adapter and (directory / ADAPTER).is_dir():
-        directory = directory / ADAPTER
     files: dict[str, Path | bytes] = {**checks.model_files(directory, arguments.trust_remote_code, config)}
     if arguments.adapter:
         files[config] = checks.prepare_adapter_config(directory, arguments.base_model)
@@ -132,7 +132,7 @@ class Branch:
     name: str
     head: str  # id of its last commit
     files: set[str]
-    edited_card: str  # its card, if it is not as the last upload generated it; else empty
+    edited_card: bytes  # its card, if it is not as the last upload generated it; else empty
 
 
 def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, arguments: argparse.Namespace) -> Branch:
@@ -152,23 +152,20 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
             api.create_branch(repository, branch=revision, **options)
         commits = api.list_repo_commits(repository, revision=revision, **options)
         last = next((commit for commit in commits if commit.title.endswith(COMMIT_SUFFIX)), None)
-        files, uploaded = (
-            list_files(api, repository, kind, oid) if oid else {} for oid in (commits[0].commit_id, last and last.commit_id)
-        )
-        changed = {name for name in files.keys() | uploaded.keys() if files.get(name) != uploaded.get(name)}
-        if changed - {CARD, ".gitattributes"} and not (is_new or arguments.overwrite):
-            names = ", ".join(map(printable, sorted(changed - {".gitattributes"})))
+        files = list_files(api, repository, kind, commits[0].commit_id)
+        uploaded = list_files(api, repository, kind, last.commit_id) if last else {}
+        changed = {name for name, _ in files.items() ^ uploaded.items()} - {".gitattributes"}
+        if changed - {CARD} and not (is_new or arguments.overwrite):
             raise UserError(
-                f"{repository} ({revision}) was changed since the last upload by this program ({names:.200}), last in "
-                f"{commits[0].title!r:.80}: review the changes, then pass --overwrite or another --revision."
+                f"{repository} ({revision}) has changes not made by this program ({printable(', '.join(sorted(changed))):.200}"
+                f"), the last in {commits[0].title!r:.80}: review them, then pass --overwrite or another --revision."
             )
-        generated = re.search(f"{GENERATED}([0-9a-f]{{40}})", last.message if last else "")
-        is_edited = CARD in files and files[CARD] != (generated[1] if generated else uploaded.get(CARD))
-        card = ""
+        is_edited = CARD in files and not (last and GENERATED + files[CARD] in last.message)
+        card = b""
         if is_edited and not arguments.overwrite:
             with tempfile.TemporaryDirectory() as directory:
                 path = api.hf_hub_download(repository, CARD, revision=commits[0].commit_id, local_dir=directory, **options)
-                card = Path(path).read_text(encoding="utf-8", errors="replace")
+                card = Path(path).read_bytes()
         return Branch(revision, commits[0].commit_id, {*files}, card)
 
 

@@ -35,14 +35,14 @@ def adapters_of(model: nn.Module, *names: str) -> Adapters:
     """Return the state of a model's adapters, after checking that it has those named.
 
     Raises:
-        ValueError: there is no such adapter, or the model is only a wrapper of the one that has the adapters.
+        ValueError: there is no such adapter, or the model is a wrapper or a part of the one that has the adapters.
     """
     # A wrapper would hide the state below, and DistributedDataParallel does not synchronize parameters that are added later.
-    is_inside = any("_lora" in vars(module) for module in model.modules() if module is not model)
-    if is_inside or isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # the last by torch.compile
+    is_wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod")  # torch.compile
+    if is_wrapper or ("_lora" not in vars(model) and lora_layers(model)):
         raise ValueError(
-            f"the {type(model).__name__} only contains the model to adapt: pass that model itself, such as "
-            "`extract_model_from_parallel(model, keep_torch_compile=False)` (accelerate.utils)."
+            f"adapters belong to the whole model, not to this {type(model).__name__}: pass the model that they are added to, "
+            "such as `extract_model_from_parallel(model, keep_torch_compile=False)` (accelerate.utils)."
         )
     adapters: Adapters = vars(model).get("_lora") or Adapters()
     for name in names:
@@ -92,8 +92,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     is_word = isinstance(adapter_name, str) and re.fullmatch(r"\w+", adapter_name)
     is_attribute = any(hasattr(container(), str(adapter_name)) for container in (nn.ParameterDict, nn.ModuleDict))
     if not is_word or is_attribute or adapter_name in adapters.configs:
-        taken = ", ".join(adapters.configs) or "none"
-        raise ValueError(f"adapter_name {adapter_name!r} is taken or is not a word of letters and digits; taken: {taken}.")
+        own = ", ".join(adapters.configs) or "none"
+        raise ValueError(f"adapter_name {adapter_name!r} is taken, reserved or not a word of letters and digits; taken: {own}.")
     _refuse_merged(model)
     targets = targets_of(model, config)
     for name, layer in targets.items():
@@ -226,7 +226,7 @@ def merge_adapter(model: nn.Module) -> None:
     adapters_of(model)
     for name, layer in lora_layers(model).items():
         if not is_plain(layer.base_layer):
-            raise ValueError(f"{name} cannot be merged, {_form(layer.base_layer)}: load base and adapter without that.")
+            raise ValueError(f"{name} cannot be merged because {_form(layer.base_layer)}: load base and adapter without that.")
     for layer in lora_layers(model).values():
         layer.merge()
 

@@ -35,16 +35,19 @@ from training.results.cards import BASE_PLACEHOLDER, MODEL_PLACEHOLDER
 from training.sharing.leaks import SECRET_NAMES, Files
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHTS = {
+    CONFIG: ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    ADAPTER_CONFIG: ("adapter_model.safetensors",),
+}
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 RESULTS = (CURVE, METRICS, SCORES, PREDICTIONS, MISTAKES, RESPONSES, RESPONSES_PAGE)
-FILES = (CARD, "LICENSE", CONFIG, "generation_config.json", ADAPTER_CONFIG, *WEIGHTS, *TOKENIZER, *RESULTS)
+FILES = (CARD, "generation_config.json", *TOKENIZER, *RESULTS)  # of a model or an adapter
 CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
-UPLOADED = (*CODE, *(pattern for pattern in FILES if pattern != "LICENSE"))  # what an earlier upload may have left
-MEASURED = ("model-index", "base_model", "library_name", "sdk", "sdk_version", "app_file", "models")  # metadata of an upload
+UPLOADED = (*CODE, *FILES, *WEIGHTS, *sum(WEIGHTS.values(), ()))  # what an earlier upload may have left
+SET_BY_UPLOAD = ("model-index", "base_model", "library_name", "pipeline_tag", "sdk", "sdk_version", "app_file", "models")
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -58,9 +61,11 @@ import transformers
 def find_problem(directory):
     options = {"trust_remote_code": True, "local_files_only": True}
     config = transformers.AutoConfig.from_pretrained(directory, **options)
-    (architecture,) = config.architectures
+    architecture = ", ".join(config.architectures or [])
     auto_classes = {path.rpartition(".")[2]: name for name, path in getattr(config, "auto_map", {}).items()}
-    auto_class = getattr(transformers, auto_classes[architecture] if auto_classes else architecture)
+    auto_class = getattr(transformers, auto_classes.get(architecture, architecture), None)
+    if auto_class is None:
+        return f"architectures in config.json is {config.architectures}, not a class of its auto_map or of transformers"
     model, report = auto_class.from_pretrained(directory, output_loading_info=True, **(options if auto_classes else {}))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
@@ -76,10 +81,9 @@ def find_problem(directory):
             return f"{name} is {of_config} in config.json and {of_tokenizer} in the tokenizer"
     if tokenizer.chat_template:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    batch = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        logits = model.eval()(**batch).logits
-    return "" if torch.isfinite(logits).all() else "its logits are not finite"
+        output = model.eval()(**tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False))
+    return "" if torch.isfinite(output[0]).all() else "its logits are not finite"
 
 print("\\n" + find_problem(sys.argv[1]))
 """
@@ -108,12 +112,13 @@ def model_files(directory: Path, trust_remote_code: bool, config: str = CONFIG) 
         is_unfinished = config == CONFIG and (directory / METRICS).is_file()
         problem = "holds an unfinished run" if is_unfinished else f"has no {config}"
         raise UserError(f"{directory} {problem}: pass the directory of {needed}.")
-    files = {path.name: path for path in sorted(directory.iterdir()) if any(fnmatch(path.name, known) for known in FILES)}
+    known = (config, *WEIGHTS[config], "LICENSE", *FILES)
+    files = {path.name: path for path in sorted(directory.iterdir()) if any(fnmatch(path.name, it) for it in known)}
     for path in files.values():
         _check_regular_file(path)
         if path.suffix == ".json":
             _read_json(path)
-    return files | _code_files(directory, trust_remote_code)
+    return files | _code_files(directory, trust_remote_code, config)
 
 
 def prepare_card(directory: Path, repository: str, base_model: str, license: str) -> bytes:
@@ -127,25 +132,24 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
         raise UserError(f"{path} is missing: write a model card that says what the model is and how it was trained.")
     invalid = (ValueError, TypeError, RecursionError, yaml.YAMLError)
     with explain_errors(f"{path}: its metadata is not that of a model card", invalid):
-        text = _read_text(path).replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER)  # first: it contains the other
-        card = ModelCard(text.replace(MODEL_PLACEHOLDER, repository))
+        text = _read_text(path).removeprefix("\ufeff").replace(BASE_PLACEHOLDER, base_model or BASE_PLACEHOLDER)
+        card = ModelCard(text.replace(MODEL_PLACEHOLDER, repository))  # after the other, which contains it
         if license:
             card.data["license"] = license
-        metadata = card.data.to_dict()
-        if not metadata.get("license"):
+        if not card.data.get("license"):
             raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
-        if base := base_model or metadata.get("base_model"):
+        if base := base_model or card.data.get("base_model"):
             check_repo_id(base, f"{path}: base_model", "upload the base model and pass --base_model USER/NAME")
             card.data["base_model"] = base
         return str(card).encode()
 
 
-def merge_card(new: bytes, edited: str, license: str) -> bytes:
+def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
     """The edited card on the Hub with its text and metadata, but with the new card's metrics, base and, if given, licence."""
     with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
-        card, old = ModelCard(new.decode(), ignore_metadata_errors=True), ModelCard(edited, ignore_metadata_errors=True)
+        card, old = (ModelCard(text.decode("utf-8-sig"), ignore_metadata_errors=True) for text in (new, edited))
         for name, value in old.data.to_dict().items():
-            if name not in MEASURED and not (license and name == "license"):
+            if name not in SET_BY_UPLOAD and not (license and name == "license"):
                 card.data[name] = value
         card.text = old.text if old.text.strip() else card.text
         return str(card).encode()
@@ -199,7 +203,7 @@ def check_loads(directory: Path, files: Files) -> None:
         except subprocess.TimeoutExpired as error:
             raise UserError(f"{directory} would not work for others: it loads for {LOAD_SECONDS // 60} minutes.") from error
     output = process.stderr if process.returncode else process.stdout
-    problem = output.rstrip("\n").rpartition("\n")[2].replace(copy, str(directory))
+    problem = output.rstrip(".\n").rpartition("\n")[2].replace(copy, str(directory))
     if problem or process.returncode:
         raise UserError(f"{directory} would not work for others: {problem or f'exit code {process.returncode} on loading'}.")
 
@@ -231,10 +235,10 @@ def _reading(path: Path) -> AbstractContextManager[None]:
     return explain_errors(f"{path} cannot be read", (OSError, ValueError, SafetensorError))
 
 
-def _code_files(directory: Path, trust_remote_code: bool) -> dict[str, Path]:
+def _code_files(directory: Path, trust_remote_code: bool, config: str) -> dict[str, Path]:
     """Collect the modules that `auto_map` names in the configs, and the modules that these import."""
     pending = set[str]()
-    for name in (CONFIG, "tokenizer_config.json"):
+    for name in (config, "tokenizer_config.json"):
         auto_map = _read_json(directory / name).get("auto_map") if (directory / name).exists() else None
         for entry in (auto_map or {}).values() if isinstance(auto_map or {}, dict) else [auto_map]:
             classes = entry if isinstance(entry, list) else [entry]  # a tokenizer lists its slow and its fast class
@@ -256,7 +260,7 @@ def _code_files(directory: Path, trust_remote_code: bool) -> dict[str, Path]:
     changed = sorted(differing + unknown)
     if changed and not trust_remote_code:
         raise UserError(
-            f"{directory}: {', '.join(changed)} differs from the code of this package: load the model and save it again, or, "
-            "if you have read the code and trust it, pass --trust_remote_code."
+            f"{directory}: {', '.join(changed)} differs from the code of this package: load model and tokenizer without "
+            "trust_remote_code and save both again or, if you have read the code and trust it, pass --trust_remote_code."
         )
     return {path.name: path for path in found}

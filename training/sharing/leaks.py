@@ -21,7 +21,6 @@ SECRET = re.compile(
     rb"|AKIA[0-9A-Z]{16}\b|xox[abpr]-[\w-]{10,}|AIza[\w-]{35})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 SECRET_NAMES = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
-COMMON = ("/root", "/home", "/tmp")  # exist everywhere: only paths below them describe this machine
 
 
 def check_leaks(files: Files) -> None:
@@ -48,8 +47,8 @@ def _local_paths(files: Files) -> set[str]:
 
 
 def _path_end(path: str) -> bytes:
-    """A pattern for the end of a path, so that `/home/ann` is not found in `/home/anna`."""
-    return rb"/\w" if path in COMMON else rb"(?![\w.-])"
+    """A pattern for the end of a path: `/home/ann` is not in `/home/anna`, and of `/root` or `/app` only paths below count."""
+    return rb"[/\\]\w" if len(Path(path).parts) == 2 else rb"(?![\w.-])"
 
 
 def _encodings(text: str) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForQuestionAnswering
 from tests.conftest import Processes
 from tests.training.conftest import ROOT
 from tests.training.sharing.conftest import UPLOADED
@@ -39,7 +40,7 @@ def write_nan(directory: Path) -> None:
     [
         (remove("config.json"), "holds an unfinished run: pass the directory of a finished"),
         (remove("cross_entropy.py"), "cross_entropy.py is missing, although the config"),
-        (append("cross_entropy.py", "# 1\n"), "cross_entropy.py differs from the code of this package"),
+        (append("cross_entropy.py", "# 1\n"), "cross_entropy.py differs from .*load model and tokenizer without trust_"),
         (remove("model.safetensors"), "has no safetensors weights"),
         (write("model.safetensors", "x"), "model.safetensors cannot be read"),
         (write_nan, "model.norm.weight has values that are not finite"),
@@ -110,7 +111,13 @@ def test_exact_names_and_no_links_out_of_the_directory(model, tmp_path):
     similar = ("optimizer.safetensors", ".x.safetensors", "api_tokens.json", ".tokens.json", "tokenizer-old.json", "vocab.txt~")
     for name in similar:
         (model / name).write_text("{}")
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    for name in adapter:  # in one directory with its model
+        (model / name).write_text("{}")
     assert checks.model_files(model, False).keys() == UPLOADED
+    code = {name for name in UPLOADED if name.endswith(".py")} - {"tokenization_scratchgpt.py"}
+    of_adapter = checks.model_files(model, False, checks.ADAPTER_CONFIG).keys()
+    assert of_adapter == UPLOADED - code - {"config.json", "model.safetensors"} | adapter
     (tmp_path / "elsewhere.json").write_text("{}")
     (model / "vocab.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(UserError, match="vocab.json is a link out of its directory"):
@@ -158,7 +165,11 @@ def test_model_that_does_not_work_for_others(model, code_that_must_not_run, tmp_
     (model / "config.json").write_text(json.dumps({**json.loads(config), "num_hidden_layers": 3}))
     printed = Processes(exec, tmp_path / "log", [program, {}]).wait()
     assert "missing keys in its weights: model.layers.2." in printed.splitlines()[-1]
-    (model / "config.json").write_text(config)
+    (model / "config.json").write_text(json.dumps({**json.loads(config), "architectures": None}))
+    assert "architectures in config.json is None" in Processes(exec, tmp_path / "log", [program, {}]).wait().splitlines()[-1]
+    answering = {"architectures": ["ScratchGPTForQuestionAnswering"], "num_labels": 2}
+    ScratchGPTForQuestionAnswering(ScratchGPTConfig(**json.loads(config) | answering)).save_pretrained(model)
+    assert Processes(exec, tmp_path / "log", [program, {}]).wait().splitlines()[-1] == ""
     (model / "chat_template.jinja").write_text("{% for %}")
     assert "TemplateSyntaxError" in Processes(exec, tmp_path / "log", [program, {}]).wait(1).splitlines()[-1]
 

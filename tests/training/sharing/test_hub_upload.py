@@ -139,7 +139,7 @@ def test_changes_by_others_are_not_overwritten(hub, model, upload, kind, name):
     model_repository = hub.repositories["model", "ann/book"]
     change(hub, name, b"{}", kind)
     commits = len(model_repository.commits)
-    message = rf"ann/book .main. was changed since the last upload by this program .{name}., last in 'Update {name}': review"
+    message = rf"ann/book .main. has changes not made by this program .{name}., the last in 'Update {name}': review"
     with pytest.raises(UserError, match=message):
         upload(model, "ann/book", "--space")
     assert len(model_repository.commits) == commits
@@ -153,24 +153,24 @@ def test_an_edited_card_keeps_its_text_and_its_metadata(hub, model, upload):
     upload(model, "ann/book")
     card = ModelCard(hub.content("ann/book", "README.md").decode())
     card.text += "\nWritten by the owner.\n"
-    card.data["tags"], card.data["license"], card.data["library_name"] = ["poems"], "mit", "other"
-    change(hub, "README.md", str(card).encode())
+    card.data["tags"], card.data["license"], card.data["library_name"], card.data["pipeline_tag"] = ["poems"], "mit", "x", "y"
+    change(hub, "README.md", f"\ufeff{card}".replace("\n", "\r\n").encode())  # as editors on Windows write it
     edit_card(model, "\n# ", "\nLater.\n\n# ")
     for _ in range(2):
         assert "ann/book: the text of the card, which was edited on the Hub, is kept" in upload(model, "ann/book")
         found = ModelCard(hub.content("ann/book", "README.md").decode())
-        assert found.text == card.text
+        assert found.text == card.text.replace("\n", "\r\n")
         assert (found.data.tags, found.data.license, found.data.library_name) == (["poems"], "mit", "transformers")
+        assert found.data.pipeline_tag == "text-generation"  # pipelines choose the head by it
     upload(model, "ann/book", "--license", "cc0-1.0")
     assert ModelCard(hub.content("ann/book", "README.md").decode()).data.license == "cc0-1.0"
     assert "is kept" not in upload(model, "ann/book", "--overwrite")
     assert "Later." in hub.content("ann/book", "README.md").decode()
     assert "is kept" not in upload(model, "ann/book")
-    change(hub, "README.md", b"---\nlicense: [\n---\nMine.")
-    with pytest.raises(
-        UserError, match="the card on the Hub cannot be read .*: correct it there, or replace it with --overwrite"
-    ):
-        upload(model, "ann/book")
+    for unreadable in (b"---\nlicense: [\n---\nMine.", b"\xdcber mich"):
+        change(hub, "README.md", unreadable)
+        with pytest.raises(UserError, match="the card on the Hub cannot be read .*: correct it there, or replace it with"):
+            upload(model, "ann/book")
 
 
 def test_private_model_is_not_sent_to_a_public_repository(hub, model, upload):
@@ -327,6 +327,7 @@ def test_adapter_and_base_model(hub, model, upload, book, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="--base_model ann/missing is not on the Hub"):
         upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/missing")
     output = upload(tmp_path / "lora", "ann/lora", "--adapter", "--base_model", "ann/base", "--license", "apache-2.0")
+    assert "Not uploaded: nothing" in output
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     names = hub.repositories["model", "ann/lora"].files("main")[1].keys() - {".gitattributes"}
     assert names == expected | {"tokenization_scratchgpt.py"}

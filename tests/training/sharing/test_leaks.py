@@ -65,10 +65,12 @@ def test_path_of_the_model_with_and_without_symlinks(tmp_path, monkeypatch):
         assert "a path of this machine" in refusal(("config.json", config))
 
 
-def test_common_directories_are_local_only_with_something_below_them(monkeypatch):
-    monkeypatch.setenv("HOME", "/home")
-    leaks.check_leaks({"tokenizer.json": b'{"/home": 3, "/home/ ": 4}'})
-    assert "a path of this machine" in refusal(("README.md", b"from /home/data/x.txt"))
+@pytest.mark.parametrize("home", ["/home", "/app"])
+def test_directories_of_the_root_are_local_only_with_something_below_them(monkeypatch, home):
+    """Containers and notebooks work in /app or /content: such words are in addresses, and in the vocabularies of tokenizers."""
+    monkeypatch.setenv("HOME", home)
+    leaks.check_leaks({"tokenizer.json": f'{{"{home}": 3, "{home}/ ": 4}}'.encode()})
+    assert "a path of this machine" in refusal(("README.md", f"from {home}/data/x.txt".encode()))
 
 
 def test_secrets_of_the_environment(monkeypatch, tmp_path):
