@@ -73,7 +73,7 @@ def label_texts(arguments: PredictArguments) -> None:
             scores = dict(zip(order, found, strict=True))
             for index, text in enumerate(chunk):
                 row = {"text": text, **as_row(scores.get(index, []), model.config.problem_type)}
-                print(json.dumps(row, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+                print(json.dumps(row, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"))
             sys.stdout.flush()
             bar.update(len(chunk))
 

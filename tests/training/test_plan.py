@@ -89,7 +89,7 @@ def test_measured_peak_takes_little_time(mixed_precision):
     start = time.perf_counter()
     accelerator = SimpleNamespace(device="cpu", mixed_precision=mixed_precision, num_processes=1)
     assert measured_peak(accelerator) > 1e8
-    assert time.perf_counter() - start < 3  # a quarter of a second on an idle machine
+    assert time.perf_counter() - start < 10  # a quarter of a second on an idle machine
 
 
 @pytest.mark.parametrize(("checkpointing", "accumulation"), [(False, 1), (True, 1), (False, 2)])
