@@ -63,6 +63,8 @@ def as_tokenizer_js(tokenizer: TokenizersBackend) -> TokenizersBackend:
     content["normalizer"] = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": words} if words else None
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    if tokenizer.chat_template is None:
+        tokenizer.init_kwargs.pop("chat_template", None)  # onnxruntime-genai does not read null
     return tokenizer
 
 
