@@ -9,7 +9,7 @@
     # from ScratchGPT
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3         # transformers; also gpt2
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0    # llama.cpp
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/web --to onnx    # transformers.js, onnxruntime; classifiers too
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/web --to onnx    # browsers, onnxruntime; also classifiers
 
 The outputs are compared with those of the equivalent model in transformers (for ONNX: of onnxruntime), and a model that differs
 is refused. DESTINATION is a new directory, which is written completely or not at all.

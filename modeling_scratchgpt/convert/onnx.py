@@ -127,11 +127,11 @@ class OnnxModel:
         if names:
             tokens["position_ids"] = np.arange(past, past + ids.shape[1])[None].repeat(len(ids), 0)
         logits, *now = self.session.run(None, tokens | cache)
-        return logits, dict(zip(names, now))
+        return logits, dict(zip(names, now, strict=False))  # after them: attentions
 
 
 def onnx_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Compute logits of ids (batch, length >= 2) with onnxruntime; a language model computes those of the last id with a cache."""
+    """Compute logits of ids (batch, length >= 2) with onnxruntime; of a language model, those of the last id with a cache."""
     model = OnnxModel(file)
     if len(model.inputs) == 2:
         return torch.from_numpy(model(ids.numpy())[0])

@@ -1,9 +1,8 @@
 """Tokenizers for transformers.js 4.3, which must compute the same ids there as here.
 
 Notable:
-- It reads some parts of a `tokenizer.json` with JavaScript's idea of white space and letters: its `\\s` lacks U+0085 and has
-  U+FEFF, and the `\\w` of `Whitespace` is ASCII. But it translates the patterns of `Split`. These parts are therefore written as
-  `Split`, which computes the same here.
+- Some pre-tokenizers have JavaScript's idea of white space and letters there: `\\s` lacks U+0085 and has U+FEFF, and the `\\w` of
+  `Whitespace` is ASCII. But the patterns of `Split` are translated, so they are written as `Split`, which computes the same here.
 """
 
 import json
@@ -27,7 +26,7 @@ SAME = {  # tested to compute the same, as written here
 }
 
 
-def check_tokenizer_js(tokenizer: TokenizersBackend) -> None:
+def check_tokenizer_js(tokenizer: Any) -> None:
     """Check that transformers.js can compute the same ids.
 
     Raises:
@@ -82,7 +81,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 @cache
 def bert_punctuation() -> str:
-    """The inside of a character class with all that `BertPreTokenizer` takes for punctuation; it has an old table of Unicode."""
+    """All that `BertPreTokenizer` takes for punctuation, by an old table of Unicode: the inside of a character class."""
     split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
     marks = [char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] in "PS"]
     return "".join(f"\\{char}" if char.isascii() else char for char in marks if len(split(f"a{char}")) == 2)

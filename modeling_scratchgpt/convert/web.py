@@ -1,8 +1,8 @@
-"""The files beside the graph of an ONNX export: one with 8 or 16 bits, configs, and a card.
+"""The files beside the graph of an ONNX export: the same graph with fewer bits, configs, and a card.
 
 Notable:
-- What fewer bits cost is measured, on the text that training has held out or on `--text FILE`. A format that costs more than 1 %
-  is not written.
+- What fewer bits cost is measured, on the text that training has held out or on `--text FILE`. A format that costs more than
+  1 % is not written.
 - WebGPU computes 8 bits wrong on many graphics cards, without an error: there, transformers.js is told to use 32 bits.
 """
 
@@ -16,12 +16,14 @@ import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..interchange import SPECIAL_IDS
 from .onnx import OnnxModel, silenced
 
 HELD_OUT = "held_out.jsonl"  # in the directory of a training run
 MAX_COST = 0.01
 MAX_TOKENS = 20_000  # to measure on
 GRAPH = "onnx/model.onnx"
+SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 FORMATS = {  # by what transformers.js calls them: the file, and the name for people
     "q8": ("onnx/model_quantized.onnx", "8 bits"),
     "q8 except head and embedding": ("onnx/model_quantized.onnx", "8 bits, head and embedding 32"),
@@ -41,11 +43,11 @@ console.log(config.id2label, (await sessions.model.run(inputs)).logits.data);"""
 
 
 def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Callable[[Path], float]:
-    """Read a file to measure with: a text, or JSON lines with `text` or `messages`, and for a classifier `label`.
+    """Read what to measure on: a text, or JSON lines with `text` or `messages`, and for a classifier `label`.
 
     Returns:
-        The loss of the graph in a file: bits per byte of a language model; of a classifier the share of wrong labels, or the mean
-        squared error of its numbers.
+        A function that computes the loss of a graph, given its file: bits per byte; of a classifier the share of wrong labels, or
+        the mean squared error of its numbers.
 
     Raises:
         OSError, ValueError: the file cannot be read, or has other fields.
@@ -59,47 +61,48 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
         targets = [] if is_causal else [_target(row["label"], config) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         needed = "text or messages" if is_causal else "text and label"
-        raise ValueError(f"{file} cannot be measured with ({error!r}): pass JSON lines with {needed}.") from error
+        raise ValueError(f"{file} cannot be measured on ({error!r}): pass JSON lines with {needed}.") from error
     length = config.max_position_embeddings
     if not is_causal:
         ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
         return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
-    special = [[index] if index is not None else [] for index in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
     windows: list[list[int]] = []
     num_bytes = 0
-    for row, text in zip(rows, texts, strict=True):
+    for text in texts:
         text = text[: 16 * MAX_TOKENS]
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = ids if "messages" in row else [*special[0], *ids, *special[1]]
-        windows += [ids[start : start + length] for start in range(0, len(ids), length)]
+        start = tokenizer.bos_token or ""
+        ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
+        windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
         num_bytes += len(text.encode())
-        if sum(map(len, windows)) >= MAX_TOKENS:
+        if sum(map(len, windows)) > MAX_TOKENS:
             break
-    windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise ValueError(f"{file} has no text to measure with: pass another --text.")
+        raise ValueError(f"{file} has no text to measure on: pass another --text.")
     return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
 
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
     if config.problem_type == "regression":
         return np.array(label, np.float32).reshape(config.num_labels)
-    names = [label] if isinstance(label, str) else label
-    return np.isin(np.arange(config.num_labels), [config.label2id[name] for name in names])
+    names, known = [label] if isinstance(label, str) else label, [config.id2label[index] for index in range(config.num_labels)]
+    if unknown := set(names) - set(known):
+        raise ValueError(f"the model has no label {unknown.pop()}")
+    return np.isin(known, names)
 
 
 def _bits(model: OnnxModel, windows: list[list[int]]) -> float:
-    """Information in the tokens of the windows, excluding the first of each."""
+    """The information in the tokens of all windows, excluding the first of each."""
     nats = 0.0
     for window in windows:
         logits = model(np.array([window]))[0][0, :-1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
-        chosen = np.take_along_axis(logits, np.array(window[1:])[:, None], 1)[:, 0]
-        nats += (np.log(np.exp(logits).sum(-1)) - chosen).sum()
+        nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), window[1:]]).sum()
     return nats / math.log(2)
 
 
-def _classification_loss(model: OnnxModel, texts: list[list[int]], targets: list[np.ndarray], config: Any) -> float:
+def _classification_loss(
+    model: OnnxModel, texts: list[list[int]], targets: list[np.ndarray], config: PreTrainedConfig
+) -> float:
     losses = []
     for ids, target in zip(texts, targets, strict=True):
         logits = model(np.array([ids]))[0][0]
@@ -109,37 +112,36 @@ def _classification_loss(model: OnnxModel, texts: list[list[int]], targets: list
             case "multi_label_classification":
                 losses.append(((logits > 0) != target).mean())
             case _:
-                losses.append(float(not target[logits.argmax()]))
+                losses.append(not target[logits.argmax()])
     return float(np.mean(losses))
 
 
-def write_smaller(directory: Path, config: PreTrainedConfig, loss: Callable[[Path], float], source: str) -> tuple[str, list[str]]:
+def write_smaller(
+    directory: Path, config: PreTrainedConfig, loss: Callable[[Path], float], source: str
+) -> tuple[str, list[str]]:
     """Write the smallest format of the graph that costs no more than 1 %.
 
     Returns:
-        The format in the words of transformers.js, or fp32 if each costs more; and lines that say what each costs.
+        transformers.js's name of the format, or fp32 if each costs more; and for each that was tried a line with its cost.
     """
     graph, lines, accepted = directory / GRAPH, [], {}
-    before, size = loss(graph), graph.stat().st_size
-    is_classifier = "Classification" in config.architectures[0]
-    is_share = is_classifier and config.problem_type != "regression"
-    measure = "squared error" if is_classifier else "bits per byte"
+    before, is_classifier = loss(graph), "Classification" in config.architectures[0]
     for name, (_, title) in FORMATS.items():
         file = directory / f"{name}.onnx"
         _write_format(graph, file, name)
         after = loss(file)
-        cost = after - before if is_share else after / before - 1
-        values = f"{measure} {before:.4f} -> {after:.4f}"
-        if is_share:
-            values = f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
-        verdict = "" if cost <= MAX_COST else "; more than 1 %, not used"
-        lines.append(
-            f"{title}: {file.stat().st_size / 1e6:.1f} MB instead of {size / 1e6:.1f}; {values} ({cost:+.2%}) on {source}{verdict}"
-        )
+        if is_classifier and config.problem_type != "regression":
+            cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
+        else:
+            cost = after / before - 1
+            values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
+        size, full_size = (path.stat().st_size / 1e6 for path in (file, graph))
+        verdict = "" if cost <= MAX_COST else ": more than 1 %, not used"
+        lines.append(f"{title}: {size:.1f} MB instead of {full_size:.1f}; {values} on {source}{verdict}")
         if cost <= MAX_COST:
             accepted[file] = name
-        if accepted and name == "q8":
-            break
+        if name in accepted.values() and name == "q8":
+            break  # the smallest
     best = min(accepted, key=lambda file: file.stat().st_size, default=None)
     if best:
         best.rename(directory / FORMATS[accepted[best]][0])
@@ -159,7 +161,7 @@ def _write_format(graph: Path, file: Path, name: str) -> None:
             return
         nodes = onnx.load(graph, load_external_data=False).graph.node if name != "q8" else []
         kept = [node.name for node in nodes if "logits" in node.output or "input_ids" in node.input]
-        # Unsigned: with signed weights, the sums of processors without VNNI overflow.
+        # Unsigned: sums of products with signed weights overflow on processors with AVX2 and without VNNI.
         quantize_dynamic(graph, file, weight_type=QuantType.QUInt8, nodes_to_exclude=kept)
 
 
@@ -184,14 +186,21 @@ def write_configs(directory: Path, model: PreTrainedModel, config: PreTrainedCon
         | {f"past_{name}_names": f"past_key_values.%d.{name}" for name in names},
         "outputs": {"logits": "logits"} | {f"present_{name}_names": f"present.%d.{name}" for name in names},
         "session_options": {"provider_options": []},
-        **{name: getattr(ours, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")},
+        **{
+            name: getattr(ours, name)
+            for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+        },
     }
     genai = {
         "type": "decoder",
         "context_length": ours.max_position_embeddings,
         "vocab_size": ours.vocab_size,
         "decoder": decoder,
-        **{name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id") if (value := getattr(ours, name)) is not None},
+        **{
+            name: value
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if (value := getattr(ours, name)) is not None
+        },
     }
     options = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     search = {name: value for name in options if (value := getattr(generation, name)) is not None}
@@ -199,7 +208,9 @@ def write_configs(directory: Path, model: PreTrainedModel, config: PreTrainedCon
     (directory / "genai_config.json").write_text(json.dumps({"model": genai, "search": search}, indent=2) + "\n")
 
 
-def write_card(directory: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, is_causal: bool, lines: list[str]) -> None:
+def write_card(
+    directory: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, is_causal: bool, lines: list[str]
+) -> None:
     """Write the card of an export: how to use it, and what its smaller format costs."""
     task = "text-generation" if is_causal else "text-classification"
     metadata = ModelCardData(library_name="transformers.js", pipeline_tag=task, tags=["onnx", "scratchgpt"])
