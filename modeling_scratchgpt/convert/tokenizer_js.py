@@ -1,8 +1,8 @@
 """Tokenizers for transformers.js 4.3, which must compute the same ids there as here.
 
 Notable:
-- Some pre-tokenizers have JavaScript's idea of white space and letters there: `\\s` lacks U+0085 and has U+FEFF, and the `\\w` of
-  `Whitespace` is ASCII. But the patterns of `Split` are translated, so they are written as `Split`, which computes the same here.
+- Some pre-tokenizers have JavaScript's idea of white space and letters there: `\\s` lacks U+0085 and has U+FEFF, and the `\\w`
+  of `Whitespace` is ASCII. But the patterns of `Split` are translated: these parts are written as `Split`, with the same ids.
 """
 
 import json

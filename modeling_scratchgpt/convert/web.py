@@ -37,7 +37,7 @@ CLASSIFIER_USAGE = """import { AutoModel, AutoTokenizer } from "@huggingface/tra
 
 const tokenizer = await AutoTokenizer.from_pretrained("PATH_OR_HUB_ID");
 const { sessions, config } = await AutoModel.from_pretrained("PATH_OR_HUB_ID");
-const { input_ids, attention_mask } = tokenizer("a text", { truncation: true });
+const { input_ids, attention_mask } = tokenizer("a text");
 const inputs = { input_ids: input_ids.ort_tensor, attention_mask: attention_mask.ort_tensor };
 console.log(config.id2label, (await sessions.model.run(inputs)).logits.data);"""
 
@@ -46,8 +46,8 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     """Read what to measure on: a text, or JSON lines with `text` or `messages`, and for a classifier `label`.
 
     Returns:
-        A function that computes the loss of a graph, given its file: bits per byte; of a classifier the share of wrong labels, or
-        the mean squared error of its numbers.
+        A function that computes the loss of the graph in a file: bits per byte; of a classifier the share of wrong labels, or the
+        mean squared error of its numbers.
 
     Raises:
         OSError, ValueError: the file cannot be read, or has other fields.

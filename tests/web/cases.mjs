@@ -31,8 +31,12 @@ async function classify({ model, texts, dtype }) {
   const { sessions } = await AutoModel.from_pretrained(model, { dtype });
   const results = [];
   for (const text of texts) {
-    const { input_ids, attention_mask } = tokenizer(text, { truncation: true });
-    const { logits } = await sessions.model.run({ input_ids: input_ids.ort_tensor, attention_mask: attention_mask.ort_tensor });
+    const all = tokenizer.encode(text);
+    const limit = tokenizer.config.model_max_length;
+    const ids = all.length > limit ? [...all.slice(0, limit - 1), all.at(-1)] : all; // `truncation` would drop the last special token
+    const input_ids = new Tensor("int64", ids.map(BigInt), [1, ids.length]).ort_tensor;
+    const attention_mask = new Tensor("int64", ids.map(() => 1n), [1, ids.length]).ort_tensor;
+    const { logits } = await sessions.model.run({ input_ids, attention_mask });
     results.push(numbers(logits));
   }
   return results;
