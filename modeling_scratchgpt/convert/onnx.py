@@ -80,7 +80,6 @@ def write_onnx(path: Path, model: PreTrainedModel, attentions: bool = False) -> 
     model.config.output_attentions, model.config.use_cache = attentions, is_causal
     with silenced():
         graph_model = OnnxExporter().export(model, _example(model, is_causal), OnnxConfig(dynamic=True)).program
-    model.config.output_attentions, model.config.use_cache = False, True
     for graph in graph_model.graphs():
         for node in graph:
             node.metadata_props.clear()

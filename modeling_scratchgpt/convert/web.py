@@ -46,8 +46,7 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     """Read what to measure on: a text, or JSON lines with `text` or `messages`, and for a classifier `label`.
 
     Returns:
-        A function that computes the loss of the graph in a file: bits per byte; of a classifier the share of wrong labels, or the
-        mean squared error of its numbers.
+        The loss of the graph in a file: bits per byte; of a classifier the share of wrong labels, or its mean squared error.
 
     Raises:
         OSError, ValueError: the file cannot be read, or has other fields.
@@ -62,6 +61,8 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     except (KeyError, TypeError, ValueError) as error:
         needed = "text or messages" if is_causal else "text and label"
         raise ValueError(f"{file} cannot be measured on ({error!r}): pass JSON lines with {needed}.") from error
+    if not any(texts):
+        raise ValueError(f"{file} has no text to measure on: pass another --text.")
     length = config.max_position_embeddings
     if not is_causal:
         ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
@@ -70,21 +71,19 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     num_bytes = 0
     for text in texts:
         text = text[: 16 * MAX_TOKENS]
-        start = tokenizer.bos_token or ""
+        start = tokenizer.bos_token or tokenizer.eos_token or ""
         ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
         windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
         num_bytes += len(text.encode())
         if sum(map(len, windows)) > MAX_TOKENS:
             break
-    if not windows:
-        raise ValueError(f"{file} has no text to measure on: pass another --text.")
     return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
 
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
     if config.problem_type == "regression":
         return np.array(label, np.float32).reshape(config.num_labels)
-    names, known = [label] if isinstance(label, str) else label, [config.id2label[index] for index in range(config.num_labels)]
+    names, known = [label] if isinstance(label, str) else label, [*config.id2label.values()]
     if unknown := set(names) - set(known):
         raise ValueError(f"the model has no label {unknown.pop()}")
     return np.isin(known, names)
@@ -122,32 +121,30 @@ def write_smaller(
     """Write the smallest format of the graph that costs no more than 1 %.
 
     Returns:
-        transformers.js's name of the format, or fp32 if each costs more; and for each that was tried a line with its cost.
+        transformers.js's name of the format, or fp32 if each costs more; and for each that was measured a line with its cost.
     """
-    graph, lines, accepted = directory / GRAPH, [], {}
+    graph, lines, chosen = directory / GRAPH, [], "fp32"
     before, is_classifier = loss(graph), "Classification" in config.architectures[0]
-    for name, (_, title) in FORMATS.items():
-        file = directory / f"{name}.onnx"
+    files = {directory / f"{name}.onnx": name for name in FORMATS}
+    for file, name in files.items():
         _write_format(graph, file, name)
-        after = loss(file)
+    for file in sorted(files, key=lambda file: file.stat().st_size):
+        after, (path, title) = loss(file), FORMATS[files[file]]
         if is_classifier and config.problem_type != "regression":
             cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
         else:
             cost = after / before - 1
             values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
-        size, full_size = (path.stat().st_size / 1e6 for path in (file, graph))
+        small, large = (each.stat().st_size / 1e6 for each in (file, graph))
         verdict = "" if cost <= MAX_COST else ": more than 1 %, not used"
-        lines.append(f"{title}: {size:.1f} MB instead of {full_size:.1f}; {values} on {source}{verdict}")
+        lines.append(f"{title}: {small:.1f} MB instead of {large:.1f}; {values} on {source}{verdict}")
         if cost <= MAX_COST:
-            accepted[file] = name
-        if name in accepted.values() and name == "q8":
-            break  # the smallest
-    best = min(accepted, key=lambda file: file.stat().st_size, default=None)
-    if best:
-        best.rename(directory / FORMATS[accepted[best]][0])
-    for file in directory.glob("*.onnx"):
-        file.unlink()
-    return accepted[best].partition(" ")[0] if best else "fp32", lines
+            chosen = files[file].partition(" ")[0]
+            file.rename(directory / path)
+            break
+    for file in files:
+        file.unlink(missing_ok=True)
+    return chosen, lines
 
 
 def _write_format(graph: Path, file: Path, name: str) -> None:
@@ -155,14 +152,20 @@ def _write_format(graph: Path, file: Path, name: str) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    model = onnx.load(graph)
     with silenced():
         if name == "fp16":
-            onnx.save(convert_float_to_float16(onnx.load(graph), keep_io_types=True), file)
+            onnx.save(convert_float_to_float16(model, keep_io_types=True), file)
             return
-        nodes = onnx.load(graph, load_external_data=False).graph.node if name != "q8" else []
-        kept = [node.name for node in nodes if "logits" in node.output or "input_ids" in node.input]
+        nodes, weights = model.graph.node, {tensor.name: tensor for tensor in model.graph.initializer}
+        # A tied head multiplies by the transposed embedding, which is quantized only if it is a constant.
+        for node in [node for node in nodes if node.op_type == "Transpose" and node.input[0] in weights]:
+            transposed = onnx.numpy_helper.to_array(weights[node.input[0]]).T
+            model.graph.initializer.append(onnx.numpy_helper.from_array(transposed, node.output[0]))
+            nodes.remove(node)
+        kept = [node.name for node in nodes if name != "q8" and ("logits" in node.output or "input_ids" in node.input)]
         # Unsigned: sums of products with signed weights overflow on processors with AVX2 and without VNNI.
-        quantize_dynamic(graph, file, weight_type=QuantType.QUInt8, nodes_to_exclude=kept)
+        quantize_dynamic(model, file, weight_type=QuantType.QUInt8, nodes_to_exclude=kept)
 
 
 def write_configs(directory: Path, model: PreTrainedModel, config: PreTrainedConfig, data_type: str) -> None:
@@ -179,28 +182,20 @@ def write_configs(directory: Path, model: PreTrainedModel, config: PreTrainedCon
     generation = model.generation_config
     generation.save_pretrained(directory)
     ours, names = model.config, ("key", "value")
-    decoder = {
+    decoder = {name: getattr(ours, name) for name in SIZES} | {
         "filename": GRAPH,
         "head_size": ours.head_dim,
         "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
         | {f"past_{name}_names": f"past_key_values.%d.{name}" for name in names},
         "outputs": {"logits": "logits"} | {f"present_{name}_names": f"present.%d.{name}" for name in names},
         "session_options": {"provider_options": []},
-        **{
-            name: getattr(ours, name)
-            for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-        },
     }
-    genai = {
+    genai = {name: value for name in SPECIAL_IDS if (value := getattr(ours, name)) is not None}
+    genai |= {
         "type": "decoder",
         "context_length": ours.max_position_embeddings,
         "vocab_size": ours.vocab_size,
         "decoder": decoder,
-        **{
-            name: value
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if (value := getattr(ours, name)) is not None
-        },
     }
     options = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     search = {name: value for name in options if (value := getattr(generation, name)) is not None}
