@@ -1,4 +1,7 @@
-"""Atomic writes: a file or a directory appears under its name when all of it is on the disk, or not at all."""
+"""Atomic writes: a file or a directory appears under its name when all of it is on the disk, or not at all.
+
+Files get the mode of the umask, whatever wrote them: safetensors creates files that only their owner can read.
+"""
 
 import os
 import secrets
@@ -14,8 +17,11 @@ PREFIX = ".writing-"
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`. What is written there replaces `path` at the end; after an error it is deleted."""
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}-{path.name}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -34,9 +40,12 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f"{PREFIX}{secrets.token_hex(8)}"
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         if not exists:
             os.replace(temporary, directory)

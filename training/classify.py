@@ -10,6 +10,7 @@ a docstring comes from. training/predict.py labels texts with the result.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,9 @@ class ClassifyRecipe(Recipe[Any]):
     def evaluate_test(self, model: Any) -> None:
         if "test" in self.dataloaders:
             self.accelerator.print(f"Test split, evaluated once, at the end: {self.evaluate(model, 'test')}\n")
+
+    def held_out_rows(self) -> Iterable[dict[str, Any]]:
+        return ({"text": example.text, "label": example.label} for example in self.examples.splits["validation"])
 
     def write_results(self, directory: Path, result: TrainResult) -> None:
         scores = json.dumps(self._results(result), indent=2, ensure_ascii=False)

@@ -9,6 +9,7 @@ function from its signature. training/judge.py has the answers of a finished run
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -236,6 +237,9 @@ class InstructRecipe(Recipe[LMMetrics]):
         self.test_results = {"test": {**vars(metrics), **vars(scores)}, "base": vars(base_scores)}
         self.response_rows = responses.response_rows(conversations, untuned, tuned)
         accelerator.print(f"Test split, evaluated once, at the end: {metrics}\nAnswers: {scores}; of the base: {base_scores}\n")
+
+    def held_out_rows(self) -> Iterable[dict[str, Any]]:
+        return ({"messages": conversation.messages} for conversation in self.tokenized["validation"].conversations)
 
     def write_results(self, directory: Path, result: TrainResult[LMMetrics]) -> None:
         (directory / SCORES).write_text(json.dumps(self._results(result), indent=2), encoding="utf-8")

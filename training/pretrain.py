@@ -9,7 +9,7 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,9 @@ class PretrainRecipe(Recipe[LMMetrics]):
         if "test" in self.dataloaders:
             self.test = self.evaluate(model, "test")
             self.accelerator.print(f"Test text, evaluated once, at the end: {self.test}\n")
+
+    def held_out_rows(self) -> Iterable[dict[str, Any]]:
+        return ({"text": text} for batch in self.texts["validation"].iter(batch_size=100) for text in batch["text"])
 
     def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
         arguments, part = self.arguments, ""

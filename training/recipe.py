@@ -5,11 +5,12 @@ Read `run_recipe` first: every run is these steps. pretrain.py, classify.py and 
 
 import hashlib
 import inspect
+import json
 import os
 import platform
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_scratchgpt.convert.web import HELD_OUT
 from modeling_scratchgpt.lora import trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
@@ -31,6 +33,8 @@ from training.engine.run_folder import CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
 from training.errors import explain_out_of_memory, quiet
 from training.results.cards import CardContent, format_command, write_card
+
+HELD_OUT_BYTES = 500_000
 
 
 class Recipe(Task[Metrics]):
@@ -69,6 +73,10 @@ class Recipe(Task[Metrics]):
     @abstractmethod
     def evaluate_test(self, model: Any) -> None:
         """Evaluate the final model on the test split, if there is one, and print and keep the metrics."""
+
+    @abstractmethod
+    def held_out_rows(self) -> Iterable[dict[str, Any]]:
+        """The validation split as rows with `text` or `messages`, and `label`: the ONNX export measures its 8 bits on them."""
 
     def write_results(self, directory: Path, result: TrainResult[Metrics]) -> None:
         """Write metrics, pictures and examples that the card does not hold. Only the main process calls it."""
@@ -137,11 +145,21 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
             recipe.save_model(model, directory, weights)
             draw_loss(run_folder.history, directory / CURVE, recipe.loss_unit)
             recipe.write_results(directory, result)
+            write_held_out(directory, recipe.held_out_rows())
             write_card(directory, recipe.arguments, recipe.card(result), facts)
     path = str(run_folder.path)
     accelerator.print(
         f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
     )
+
+
+def write_held_out(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the first rows, for use on this machine: they are not uploaded."""
+    with open(directory / HELD_OUT, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            if file.tell() > HELD_OUT_BYTES:
+                break
 
 
 def parameters(model: PreTrainedModel) -> str:

@@ -9,7 +9,7 @@
     # from ScratchGPT
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/qwen3 --to qwen3         # transformers; also gpt2
     python -m modeling_scratchgpt.convert outputs/pretrain outputs/gguf --to gguf --type q8_0    # llama.cpp
-    python -m modeling_scratchgpt.convert outputs/pretrain outputs/onnx --to onnx           # onnxruntime
+    python -m modeling_scratchgpt.convert outputs/pretrain outputs/web --to onnx    # browsers, onnxruntime; also classifiers
 
 The outputs are compared with those of the equivalent model in transformers (for ONNX: of onnxruntime), and a model that differs
 is refused. DESTINATION is a new directory, which is written completely or not at all.
@@ -29,9 +29,10 @@ from transformers import PreTrainedConfig, TokenizersBackend
 
 from ..atomic import atomic_directory
 from .gguf import TYPES, check_gguf, write_gguf
-from .onnx import FILE as ONNX_FILE
 from .onnx import onnx_logits, write_onnx
-from .reading import LoadedModel, read, tokenizer_as, tokenizer_of
+from .reading import LoadedModel, read, stock_config, tokenizer_as, tokenizer_of
+from .tokenizer_js import as_tokenizer_js, check_tokenizer_js
+from .web import GRAPH, HELD_OUT, read_held_out, write_card, write_configs, write_smaller
 
 GGUF_FILE = "model.gguf"
 TOLERANCE = 1e-4  # absolute for logits up to 1, above that relative to the largest
@@ -73,7 +74,7 @@ def _verify(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, referenc
     return f"Largest difference from {reference}: {difference:.1e}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modeling_scratchgpt.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SOURCE", help="model to convert: a file, a directory or a Hub id")
@@ -85,7 +86,15 @@ def main() -> None:
         "--hidden_act", help="activation, if SOURCE is a bare state dict (default: gelu_new, GPT-2's; gelu for nanoGPT)"
     )
     parser.add_argument("--tokenizer", help="directory or Hub id of a tokenizer, if SOURCE has none")
-    arguments = parser.parse_args()
+    parser.add_argument("--attentions", action="store_true", help="ONNX: also return the weights of all attention heads")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="ONNX: measure what 8 bits cost on this text, or JSON lines with text or messages, and label "
+        "(default: what the training run of SOURCE has held out)",
+    )
+    arguments = parser.parse_args(argv)
     try:
         with warnings.catch_warnings(action="ignore"):  # what libraries warn about is an error here
             convert(arguments)
@@ -108,6 +117,8 @@ def convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"DESTINATION {destination} exists: pass the name of a new directory.")
     if arguments.type and arguments.to != "gguf":
         raise ValueError(f"--type {arguments.type} is for --to gguf: leave it out.")
+    if (arguments.attentions or arguments.text) and arguments.to != "onnx":
+        raise ValueError("--attentions and --text are for --to onnx: leave them out.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     loaded = read(arguments.source, arguments.to, arguments.num_attention_heads, arguments.hidden_act)
@@ -137,6 +148,8 @@ def convert(arguments: argparse.Namespace) -> None:
         print(verify_outputs(loaded))
     if arguments.to == "gguf":
         check_gguf(loaded.reference.config.model_type, config, loaded.tokenizer)
+    if arguments.to == "onnx" and loaded.tokenizer:
+        check_tokenizer_js(loaded.tokenizer)
     with atomic_directory(destination) as directory:
         _write(loaded, directory, arguments)
     print(_describe_result(loaded, destination, arguments.to))
@@ -157,22 +170,42 @@ def _write(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) 
             print(f"Read back from {data_type}. {verify_outputs(loaded, ROUNDING[data_type])}")
             return
         case "onnx":
-            write_onnx(directory, loaded.model.float())
-            ids = _random_ids(loaded.model.config)
-            with torch.no_grad():
-                ours = loaded.model(ids).logits
-            print(_verify(ours, onnx_logits(directory / ONNX_FILE, ids), TOLERANCE, "onnxruntime"))
+            _write_web(loaded, directory, arguments)
+            return
         case to:
             (loaded.reference if to else loaded.model).save_pretrained(directory)
     if tokenizer:
         tokenizer.save_pretrained(directory)
 
 
+def _write_web(loaded: LoadedModel, directory: Path, arguments: argparse.Namespace) -> None:
+    """Write the graph of a model, the same with fewer bits, and what transformers.js needs beside it."""
+    model, tokenizer, data_type = loaded.model.float(), loaded.tokenizer, "fp32"
+    config = stock_config(model)
+    held_out = arguments.text or Path(arguments.source, HELD_OUT)
+    loss = None
+    if tokenizer and (arguments.text or held_out.is_file()):
+        loss = read_held_out(held_out, config, tokenizer)  # raises its errors before any work
+    write_onnx(directory / GRAPH, model, arguments.attentions)
+    ids = _random_ids(model.config)
+    with torch.no_grad():
+        ours = model(ids).logits
+    print(_verify(ours, onnx_logits(directory / GRAPH, ids), TOLERANCE, "onnxruntime"))
+    lines = ["32 bits only: to measure what 8 bits cost, pass --text FILE."]
+    if loss:
+        data_type, lines = write_smaller(directory, config, loss, held_out.name)
+    print(*lines, sep="\n")
+    write_configs(directory, model, config, data_type)
+    write_card(directory, Path(arguments.source).resolve().name, tokenizer, hasattr(model, "lm_head"), lines)
+    if tokenizer:
+        as_tokenizer_js(tokenizer_as(TokenizersBackend, tokenizer)).save_pretrained(directory, save_jinja_files=False)
+
+
 def _describe_result(loaded: LoadedModel, destination: Path, to: str | None) -> str:
     if to == "gguf":
         return f"Wrote {destination / GGUF_FILE} for llama.cpp and programs based on it."
     if to == "onnx":
-        return f"Wrote {destination / ONNX_FILE} for onnxruntime."
+        return f"{destination}/ is for transformers.js, onnxruntime and onnxruntime-genai."
     name, trust = (type(loaded.reference).__name__, "") if to else ("ScratchGPT", ", trust_remote_code=True")
     model = f"a complete {name}" if loaded.tokenizer else f"a {name} without a tokenizer"
     return f"{destination}/ is {model}: {loaded.model._auto_class}.from_pretrained({str(destination)!r}{trust})"

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from .. import modeling_scratchgpt
 from ..configuration_scratchgpt import ScratchGPTConfig
@@ -313,17 +315,23 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
     fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "scratchgpt":
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
-    if (architecture := (fields.get("architectures") or [""])[0]) and not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"{source} is a {architecture}: --to takes a language model, a ScratchGPTForCausalLM.")
+    architecture = (fields.get("architectures") or ["ScratchGPTForCausalLM"])[0]
+    heads = ["ForCausalLM", *(["ForSequenceClassification"] if to == "onnx" else [])]
+    if not architecture.endswith(tuple(heads)):
+        allowed = " or a ".join(f"ScratchGPT{head}" for head in heads)
+        raise ValueError(f"{source} is a {architecture}: --to {to} takes a {allowed}.")
     if Path(source, "adapter_config.json").is_file():
         raise ValueError(f"{source} also has an adapter, which would be lost: merge it into the model first.")
     _check_safetensors(Path(source))
     our_config = ScratchGPTConfig.from_dict(fields)
     if to == "onnx":
         check_onnx(our_config)
-        return LoadedModel("ScratchGPT", _load(ScratchGPTForCausalLM, source), None, *tokenizer_of(source))
+        as_transformers(our_config, stock_type(our_config))
+        head = next(head for head in heads if architecture.endswith(head))
+        model_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}")
+        return LoadedModel("ScratchGPT", _load(model_class, source), None, *tokenizer_of(source))
     if to == "gguf":
-        to = "qwen3" if our_config.position_embedding_type == "rotary" else "gpt2"
+        to = stock_type(our_config)
     as_transformers(our_config, to)  # raises its errors before the weights are loaded
     model = _load(ScratchGPTForCausalLM, source)
     config = as_transformers(model.config, to)
@@ -331,6 +339,20 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
     reference = REFERENCES[to].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     reference.generation_config = model.generation_config
     return LoadedModel("ScratchGPT", model, reference, *tokenizer_of(source))
+
+
+def stock_type(config: PreTrainedConfig) -> str:
+    """The model type of transformers that can be equivalent to a ScratchGPT."""
+    return "qwen3" if config.position_embedding_type == "rotary" else "gpt2"
+
+
+def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the equivalent language model or classifier of transformers."""
+    model_type = stock_type(model.config)
+    config = as_transformers(model.config, model_type)
+    table = CAUSAL_LM if hasattr(model, "lm_head") else CLASSIFIERS
+    config.architectures, config.problem_type = [table[model_type]], model.config.problem_type
+    return config
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from modeling_scratchgpt import atomic
 from modeling_scratchgpt.atomic import atomic_directory, atomic_file, remove_abandoned
@@ -87,13 +89,17 @@ def test_two_writers_at_once_have_their_own_temporaries(write, tmp_path):
 
 @pytest.mark.parametrize(("umask", "file_mode", "directory_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_the_mode_follows_the_umask(umask, file_mode, directory_mode, tmp_path):
+    """Also that of weights: safetensors creates files that only their owner can read."""
     before = os.umask(umask)
     try:
         with atomic_file(tmp_path / "file") as temporary:
-            temporary.write_text("text")
-        with atomic_directory(tmp_path / "directory"):
-            pass
+            save_file({"weight": torch.zeros(1)}, temporary)
+        with atomic_directory(tmp_path / "directory") as temporary:
+            for path in (temporary / "weights", temporary / "onnx" / "weights"):
+                path.parent.mkdir(exist_ok=True)
+                save_file({"weight": torch.zeros(1)}, path)
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == file_mode
-    assert (tmp_path / "directory").stat().st_mode & 0o777 == directory_mode
+    files = [tmp_path / "file", tmp_path / "directory" / "weights", tmp_path / "directory" / "onnx" / "weights"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {file_mode}
+    assert {path.parent.stat().st_mode & 0o777 for path in files[1:]} == {directory_mode}

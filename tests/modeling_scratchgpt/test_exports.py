@@ -1,8 +1,14 @@
 """Export by the command to transformers, GGUF and ONNX, compared with the outputs of programs that read these."""
 
+import json
+import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -13,6 +19,7 @@ from modeling_scratchgpt import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
     ScratchGPTForSequenceClassification,
+    ScratchGPTForTokenClassification,
     ScratchGPTTokenizer,
 )
 from tests.conftest import IS_CURRENT, MODERN, ROOT, TINY, shaken
@@ -86,10 +93,11 @@ def test_a_round_trip_through_qwen3_loses_nothing(dtype, save, tmp_path, convert
     assert difference(again.float(), reference.float()) < 1e-5
 
 
-def test_a_classifier_is_not_exported(tmp_path, refused):
-    ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
-    output = refused(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
-    assert "is a ScratchGPTForSequenceClassification: --to takes a language model" in output
+def test_other_heads_are_not_exported(tmp_path, refused):
+    ScratchGPTForTokenClassification(ScratchGPTConfig(**TINY)).save_pretrained(tmp_path / "ours")
+    for to, other in (("gpt2", ""), ("onnx", " or a ScratchGPTForSequenceClassification")):
+        output = refused(tmp_path / "ours", tmp_path / "out", "--to", to)
+        assert f"is a ScratchGPTForTokenClassification: --to {to} takes a ScratchGPTForCausalLM{other}." in output
 
 
 @pytest.mark.parametrize(
@@ -164,48 +172,162 @@ def test_models_that_gguf_cannot_express_are_refused(fields, kind, expected, sav
 # --to onnx --------------------------------------------------------------------------------------------------------------
 
 can_write_onnx = pytest.mark.skipif(not IS_CURRENT, reason="takes transformers 5.23")
+GRAPH = "onnx/model.onnx"
+
+
+def bits_per_byte(model: Any, tokenizer: ScratchGPTTokenizer, text: str) -> float:
+    """By hand: windows of all positions, each but the first beginning with the last token of the one before."""
+    ids, nats = tokenizer(f"<|bos|>{text}", return_tensors="pt")["input_ids"], 0.0
+    for start in range(0, ids.shape[1] - 1, 63):
+        window = ids[:, start : start + 64]
+        with torch.no_grad():
+            logits = model(window).logits[0, :-1]
+        nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / len(text.encode())
 
 
 @can_write_onnx
 @pytest.mark.parametrize(("fields", "dtype"), [({}, torch.bfloat16), (MODERN, torch.float32)], ids=["gpt2 in bf16", "qwen3"])
 def test_onnxruntime_generates_the_same(fields, dtype, save, tmp_path, convert):
-    ours, _ = save(fields, dtype)
-    config = ours.float().config
-    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    """With padding, a cache, the attention of all heads, and 8 bits whose cost is measured."""
+    ours, tokenizer = save(fields, dtype)
+    ours.float().set_attn_implementation("eager")
+    text = f"{TEXT}, naïve 🙂 " * 9
+    (tmp_path / "text.txt").write_text(text)
+    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx", "--attentions", "--text", tmp_path / "text.txt")
     assert "Largest difference from onnxruntime: " in output
     assert "torch.onnx" not in output
-    for file in (tmp_path / "out").iterdir():  # no path of this machine
+    size, full, before, after = re.search(r"8 bits: (\S+) MB instead of (\S+); bits per byte (\S+) -> (\S+) ", output).groups()
+    assert float(before) == pytest.approx(bits_per_byte(ours, tokenizer, text), abs=2e-4)
+    assert float(before) * 0.9 < float(after) < float(before) * 1.01
+    sizes = [round((tmp_path / "out" / name).stat().st_size / 1e6, 1) for name in (GRAPH, "onnx/model_quantized.onnx")]
+    assert [float(full), float(size)] == sizes
+    assert re.search("^8 bits.*", output, re.MULTILINE)[0] in (tmp_path / "out" / "README.md").read_text()
+    for file in filter(Path.is_file, (tmp_path / "out").rglob("*")):  # no path of this machine
         assert str(ROOT).encode() not in file.read_bytes(), file.name
         assert b"site-packages" not in file.read_bytes(), file.name
 
-    from transformers.exporters.base import ExportedModel
+    session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH)
+    past, present = (
+        [f"{name}.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")] for name in ("past_key_values", "present")
+    )
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask", "position_ids", *past]
+    assert [value.name for value in session.get_outputs()] == ["logits", *present, "attentions.0", "attentions.1"]
+    heads = ours.config.num_key_value_heads
+    assert session.get_inputs()[1].shape == ["batch_size", "total_sequence_length"]
+    assert session.get_inputs()[3].shape == ["batch_size", heads, "past_sequence_length", 8]
+    assert session.get_outputs()[0].shape == ["batch_size", "sequence_length", 300]
+    assert session.get_outputs()[-1].shape == ["batch_size", 4, "sequence_length", "total_sequence_length"]
 
-    exported = ExportedModel.from_pretrained(tmp_path / "out")  # transformers' reader, on a batch with padding
-    texts = ["to be, or not", "the question 12 that is"]
-    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(texts, return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(["to be, or not", "the question 12 that is"], return_tensors="pt", padding=True, padding_side="left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     expected = ours.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
-    shape = (2, config.num_key_value_heads, 0, config.head_dim)
-    cache = transformers.DynamicCache([(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)])
+    cache = {name: np.zeros((2, heads, 0, 8), np.float32) for name in past}
     positions, made = (mask.cumsum(1) - 1).clamp(min=0), []
     for _ in range(8):
-        output = exported(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-        scores = output.logits[:, -1]
-        scores[:, config.eos_token_id] = -torch.inf
-        ids, cache = scores.argmax(-1, keepdim=True), output.past_key_values
+        tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        logits, *states = session.run(None, {name: tensor.numpy() for name, tensor in tokens.items()} | cache)
+        if not made:
+            attention = ours(**batch, output_attentions=True).attentions[1].detach().numpy()
+            np.testing.assert_allclose(states[-1][0], attention[0], atol=1e-5)
+        cache = dict(zip(past, states, strict=False))
+        scores = torch.from_numpy(logits)[:, -1]
+        scores[:, ours.config.eos_token_id] = -torch.inf
+        ids = scores.argmax(-1, keepdim=True)
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
         made.append(ids)
     assert torch.equal(torch.cat(made, 1), expected)
 
 
 @can_write_onnx
+def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, convert):
+    """One weight of the head is so large that 8 bits have no room for the others. What it is multiplied by is always zero."""
+    ours, tokenizer = save({**MODERN, "tie_word_embeddings": False})
+    ids, optimizer = tokenizer(TEXT, return_tensors="pt")["input_ids"], torch.optim.AdamW(ours.parameters(), lr=0.01)
+    for _ in range(30):
+        ours(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        ours.model.norm.weight[0], ours.lm_head.weight[299, 0] = 0, 2000
+    ours.save_pretrained(tmp_path / "ours")
+    rows = [{"messages": [{"role": "user", "content": TEXT}]}, {"text": TEXT}]
+    (tmp_path / "ours" / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "ours")
+    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    lines = re.findall("^(8 bits|8 bits, head and embedding 32|16 bits): .* on held_out.jsonl(.*)$", output, re.MULTILINE)
+    assert lines[0] == ("8 bits", ": more than 1 %, not used")
+    assert lines[1] == ("8 bits, head and embedding 32", "")
+    assert len(lines) == 3
+    assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == [
+        "model.onnx",
+        "model_fp16.onnx",
+    ]  # the smallest
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["transformers.js_config"] == {"dtype": "fp16"}
+
+
+@can_write_onnx
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_classifier_is_exported_with_its_pooling(pooling, tmp_path, convert):
+    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "single_label_classification"}
+    ours = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, **labels, classifier_pooling=pooling))
+    shaken(ours, 0.3).save_pretrained(tmp_path / "ours")
+    tokenizer = ScratchGPTTokenizer.train([TEXT] * 9, 290)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    texts = ["to be", "the question 12 that is", "not", "or 1"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = ours(**batch).logits
+    predicted = [ours.config.id2label[index] for index in expected.argmax(-1).tolist()]
+    labels_given = ["b" if predicted[0] == "a" else "a", *predicted[1:]]  # the first is wrong
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels_given, strict=True)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx", "--text", tmp_path / "text.jsonl")
+    assert "accuracy 75.00% -> " in output
+    session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH)
+    assert [value.name for value in session.get_outputs()] == ["logits"]
+    (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.architectures, config.id2label) == (["GPT2ForSequenceClassification"], labels["id2label"])
+
+
+@can_write_onnx
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "change", "expected"),
     [
-        ({**MODERN, "rope_parameters": {**SCALED, "rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
-        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX requires at least 7"),
+        ({**MODERN, "rope_parameters": {**SCALED, "rope_type": "dynamic"}}, None, "rope_type is 'dynamic'"),
+        ({"max_position_embeddings": 4}, None, "max_position_embeddings is 4: ONNX requires at least 7"),
+        ({"num_key_value_heads": 2}, None, "num_key_value_heads is 2, but a gpt2 model has only 4"),
+        ({}, normalizers.BertNormalizer(), "as Python does: it has normalizer BertNormalizer"),
+        ({}, normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "as Python does: it has normalizer Strip"),
     ],
 )
-def test_models_that_onnx_cannot_express_are_refused(fields, expected, save, tmp_path, refused):
-    save(fields)
+def test_models_that_onnx_cannot_express_are_refused(fields, change, expected, save, tmp_path, refused):
+    _, tokenizer = save(fields)
+    if change:
+        tokenizer.backend_tokenizer.normalizer = change
+        tokenizer.save_pretrained(tmp_path / "ours")
     assert expected in refused(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+
+
+@can_write_onnx
+@pytest.mark.parametrize(
+    ("words", "content", "expected"),
+    [
+        (
+            ["--to", "onnx"],
+            '{"title": "a"}',
+            "text.jsonl cannot be measured on (KeyError('text')): pass JSON lines with text or",
+        ),
+        (["--to", "onnx"], "", "text.jsonl has no text to measure on: pass another --text"),
+        (["--to", "gguf"], "", "--attentions and --text are for --to onnx: leave them out"),
+    ],
+)
+def test_a_text_to_measure_on_is_checked_first(words, content, expected, save, tmp_path, refused):
+    save({})
+    (tmp_path / "text.jsonl").write_text(content)
+    assert expected in refused(tmp_path / "ours", tmp_path / "out", *words, "--text", tmp_path / "text.jsonl")

@@ -30,7 +30,7 @@ from training.errors import UserError
 def test_the_model_directory_is_complete(run):
     code = ("configuration_scratchgpt", "modeling_scratchgpt", "tokenization_scratchgpt")
     code += ("cross_entropy", "attention", "interchange", "packed_linear")
-    files = {"README.md", "checkpoints", "config.json", "generation_config.json", "loss.png", "metrics.jsonl"}
+    files = {"README.md", "checkpoints", "config.json", "generation_config.json", "held_out.jsonl", "loss.png", "metrics.jsonl"}
     files |= {"model.safetensors", "tokenizer.json", "tokenizer_config.json", *(f"{name}.py" for name in code)}
     assert {path.name for path in run.iterdir()} == files
     model = ScratchGPTForCausalLM.from_pretrained(run)

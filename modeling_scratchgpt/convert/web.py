@@ -1,0 +1,216 @@
+"""The files beside the graph of an ONNX export: the same graph with fewer bits, configs, and a card.
+
+Notable:
+- What fewer bits cost is measured, on the text that training has held out or on `--text FILE`. A format that costs more than
+  1 % is not written.
+- WebGPU computes 8 bits wrong on many graphics cards, without an error: there, transformers.js is told to use 32 bits.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..interchange import SPECIAL_IDS
+from .onnx import OnnxModel, silenced
+
+HELD_OUT = "held_out.jsonl"  # in the directory of a training run
+MAX_COST = 0.01
+MAX_TOKENS = 20_000  # to measure on
+GRAPH = "onnx/model.onnx"
+SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+FORMATS = {  # by what transformers.js calls them: the file, and the name for people
+    "q8": ("onnx/model_quantized.onnx", "8 bits"),
+    "q8 except head and embedding": ("onnx/model_quantized.onnx", "8 bits, head and embedding 32"),
+    "fp16": ("onnx/model_fp16.onnx", "16 bits"),
+}
+CAUSAL_USAGE = """import {{ pipeline }} from "@huggingface/transformers";
+
+const generate = await pipeline("text-generation", "PATH_OR_HUB_ID");
+console.log(await generate({example}, {{ max_new_tokens: 64 }}));"""
+CLASSIFIER_USAGE = """import { AutoModel, AutoTokenizer } from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("PATH_OR_HUB_ID");
+const { sessions, config } = await AutoModel.from_pretrained("PATH_OR_HUB_ID");
+const { input_ids, attention_mask } = tokenizer("a text");
+const inputs = { input_ids: input_ids.ort_tensor, attention_mask: attention_mask.ort_tensor };
+console.log(config.id2label, (await sessions.model.run(inputs)).logits.data);"""
+
+
+def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Callable[[Path], float]:
+    """Read what to measure on: a text, or JSON lines with `text` or `messages`, and for a classifier `label`.
+
+    Returns:
+        The loss of the graph in a file: bits per byte; of a classifier the share of wrong labels, or its mean squared error.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or has other fields.
+    """
+    content, is_causal = file.read_text("utf-8"), "Classification" not in config.architectures[0]
+    try:
+        rows = [json.loads(line) for line in content.splitlines()] if file.suffix == ".jsonl" else [{"text": content}]
+        texts = [
+            tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"] for row in rows
+        ]
+        targets = [] if is_causal else [_target(row["label"], config) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        needed = "text or messages" if is_causal else "text and label"
+        raise ValueError(f"{file} cannot be measured on ({error!r}): pass JSON lines with {needed}.") from error
+    if not any(texts):
+        raise ValueError(f"{file} has no text to measure on: pass another --text.")
+    length = config.max_position_embeddings
+    if not is_causal:
+        ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+        return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
+    windows: list[list[int]] = []
+    num_bytes = 0
+    for text in texts:
+        text = text[: 16 * MAX_TOKENS]
+        start = tokenizer.bos_token or tokenizer.eos_token or ""
+        ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
+        windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
+        num_bytes += len(text.encode())
+        if sum(map(len, windows)) > MAX_TOKENS:
+            break
+    return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
+
+
+def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
+    if config.problem_type == "regression":
+        return np.array(label, np.float32).reshape(config.num_labels)
+    names, known = [label] if isinstance(label, str) else label, [*config.id2label.values()]
+    if unknown := set(names) - set(known):
+        raise ValueError(f"the model has no label {unknown.pop()}")
+    return np.isin(known, names)
+
+
+def _bits(model: OnnxModel, windows: list[list[int]]) -> float:
+    """The information in the tokens of all windows, excluding the first of each."""
+    nats = 0.0
+    for window in windows:
+        logits = model(np.array([window]))[0][0, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), window[1:]]).sum()
+    return nats / math.log(2)
+
+
+def _classification_loss(
+    model: OnnxModel, texts: list[list[int]], targets: list[np.ndarray], config: PreTrainedConfig
+) -> float:
+    losses = []
+    for ids, target in zip(texts, targets, strict=True):
+        logits = model(np.array([ids]))[0][0]
+        match config.problem_type:
+            case "regression":
+                losses.append(np.square(logits - target).mean())
+            case "multi_label_classification":
+                losses.append(((logits > 0) != target).mean())
+            case _:
+                losses.append(not target[logits.argmax()])
+    return float(np.mean(losses))
+
+
+def write_smaller(
+    directory: Path, config: PreTrainedConfig, loss: Callable[[Path], float], source: str
+) -> tuple[str, list[str]]:
+    """Write the smallest format of the graph that costs no more than 1 %.
+
+    Returns:
+        transformers.js's name of the format, or fp32 if each costs more; and for each that was measured a line with its cost.
+    """
+    graph, lines, chosen = directory / GRAPH, [], "fp32"
+    before, is_classifier = loss(graph), "Classification" in config.architectures[0]
+    files = {directory / f"{name}.onnx": name for name in FORMATS}
+    for file, name in files.items():
+        _write_format(graph, file, name)
+    for file in sorted(files, key=lambda file: file.stat().st_size):
+        after, (path, title) = loss(file), FORMATS[files[file]]
+        if is_classifier and config.problem_type != "regression":
+            cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
+        else:
+            cost = after / before - 1
+            values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
+        small, large = (each.stat().st_size / 1e6 for each in (file, graph))
+        verdict = "" if cost <= MAX_COST else ": more than 1 %, not used"
+        lines.append(f"{title}: {small:.1f} MB instead of {large:.1f}; {values} on {source}{verdict}")
+        if cost <= MAX_COST:
+            chosen = files[file].partition(" ")[0]
+            file.rename(directory / path)
+            break
+    for file in files:
+        file.unlink(missing_ok=True)
+    return chosen, lines
+
+
+def _write_format(graph: Path, file: Path, name: str) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(graph)
+    with silenced():
+        if name == "fp16":
+            onnx.save(convert_float_to_float16(model, keep_io_types=True), file)
+            return
+        nodes, weights = model.graph.node, {tensor.name: tensor for tensor in model.graph.initializer}
+        # A tied head multiplies by the transposed embedding, which is quantized only if it is a constant.
+        for node in [node for node in nodes if node.op_type == "Transpose" and node.input[0] in weights]:
+            transposed = onnx.numpy_helper.to_array(weights[node.input[0]]).T
+            model.graph.initializer.append(onnx.numpy_helper.from_array(transposed, node.output[0]))
+            nodes.remove(node)
+        kept = [node.name for node in nodes if name != "q8" and ("logits" in node.output or "input_ids" in node.input)]
+        # Unsigned: sums of products with signed weights overflow on processors with AVX2 and without VNNI.
+        quantize_dynamic(model, file, weight_type=QuantType.QUInt8, nodes_to_exclude=kept)
+
+
+def write_configs(directory: Path, model: PreTrainedModel, config: PreTrainedConfig, data_type: str) -> None:
+    """Write the configs: of the equivalent model in transformers, of generation, and of onnxruntime-genai."""
+    settings: dict[str, Any] = {"dtype": data_type}
+    if data_type == "q8":
+        settings["device_config"] = {"webgpu": {"dtype": "fp32"}}
+    if (directory / f"{GRAPH}_data").exists():
+        settings["use_external_data_format"] = {"model.onnx": 1}
+    setattr(config, "transformers.js_config", settings)
+    config.save_pretrained(directory)
+    if not hasattr(model, "lm_head"):
+        return
+    generation = model.generation_config
+    generation.save_pretrained(directory)
+    ours, names = model.config, ("key", "value")
+    decoder = {name: getattr(ours, name) for name in SIZES} | {
+        "filename": GRAPH,
+        "head_size": ours.head_dim,
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+        | {f"past_{name}_names": f"past_key_values.%d.{name}" for name in names},
+        "outputs": {"logits": "logits"} | {f"present_{name}_names": f"present.%d.{name}" for name in names},
+        "session_options": {"provider_options": []},
+    }
+    genai = {name: value for name in SPECIAL_IDS if (value := getattr(ours, name)) is not None}
+    genai |= {
+        "type": "decoder",
+        "context_length": ours.max_position_embeddings,
+        "vocab_size": ours.vocab_size,
+        "decoder": decoder,
+    }
+    options = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+    search = {name: value for name in options if (value := getattr(generation, name)) is not None}
+    search |= {"max_length": ours.max_position_embeddings, "past_present_share_buffer": False}
+    (directory / "genai_config.json").write_text(json.dumps({"model": genai, "search": search}, indent=2) + "\n")
+
+
+def write_card(
+    directory: Path, name: str, tokenizer: PreTrainedTokenizerBase | None, is_causal: bool, lines: list[str]
+) -> None:
+    """Write the card of an export: how to use it, and what its smaller format costs."""
+    task = "text-generation" if is_causal else "text-classification"
+    metadata = ModelCardData(library_name="transformers.js", pipeline_tag=task, tags=["onnx", "scratchgpt"])
+    example = '[{ role: "user", content: "Hello" }]' if tokenizer and tokenizer.chat_template else '"Once"'
+    usage = CAUSAL_USAGE.format(example=example) if is_causal else CLASSIFIER_USAGE
+    costs = "\n".join(f"- {line}" for line in lines)
+    text = f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\nA ScratchGPT as an ONNX graph, for browsers and onnxruntime.\n\n"
+    ModelCard(f"{text}```js\n{usage}\n```\n\n## Size\n\n{costs}\n").save(directory / "README.md")
