@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,7 +118,7 @@ def serving(app, model: Path, kind: str, handler: Any = None):
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
     """The packages of `NPM`, in a cache outside the tree."""
-    for program in ("chromium", "node", "npm"):
+    for program in ("chromium", "node", "npm", "openssl"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
     NPM_CACHE.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,38 @@ def node_modules() -> Path:
             if result.returncode:
                 pytest.skip(f"npm cannot install {' '.join(NPM)}: {result.stderr:.300}")
     return modules
+
+
+class CDN(SimpleHTTPRequestHandler):
+    """Serve packages by the paths of the page's CDN, `/npm/NAME@VERSION/FILE`."""
+
+    extensions_map = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(re.sub(r"^/npm/((?:@[^/]+/)?[^@/]+)@[^/]+/", r"/\1/", path))
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@contextmanager
+def serving_cdn(node_modules: Path, directory: Path):
+    """Serve the packages by HTTPS with a certificate made here, and return host and port."""
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
+    options = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=cdn.jsdelivr.net"]
+    subprocess.run(["openssl", "req", "-x509", *options, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(CDN, directory=str(node_modules)))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +184,7 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
     size = len(make_tokenizer()(TEXT)["input_ids"])
     with ExitStack() as stack:
         addresses = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
+        addresses["cdn"] = stack.enter_context(serving_cdn(node_modules, tmp_path_factory.mktemp("cdn")))
         addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
         addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
         file = tmp_path_factory.mktemp("driver") / "addresses.json"
@@ -169,7 +204,9 @@ def load_model(exports, kind: str = "chat") -> Any:
 
 def test_completion_streams_and_equals_generate(seen, exports):
     page, tokenizer = seen["completion"], make_tokenizer()
-    assert page["facts"] == "2 layers with 4 heads each · context of 64 tokens · vocabulary of 286 · 32-bit weights"
+    assert (
+        page["facts"] == "2 layers with 4 heads each · context of 64 tokens · vocabulary of 286 · 32-bit weights in WebAssembly"
+    )
     inputs = tokenizer("to be", return_tensors="pt")
     output = load_model(exports).generate(**inputs, do_sample=False, max_new_tokens=24)
     assert page["written"] == page["inspected"] == tokenizer.decode(output[0], skip_special_tokens=True)
@@ -230,7 +267,7 @@ def test_other_hosts_are_blocked_and_not_contacted(seen):
 
 def test_keyboard_and_labels(seen):
     page = seen["completion"]
-    expected = ["run", "clear", "inspected", "Tokens", "Next token", "Attention", "layer", "head", "Settings"]
+    expected = ["run", "clear", "Settings", "seed", "inspected", "Tokens", "Next token", "Attention", "layer", "head"]
     positions = [page["focus"].index(name) for name in expected]
     assert positions == sorted(positions)
     assert not page["unnamed"]
@@ -284,13 +321,13 @@ def test_failures_are_explained_and_retried(seen):
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.5, 7, 1.0), (0.8, 0, 0.6), (1.3, 9, 0.8), (0, 5, 0.5)])
 def test_sampling_excludes_what_transformers_excludes(node_modules, settings):
     temperature, top_k, top_p = settings
-    logits = torch.randn(1, 50, dtype=torch.float64)
+    logits = torch.randn(1, 50)
     program = f"""
         import {{ distribution, sample }} from "{WEB / "sampling.js"}";
-        const settings = {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }}, logits = {logits[0].tolist()};
-        const {{ ids, probabilities, kept }} = distribution(logits, settings);
+        const settings = {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }}, logits = Float32Array.from({logits[0].tolist()});
+        const {{ rows, kept }} = distribution(logits, settings, 50);
         const drawn = Array.from({{ length: 999 }}, (_, step) => sample(logits, settings, step / 999));
-        console.log(JSON.stringify([[...ids.subarray(0, kept)], [...probabilities], drawn]));
+        console.log(JSON.stringify([rows.slice(0, kept).map(({{ id }}) => id), rows.map((row) => row.probability), drawn]));
     """
     result = subprocess.run(["node", "--input-type=module", "-e", program], capture_output=True, text=True)
     kept, probabilities, drawn = json.loads(result.stdout)

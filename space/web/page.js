@@ -6,7 +6,7 @@ const TEXTS = { // labels of the text box, the button and the output
     classifier: ["Text", "Classify", "Classes"],
 };
 const DEFAULTS = { temperature: 1, top_k: 50, top_p: 1, repetition_penalty: 1, max_new_tokens: 128 };
-let kind = "", conversation = [], isRunning = false;
+let kind = "", conversation = [], isRunning = false, numInspections = 0;
 
 function element(tag, properties, ...children) {
     const node = Object.assign(document.createElement(tag), properties);
@@ -234,8 +234,6 @@ const VIEWS = {
         return [paragraph(note), table];
     },
 };
-
-let numInspections = 0;
 
 // Update the open views, unless there is a newer text or setting.
 async function inspect() {

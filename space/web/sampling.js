@@ -1,25 +1,33 @@
-// Sampling of the next token. transformers.js has no top-p, and its sampler cannot be seeded for one generation alone.
+// Sampling of the next token from a Float32Array of logits; the sampler of transformers.js has no top-p.
+const descending = (logits) => logits.slice().sort().reverse(); // without a comparator, which would take ten times as long
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+const toWeights = (logits, largest, temperature) => logits.map((logit) => Math.exp((logit - largest) / (temperature || 1)));
+const idsAbove = (logits, threshold) =>
+    logits.reduce((ids, logit, id) => (logit >= threshold && ids.push(id), ids), []);
 
-// Sort the tokens by probability, and count those that temperature, top-k and top-p leave, in the order of transformers.
-// The probabilities are those at the temperature, before top-k and top-p; temperature 0 is greedy and shows those at 1.
-export function distribution(logits, { temperature, top_k, top_p }) {
-    const ids = Uint32Array.from(logits, (_, id) => id).sort((a, b) => logits[b] - logits[a] || a - b);
-    const weights = Float64Array.from(ids, (id) => Math.exp((logits[id] - logits[ids[0]]) / (temperature || 1)));
-    const total = weights.reduce((sum, weight) => sum + weight, 0);
-    const probabilities = weights.map((weight) => weight / total);
-    if (!temperature) return { ids, probabilities, kept: 1 };
-    const limit = top_k ? Math.min(top_k, ids.length) : ids.length;
-    const mass = probabilities.subarray(0, limit).reduce((sum, probability) => sum + probability, 0);
+// Count the tokens that temperature, top-k and top-p leave, in the order of transformers.
+function countKept(sorted, { temperature, top_k, top_p }) {
+    if (!temperature) return 1;
+    const weights = toWeights(sorted.subarray(0, top_k || sorted.length), sorted[0], temperature), mass = sum(weights);
     let kept = 0;
-    for (let sum = 0; kept < limit && sum < top_p * mass; kept++) sum += probabilities[kept];
-    return { ids, probabilities, kept };
+    for (let before = 0; kept < weights.length && before < top_p * mass; kept++) before += weights[kept];
+    return kept;
 }
 
 // Sample a token id; `uniform` is a number in [0, 1).
 export function sample(logits, settings, uniform) {
     if (!settings.temperature) return logits.reduce((best, logit, id) => (logit > logits[best] ? id : best), 0);
-    const { ids, probabilities, kept } = distribution(logits, settings);
-    let left = uniform * probabilities.subarray(0, kept).reduce((sum, probability) => sum + probability, 0);
-    for (let rank = 0; rank < kept; rank++) if ((left -= probabilities[rank]) < 0) return ids[rank];
-    return ids[kept - 1]; // by rounding, a little may be left
+    const sorted = descending(logits), ids = idsAbove(logits, sorted[countKept(sorted, settings) - 1]);
+    const weights = toWeights(ids.map((id) => logits[id]), sorted[0], settings.temperature);
+    let left = uniform * sum(weights);
+    return ids.find((_, index) => (left -= weights[index]) < 0) ?? ids.at(-1); // by rounding, a little may be left
+}
+
+// The most likely tokens with their probabilities before top-k and top-p. Temperature 0 shows those at 1.
+export function distribution(logits, settings, number) {
+    const sorted = descending(logits), total = sum(toWeights(sorted, sorted[0], settings.temperature));
+    const ids = idsAbove(logits, sorted[Math.min(number, sorted.length) - 1]).sort((a, b) => logits[b] - logits[a]);
+    const probabilities = toWeights(ids.map((id) => logits[id]), sorted[0], settings.temperature).map((weight) => weight / total);
+    const rows = ids.slice(0, number).map((id, rank) => ({ id, probability: probabilities[rank] }));
+    return { rows, kept: countKept(sorted, settings), size: logits.length };
 }

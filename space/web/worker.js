@@ -35,12 +35,11 @@ async function download(url, options, report) {
 const moduleURL = (source) => URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
 
 async function loadLibrary(runtime, report) {
-    const files = [LIBRARY, ...RUNTIMES[runtime]].map(async ([path, integrity]) => {
+    const [source, factory, wasmBinary] = await Promise.all([LIBRARY, ...RUNTIMES[runtime]].map(async ([path, integrity]) => {
         const response = await download(CDN + path, { integrity }, report); // a worker's import has no integrity
         if (!response.ok) throw new Error(response.url);
         return response.arrayBuffer();
-    });
-    const [source, factory, wasmBinary] = await Promise.all(files);
+    }));
     library = await import(moduleURL(source));
     const { env } = library, isProbe = (options) => options.headers.has("range"); // asks whether a file exists
     Object.assign(env.backends.onnx.wasm, { wasmBinary, wasmPaths: { mjs: moduleURL(factory) } });
@@ -67,8 +66,8 @@ async function load({ base, useWebGPU }, report) {
     await loadLibrary(useWebGPU ? "webgpu" : "wasm", report);
     const { origin, pathname } = new URL(base);
     Object.assign(library.env, { remoteHost: origin, remotePathTemplate: pathname.slice(1) });
-    const { AutoConfig, AutoTokenizer } = library;
-    [config, tokenizer] = await Promise.all([AutoConfig, AutoTokenizer].map((part) => part.from_pretrained("model")));
+    config = await library.AutoConfig.from_pretrained("model");
+    tokenizer = await library.AutoTokenizer.from_pretrained("model");
     isClassifier = config.architectures[0].endsWith("ForSequenceClassification");
     isChat = !isClassifier && Boolean(tokenizer.chat_template);
     contextLength = Math.min(config.max_position_embeddings ?? config.n_positions, tokenizer.model_max_length);
@@ -83,15 +82,15 @@ async function load({ base, useWebGPU }, report) {
     const isRight = second && agree(first.logits, second.logits);
     model = isRight ? second.opened : first.opened;
     const note = useWebGPU && !isRight ? "WebGPU does not compute this model correctly here: WebAssembly runs it." : "";
-    return { note, ...describeModel(dtype) };
+    return { note, ...describeModel(dtype, isRight ? "WebGPU" : "WebAssembly") };
 }
 
-function describeModel(dtype) {
+function describeModel(dtype, engine) {
     const kind = isClassifier ? "classifier" : isChat ? "chat" : "completion";
     const layers = config.num_hidden_layers ?? config.n_layer, heads = config.num_attention_heads ?? config.n_head;
     const bits = { fp32: 32, fp16: 16 }[dtype] ?? 8;
     const facts = `${layers} layers with ${heads} heads each · context of ${count(contextLength)} tokens · ` +
-        `vocabulary of ${count(config.vocab_size)} · ${bits}-bit weights`;
+        `vocabulary of ${count(config.vocab_size)} · ${bits}-bit weights in ${engine}`;
     const hasAttention = model.sessions.model.outputNames.includes("attentions.0");
     return { kind, facts, layers, heads, contextLength, hasAttention, generation: { ...model.generation_config } };
 }
@@ -222,12 +221,10 @@ function tokens({ text }) {
     return { note, tokens: ids.map((id) => ({ id, name: tokenName(id), isSpecial: special.has(id) })) };
 }
 
-async function next({ text, settings, rows = 20 }) {
-    const { ids } = encodeTruncated(text);
-    const logits = (await model(asInputs(ids))).logits.slice(null, -1, null).to("float32").data;
-    const { ids: order, probabilities, kept } = distribution(logits, settings);
-    const row = (id, rank) => ({ id, name: tokenName(id), probability: probabilities[rank] });
-    return { kept, size: logits.length, rows: Array.from(order.subarray(0, rows), row) };
+async function next({ text, settings }) {
+    const { logits } = await model(asInputs(encodeTruncated(text).ids));
+    const { rows, ...counts } = distribution(logits.slice(null, -1, null).to("float32").data, settings, 20);
+    return { rows: rows.map((row) => ({ ...row, name: tokenName(row.id) })), ...counts };
 }
 
 // The weights of one head. In a causal model, later tokens do not change those of the first.
@@ -239,7 +236,6 @@ async function attention({ text, layer, head }) {
 }
 
 class Explained extends Error {} // its message is meant for the visitor
-
 // What happened and what to do, in plain sentences.
 function explain(error) {
     const message = String(error?.message ?? error), isLost = /^\d+$/.test(message); // WebAssembly throws addresses
