@@ -204,9 +204,8 @@ def load_model(exports, kind: str = "chat") -> Any:
 
 def test_completion_streams_and_equals_generate(seen, exports):
     page, tokenizer = seen["completion"], make_tokenizer()
-    assert (
-        page["facts"] == "2 layers with 4 heads each · context of 64 tokens · vocabulary of 286 · 32-bit weights in WebAssembly"
-    )
+    facts = ("2 layers with 4 heads each", "context of 64 tokens", "vocabulary of 286", "32-bit weights in WebAssembly")
+    assert page["facts"] == " · ".join(facts)
     inputs = tokenizer("to be", return_tensors="pt")
     output = load_model(exports).generate(**inputs, do_sample=False, max_new_tokens=24)
     assert page["written"] == page["inspected"] == tokenizer.decode(output[0], skip_special_tokens=True)
@@ -324,7 +323,8 @@ def test_sampling_excludes_what_transformers_excludes(node_modules, settings):
     logits = torch.randn(1, 50)
     program = f"""
         import {{ distribution, sample }} from "{WEB / "sampling.js"}";
-        const settings = {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }}, logits = Float32Array.from({logits[0].tolist()});
+        const settings = {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }};
+        const logits = Float32Array.from({logits[0].tolist()});
         const {{ rows, kept }} = distribution(logits, settings, 50);
         const drawn = Array.from({{ length: 999 }}, (_, step) => sample(logits, settings, step / 999));
         console.log(JSON.stringify([rows.slice(0, kept).map(({{ id }}) => id), rows.map((row) => row.probability), drawn]));
