@@ -123,7 +123,7 @@ def node_modules() -> Path:
             pytest.skip(f"{program} is not installed")
     NPM_CACHE.mkdir(parents=True, exist_ok=True)
     modules = NPM_CACHE / "node_modules"
-    with open(NPM_CACHE / "lock", "w") as lock:  # of several test processes, one installs
+    with open(NPM_CACHE / ".lock", "w") as lock:  # of several test processes, one installs
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = {modules / name / "package.json": version for name, _, version in (package.rpartition("@") for package in NPM)}
         if not all(path.exists() and json.loads(path.read_text())["version"] == version for path, version in files.items()):
