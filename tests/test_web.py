@@ -1,0 +1,416 @@
+"""The page that runs a model in its visitor's browser, driven in headless Chromium, and the program that serves it."""
+
+import base64
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from modeling_scratchgpt import (
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTTokenizer,
+)
+from modeling_scratchgpt.convert import __main__ as convert
+from tests.conftest import MODERN, TINY, shaken
+from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
+
+ROOT = Path(__file__).parents[1]
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytestmark = pytest.mark.web
+SPACE, WEB = ROOT / "space", ROOT / "space" / "web"
+NPM = ["@huggingface/transformers@4.3.2", "playwright-core@1.65.1"]
+NPM_CACHE = Path.home() / ".cache" / "scratchgpt-web"
+TEXT = "to be, naïve 🙂"
+LABELS = ["ham", "<i>spam</i>", "eggs"]
+
+
+@pytest.fixture(scope="session")
+def app() -> Any:
+    """The module of the local command."""
+    sys.path.insert(0, str(SPACE))  # as Python does for `python space/app.py`
+    return importlib.import_module("app")
+
+
+def make_tokenizer() -> ScratchGPTTokenizer:
+    return ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
+
+
+def save_model(kind: str, directory: Path) -> None:
+    """Save a tiny model whose weights are large enough for probabilities and attention to differ between tokens."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    if kind == "chat":
+        set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)
+    shape = {**TINY, **MODERN, "vocab_size": len(tokenizer)}
+    if kind == "chat":
+        model: Any = ScratchGPTForCausalLM(ScratchGPTConfig(**shape))
+        model.generation_config.update(max_new_tokens=24, do_sample=False)
+    else:
+        config = ScratchGPTConfig(**shape, id2label=dict(enumerate(LABELS)), problem_type="single_label_classification")
+        model = ScratchGPTForSequenceClassification(config)
+    shaken(model, 0.2).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """ONNX exports: a chat and a completion model in 32 bits, which compute what Python computes, and an 8-bit classifier."""
+    directory = tmp_path_factory.mktemp("web")
+    for kind in ("chat", "classifier"):
+        save_model(kind, directory / f"{kind}-model")
+        with pytest.MonkeyPatch.context() as patch:
+            arguments = [str(directory / f"{kind}-model"), str(directory / kind), "--to", "onnx", "--attentions"]
+            patch.setattr(sys, "argv", ["convert", *arguments])
+            convert.main()
+    return finish_exports(directory)
+
+
+def finish_exports(directory: Path) -> dict[str, Path]:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = directory / "classifier" / "onnx" / "model.onnx"
+    quantize_dynamic(model, model.with_stem("model_quantized"), weight_type=QuantType.QUInt8)
+    edit_json(directory / "classifier" / "config.json", **{"transformers.js_config": {"dtype": "q8"}})
+    edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
+    shutil.copytree(directory / "chat", directory / "completion", dirs_exist_ok=True)
+    edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
+    return {kind: directory / kind for kind in ("chat", "completion", "classifier")}
+
+
+@contextmanager
+def serving(app, model: Path, kind: str, handler: Any = None):
+    """Serve the page for a model, and return the address."""
+    settings = {"model": ".", "name": kind, "revision": kind, "path": ""}
+    server = app.bind(functools.partial(handler or app.Handler, model=model, settings=settings), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages of `NPM`, in a cache outside the tree."""
+    for program in ("chromium", "node", "npm", "openssl"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    NPM_CACHE.mkdir(parents=True, exist_ok=True)
+    modules = NPM_CACHE / "node_modules"
+    with open(NPM_CACHE / ".lock", "w") as lock:  # of several test processes, one installs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = {modules / name / "package.json": version for name, _, version in (package.rpartition("@") for package in NPM)}
+        if not all(path.exists() and json.loads(path.read_text())["version"] == version for path, version in files.items()):
+            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NPM_CACHE), *NPM]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                pytest.skip(f"npm cannot install {' '.join(NPM)}: {result.stderr:.300}")
+    return modules
+
+
+class CDN(SimpleHTTPRequestHandler):
+    """Serve packages by the paths of the page's CDN, `/npm/NAME@VERSION/FILE`."""
+
+    extensions_map = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(re.sub(r"^/npm/((?:@[^/]+/)?[^@/]+)@[^/]+/", r"/\1/", path))
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@contextmanager
+def serving_cdn(node_modules: Path, directory: Path):
+    """Serve the packages by HTTPS with a certificate made here, and return host and port."""
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
+    options = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=cdn.jsdelivr.net"]
+    subprocess.run(["openssl", "req", "-x509", *options, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(CDN, directory=str(node_modules)))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
+    """What the driver has seen of the pages. It is started once."""
+    cut = []
+
+    class CutOnce(app.Handler):
+        """Cut the first download of a model."""
+
+        def copyfile(self, source, outputfile):
+            if cut or not self.path.endswith(".onnx"):
+                return super().copyfile(source, outputfile)
+            cut.append(self.path)
+            outputfile.write(source.read(1000))
+            self.close_connection = True
+
+    size = len(make_tokenizer()(TEXT)["input_ids"])
+    with ExitStack() as stack:
+        addresses = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
+        addresses["cdn"] = stack.enter_context(serving_cdn(node_modules, tmp_path_factory.mktemp("cdn")))
+        addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
+        addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
+        file = tmp_path_factory.mktemp("driver") / "addresses.json"
+        file.write_text(json.dumps({**addresses, "cells": size * (size + 1) // 2}))
+        driver = ROOT / "tests" / "web" / "page_driver.mjs"
+        command = ["node", str(driver), str(node_modules), str(shutil.which("chromium")), str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout) | {"cut": cut}
+
+
+def load_model(exports, kind: str = "chat") -> Any:
+    path = exports[kind].with_name(f"{kind}-model")
+    model = ScratchGPTForCausalLM if kind == "chat" else ScratchGPTForSequenceClassification
+    return model.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def test_completion_streams_and_equals_generate(seen, exports):
+    page, tokenizer = seen["completion"], make_tokenizer()
+    facts = ("2 layers with 4 heads each", "context of 64 tokens", "vocabulary of 286", "32-bit weights in WebAssembly")
+    assert page["facts"] == " · ".join(facts)
+    inputs = tokenizer("to be", return_tensors="pt")
+    output = load_model(exports).generate(**inputs, do_sample=False, max_new_tokens=24)
+    assert page["written"] == page["inspected"] == tokenizer.decode(output[0], skip_special_tokens=True)
+    count = output.shape[1] - inputs["input_ids"].shape[1]
+    assert re.fullmatch(rf"{count} tokens in \d+\.\d seconds \(\d+ tokens/s\)", page["note"])
+    assert page["lengths"] > 5
+
+
+def test_a_seed_gives_the_same_text_again(seen):
+    first, again, other = seen["completion"]["sampled"]
+    assert first == again != other
+
+
+def test_tokens_and_ids(seen):
+    page = seen["completion"]
+    assert page["ids"] == make_tokenizer()(TEXT)["input_ids"]
+    assert page["names"][-4:] == [r"\xf0", r"\x9f", r"\x99", r"\x82"]
+    joined = "".join(page["names"]).replace("·", " ")
+    assert joined.encode().decode("unicode_escape").encode("latin-1").decode() == TEXT
+
+
+def test_next_token_distribution(seen, exports):
+    with torch.no_grad():
+        logits = load_model(exports)(**make_tokenizer()(TEXT, return_tensors="pt")).logits[0, -1]
+    probabilities, ids = (logits / 0.5).softmax(-1).topk(20)
+    rows = seen["completion"]["next"]
+    assert [int(row[1]) for row in rows] == ids.tolist()
+    assert [float(row[2].removesuffix("%")) / 100 for row in rows] == pytest.approx(probabilities.tolist(), abs=6e-5)
+    assert seen["completion"]["pale"] == 15
+
+
+def test_attention_of_one_head(seen, exports):
+    with torch.no_grad():
+        outputs = load_model(exports)(**make_tokenizer()(TEXT, return_tensors="pt"), output_attentions=True)
+    weights = outputs.attentions[1][0, 2].tolist()
+    expected = [weight for row, row_weights in enumerate(weights) for weight in row_weights[: row + 1]]
+    shown = [float(title.rpartition(": ")[2].removesuffix("%")) / 100 for title in seen["completion"]["attention"]]
+    assert shown == pytest.approx(expected, abs=6e-5)
+
+
+def test_markup_is_shown_as_text(seen):
+    hostile = seen["completion"]["hostile"]
+    assert hostile["shown"].startswith(hostile["expected"])
+    assert hostile["tokens"].replace("·", " ") == hostile["expected"]
+    assert hostile["ran"] is None
+    assert not seen["errors"]
+
+
+def test_other_hosts_are_blocked_and_not_contacted(seen):
+    """The policy also holds in the worker, which downloads the model."""
+    policy = seen["completion"]["policy"]
+    assert (policy["page"], policy["worker"]) == ("blocked", "blocked")
+    assert {urlsplit(source).hostname for source in policy["hub"] if "//" in source} == {
+        "cdn.jsdelivr.net", "huggingface.co", "*.huggingface.co", "*.hf.co",
+    }  # fmt: skip
+    assert set(seen["hosts"]) <= {"127.0.0.1", "cdn.jsdelivr.net", "example.com", ""}  # blobs have no host
+
+
+def test_keyboard_and_labels(seen):
+    page = seen["completion"]
+    expected = ["run", "clear", "Settings", "seed", "inspected", "Tokens", "Next token", "Attention", "layer", "head"]
+    positions = [page["focus"].index(name) for name in expected]
+    assert positions == sorted(positions)
+    assert not page["unnamed"]
+    assert seen["chat"]["focused"] == "text"
+
+
+def test_chat_on_a_phone(seen, exports):
+    page, tokenizer = seen["chat"], ScratchGPTTokenizer.from_pretrained(exports["chat"].with_name("chat-model"))
+    conversation = [{"role": "user", "content": "to be?"}]
+    inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
+    output = load_model(exports).generate(**inputs, do_sample=False, max_new_tokens=24)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert page["messages"] == ["to be?", answer]
+    conversation.append({"role": "assistant", "content": answer})
+    assert page["inspected"] == tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert "messages no longer fit in the context" in page["dropped"]
+    assert page["width"] <= 390
+    assert page["open"] is None  # the settings are folded on a phone
+    assert sum(map(int, re.findall(r"\d+", page["background"])[:3])) < 150  # dark
+    assert page["cleared"] == 0
+
+
+def test_stop(seen):
+    count, stopped = re.match(r"(\d+) tokens? in .*?(, stopped)?$", seen["chat"]["stopped"]).groups()
+    assert stopped
+    assert 1 <= int(count) < 50
+
+
+def test_class_probabilities(seen, exports):
+    """The 8-bit graph in the browser and in Python."""
+    session = onnxruntime.InferenceSession(exports["classifier"] / "onnx" / "model_quantized.onnx")
+    logits = torch.tensor(session.run(["logits"], {**make_tokenizer()(TEXT, return_tensors="np")})[0][0])
+    shown = {label: float(percentage.removesuffix("%")) / 100 for label, percentage, _ in seen["classifier"]["rows"]}
+    assert list(shown.values()) == sorted(shown.values(), reverse=True)
+    assert [shown[label] for label in LABELS] == pytest.approx(logits.softmax(-1).tolist(), abs=0.005)
+    assert seen["classifier"]["empty"] == "Type something first."
+    assert seen["classifier"]["visible"] == ["Tokens", "Attention"]
+
+
+def test_failures_are_explained_and_retried(seen):
+    pages = seen["failures"]
+    assert re.match(r"config.json cannot be downloaded \(HTTP 404\): the model was moved", pages["missing"])
+    assert seen["cut"]
+    assert re.match(r"The download of model.onnx was interrupted. Check the connection, then retry", pages["cut"])
+    assert pages["focused"] == "retry"
+    assert pages["recovered"] == seen["completion"]["facts"]
+    assert pages["withoutWebAssembly"].startswith("This browser has no WebAssembly, which runs the model. Use a current")
+    assert seen["completion"]["tooLong"] == "The text has 70 tokens, but the context of the model holds 64: shorten it."
+
+
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.5, 7, 1.0), (0.8, 0, 0.6), (1.3, 9, 0.8), (0, 5, 0.5)])
+def test_sampling_excludes_what_transformers_excludes(node_modules, settings):
+    temperature, top_k, top_p = settings
+    logits = torch.randn(1, 50)
+    program = f"""
+        import {{ distribution, sample }} from "{WEB / "sampling.js"}";
+        const settings = {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }};
+        const logits = Float32Array.from({logits[0].tolist()});
+        const {{ rows, kept }} = distribution(logits, settings, 50);
+        const drawn = Array.from({{ length: 999 }}, (_, step) => sample(logits, settings, step / 999));
+        console.log(JSON.stringify([rows.slice(0, kept).map(({{ id }}) => id), rows.map((row) => row.probability), drawn]));
+    """
+    result = subprocess.run(["node", "--input-type=module", "-e", program], capture_output=True, text=True)
+    kept, probabilities, drawn = json.loads(result.stdout)
+    scores = logits.clone()
+    if temperature:
+        scores = TemperatureLogitsWarper(temperature)(None, scores)
+        assert probabilities == pytest.approx(scores[0].softmax(-1).sort(descending=True).values.tolist())
+        scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    else:
+        scores.masked_fill_(scores < scores.max(), -torch.inf)
+    assert set(kept) == set(scores[0].isfinite().nonzero().flatten().tolist())
+    frequencies = torch.bincount(torch.tensor(drawn), minlength=50) / 999
+    assert frequencies.tolist() == pytest.approx(scores[0].softmax(-1).tolist(), abs=0.002)
+
+
+def test_library_files_are_pinned(node_modules):
+    """The hashes are those of the packages, and the runtime is the one that the library was built with."""
+    source = (WEB / "worker.js").read_text()
+    runtime = re.search(r"onnxruntime-web@([^/]+)/", source)[1]
+    package = json.loads((node_modules / "@huggingface/transformers/package.json").read_text())
+    assert package["dependencies"]["onnxruntime-web"] == runtime
+    files = re.findall(r'\["@huggingface/transformers@4.3.2/(\S+)",\s+"(\S+)"', source)
+    files += [(f"../../onnxruntime-web/dist/ort-wasm-simd-threaded{name}", digest)
+              for name, digest in re.findall(r'\{ORT\}(\S+)`, "(\S+)"', source)]  # fmt: skip
+    assert len(files) == 5
+    for name, digest in files:
+        content = (node_modules / "@huggingface/transformers" / name).read_bytes()
+        assert digest == f"sha384-{base64.b64encode(hashlib.sha384(content).digest()).decode()}"
+
+
+def test_the_server_shows_the_page_and_the_export_only(app, exports):
+    with serving(app, exports["chat"], "chat") as address:
+        with urllib.request.urlopen(f"{address}model/chat/config.json") as response:
+            assert json.load(response)["architectures"] == ["Qwen3ForCausalLM"]
+            assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        with urllib.request.urlopen(address) as response:
+            assert response.headers.get_content_type() == "text/html"
+        for path in (
+            "model/chat/",
+            "model/chat/onnx/",
+            "../app.py",
+            "%2e%2e/app.py",
+            "model/chat/../../app.py",
+            "model/other/config.json",
+        ):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(address + path)
+
+
+def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatch, capfd):
+    save_model("chat", tmp_path / "chat")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    commands = []
+
+    def convert_quickly(command, env):
+        commands.append(command)
+        (Path(command[4]) / "onnx").mkdir(parents=True)
+        (Path(command[4]) / app.EXPORT).touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(app.subprocess, "run", convert_quickly)
+    first = app.export(tmp_path / "chat")
+    assert app.export(tmp_path / "chat") == first
+    assert commands == [
+        [sys.executable, "-m", "modeling_scratchgpt.convert", *commands[0][3:5], "--to", "onnx", "--attentions"]
+    ]
+    edit_json(tmp_path / "chat" / "config.json", changed=1)
+    assert app.export(tmp_path / "chat") != first
+    assert len(commands) == 2
+
+
+def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        messages = {
+            (str(tmp_path / "no"),): f"{tmp_path / 'no'} has no config.json: pass the directory of a finished model",
+            (str(exports["chat"]), "--port", port): f"--port {port} is in use: pass another.",
+        }
+        for argv, message in messages.items():
+            monkeypatch.setattr(sys, "argv", ["app.py", *argv])
+            with pytest.raises(SystemExit, match="2"):
+                app.main()
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {message}")
