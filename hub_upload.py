@@ -11,6 +11,7 @@ keeps its text and its metadata, apart from the metrics.
 """
 
 import argparse
+import json
 import os
 import re
 import tempfile
@@ -26,28 +27,32 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from space.app import WEB, export
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
 from training.errors import UserError, one_line, printable
 from training.sharing import checks
 from training.sharing.leaks import Files, check_leaks
+from training.sharing.page import check_page
 
-SPACE = Path(__file__).parent / "space"
 TIMEOUT_SECONDS = 120  # without any answer from the Hub
 ATOMIC = "an upload changes all files or none"
 COMMIT_SUFFIX = "(hub_upload.py)"  # marks the commits made here: others are not overwritten
 GENERATED = "Blob of the generated card: "  # in the description of a commit: another card on the Hub was edited there
+EXPORT = "web"  # the directory of the ONNX export in the model's repository
+# The headers let WebAssembly use all cores.
 SPACE_CARD = """---
 title: "{name}"
 license: apache-2.0
-sdk: gradio
-sdk_version: 6.31.0
-app_file: app.py
+sdk: static
 models:
 - {repository}
+custom_headers:
+  cross-origin-embedder-policy: require-corp
+  cross-origin-opener-policy: same-origin
 ---
 
-A page for trying [{repository}](https://huggingface.co/{repository}).
+A page that runs [{repository}](https://huggingface.co/{repository}) in its visitor's browser.
 """
 
 
@@ -60,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", action="store_true", help="upload only the LoRA adapter")
     parser.add_argument("--base_model", default="", metavar="USER/BASE", help="Hub id of the base model")
     parser.add_argument("--license", default="", help="license to put into the model card, such as apache-2.0")
-    parser.add_argument("--space", action="store_true", help="also create a Space of the same name, to try the model in")
+    parser.add_argument("--space", action="store_true", help="also a page that runs the model in the browser: a static Space")
     parser.add_argument("--overwrite", action="store_true", help="replace what was changed on the Hub, also an edited card")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code in DIRECTORY that is not from this package")
     parser.add_argument("--dry_run", action="store_true", help="check and list the files, without uploading them")
@@ -79,6 +84,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         checks.check_repo_id(arguments.base_model, "--base_model")
     if arguments.adapter and arguments.space:
         raise UserError("--space needs a whole model: drop --space or --adapter.")
+    if arguments.private and arguments.space:
+        raise UserError("--space needs a public model, which its page can read: drop --space or --private.")
     if arguments.adapter and not arguments.base_model:
         raise UserError("--adapter needs the base model on the Hub: pass --base_model USER/BASE.")
     branch = arguments.revision
@@ -104,7 +111,22 @@ def collect_files(arguments: argparse.Namespace) -> Files:
     checks.check_weights(directory, files)
     if not arguments.adapter:
         checks.check_loads(directory, files)
-    return files
+    return add_export(files, arguments) if arguments.space else files
+
+
+def add_export(files: Files, arguments: argparse.Namespace) -> Files:
+    """Add the ONNX export, which the page runs, and to the card how to use it.
+
+    Raises:
+        UserError: the page does not run the model.
+    """
+    directory, _ = export(arguments.directory)
+    print(check_page(directory))
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    added: Files = {f"{EXPORT}/{path.relative_to(directory).as_posix()}": path for path in paths}
+    check_leaks(added)
+    usage = (directory / CARD).read_text(encoding="utf-8")
+    return {**files, **added, CARD: checks.add_page(files[CARD], usage, arguments.repository, EXPORT)}
 
 
 def print_files(files: Files, arguments: argparse.Namespace) -> None:
@@ -118,11 +140,14 @@ def print_files(files: Files, arguments: argparse.Namespace) -> None:
     skipped = sorted(path.name for path in arguments.directory.iterdir() if path.name not in files)
     print(f"Not uploaded: {', '.join(map(printable, skipped)) or 'nothing'}")
     if arguments.space:
-        print(f"Space of the same name: {', '.join([CARD, *space_files()])}")
+        print(f"Space of the same name: {', '.join(space_files(arguments.repository, ''))}")
 
 
-def space_files() -> dict[str, Path]:
-    return {path.name: path for path in sorted(SPACE.iterdir()) if path.is_file()}
+def space_files(repository: str, revision: str) -> Files:
+    """The page, for this version of the model: visitors get old page and model, or new page and model."""
+    settings = json.dumps({"model": repository, "revision": revision, "path": EXPORT}).encode()
+    card = SPACE_CARD.format(name=repository.partition("/")[2], repository=repository).encode()
+    return {CARD: card, "model.json": settings, **{path.name: path for path in sorted(WEB.iterdir())}}
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
     """
     options: dict[str, Any] = {"repo_type": kind}
     with hub_errors(repository):
-        sdk = "gradio" if kind == "space" else None
+        sdk = "static" if kind == "space" else None
         api.create_repo(repository, private=arguments.private or None, exist_ok=True, space_sdk=sdk, **options)
         if arguments.private and not api.repo_info(repository, **options).private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or drop --private.")
@@ -186,7 +211,7 @@ def upload(api: HfApi, repository: str, kind: str, branch: Branch, files: Files,
         files = {**files, CARD: checks.merge_card(generated, branch.edited_card, arguments.license)}
         print(f"{repository}: the text of the card, which was edited on the Hub, is kept (--overwrite would replace it).")
     # An adapter, a chat template, metrics or weights of another upload would be taken for those of this one.
-    known = checks.UPLOADED if kind == "model" else ()
+    known = (*checks.UPLOADED, f"{EXPORT}/*") if kind == "model" else ("*.py", "requirements.txt", "*.css", "*.js")
     stale = [name for name in sorted(branch.files - files.keys()) if any(fnmatch(name, pattern) for pattern in known)]
     if stale:
         print(f"{repository}: deleting files of an earlier upload: {', '.join(stale)}")
@@ -250,15 +275,11 @@ def main() -> None:
     else:
         print(f"    from_pretrained({name!r}, revision={commit.oid!r}, trust_remote_code=True)")
     if space:
-        card = SPACE_CARD.format(name=name.partition("/")[2], repository=name).encode()
-        upload(api, name, "space", space, {**space_files(), CARD: card}, arguments)
-        with hub_errors(name):
-            api.add_space_variable(name, "MODEL", name)
-            api.add_space_variable(name, "REVISION", commit.oid)
-            is_private = api.repo_info(name).private
+        upload(api, name, "space", space, space_files(name, commit.oid), arguments)
         print(f"The page is at {api.endpoint}/spaces/{name}.")
-        if is_private:
-            print("The model is private: in the settings of the Space, add a token with read access as the secret HF_TOKEN.")
+        with hub_errors(name):
+            if api.repo_info(name).private:
+                print("The model is private, and its page cannot read it: make both public in their settings.")
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ async function load() {
     startWorker();
     try {
         const { name, base } = await locateModel();
-        document.title = $("name").textContent = name.split("/").pop();
+        $("name").textContent = name.split("/").pop();
         showModel(await ask("load", { base, useWebGPU: $("engine").value === "WebGPU" }, makeProgress()));
+        document.title = $("name").textContent;
     } catch (error) {
-        $("stage").textContent = error.message;
+        document.title = $("stage").textContent = error.message;
         $("progress").hidden = true;
         $("retry").hidden = false;
         $("retry").focus();

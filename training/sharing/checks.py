@@ -144,6 +144,19 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
         return str(card).encode()
 
 
+def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
+    """The card with a section about the page and the ONNX export in a directory, whose own card is `usage`."""
+    model_card, snippet = ModelCard(card.decode()), usage.partition("```js\n")[2].replace("PATH_OR_HUB_ID", repository)
+    model_card.data["tags"] = [*(model_card.data.get("tags") or []), "transformers.js"]
+    model_card.text += (
+        f"\n\n## In a browser\n\n[This page](https://huggingface.co/spaces/{repository}) runs the model in its visitor's "
+        "browser. With [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
+        'import { env } from "@huggingface/transformers";\n\n'
+        f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet}'
+    )
+    return str(model_card).encode()
+
+
 def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
     """The edited card on the Hub with its text and metadata, but with the new card's metrics, base and, if given, licence."""
     with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):

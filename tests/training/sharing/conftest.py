@@ -45,8 +45,14 @@ def edit_card(directory: Path, old: str, new: str) -> None:
 
 @pytest.fixture
 def upload(hub, tmp_path, monkeypatch, capsys):
-    """Run `hub_upload.py` in this process, without the check that loads the model in another: quicker."""
+    """Run `hub_upload.py` in this process, without those parts that take seconds: see `test_checks.py` and `test_web.py`."""
     monkeypatch.setattr("training.sharing.checks.check_loads", lambda *_: None)
+    export = tmp_path / "export"
+    (export / "onnx").mkdir(parents=True)
+    (export / "onnx" / "model.onnx").write_bytes(b"graph")
+    (export / "README.md").write_text('# book\n\n```js\npipeline("PATH_OR_HUB_ID");\n```\n\n## Size\n\n- 8 bits: 7.0 MB\n')
+    monkeypatch.setattr("hub_upload.export", lambda directory: (export, ""))
+    monkeypatch.setattr("hub_upload.check_page", lambda directory: "The page was started.")
     changed = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     changed["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in (changed | {"HF_TOKEN_PATH": str(tmp_path / "no_token")}).items():

@@ -2,11 +2,8 @@
 
 import json
 import re
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -43,7 +40,7 @@ def test_upload_and_load_without_the_package(hub, model, upload, tmp_path, monke
     monkeypatch.setattr(checks, "check_loads", check_loads)
     printed = upload(model, "ann/book", "--private")
     monkeypatch.setattr(checks, "check_loads", lambda *_: None)
-    assert "Not uploaded: .env, checkpoints, notes.txt, optimizer.pt" in printed
+    assert "Not uploaded: .env, checkpoints, held_out.jsonl, notes.txt, optimizer.pt" in printed
     repository = hub.repositories["model", "ann/book"]
     assert repository.private
     assert repository.commits[repository.branches["main"]].keys() - {".gitattributes"} == UPLOADED
@@ -132,7 +129,7 @@ def change(hub, name: str, content: bytes, kind: str = "model") -> None:
     repository.commit("main", {**files, name: hub.store(content)}, f"Update {name}")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("model", "config.json"), ("space", "app.py")])
+@pytest.mark.parametrize(("kind", "name"), [("model", "config.json"), ("space", "page.js")])
 def test_changes_by_others_are_not_overwritten(hub, model, upload, kind, name):
     """A changed Space stops the upload of the model, too."""
     upload(model, "ann/book", "--space")
@@ -247,47 +244,38 @@ def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_space(hub, model, upload, tmp_path):
-    """The files of the Space start the page on their own, with the version of the model that was uploaded with it."""
-    output = upload(model, "ann/book", "--space")
-    space = hub.repositories["space", "ann/book"]
-    names = space.files("main")[1].keys() - {".gitattributes"}
-    assert names == {"README.md", "app.py", "model_demo.py", "requirements.txt", "style.css"}
-    assert space.variables == {"MODEL": "ann/book", "REVISION": hub.repositories["model", "ann/book"].branches["main"]}
-    data = ModelCard(hub.content("ann/book", "README.md", kind="space").decode()).data.to_dict()
-    assert f"{data['sdk']}=={data['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    assert f"{hub.address}/spaces/ann/book" in output
-    assert "secret" not in output
-    assert "add a token with read access as the secret HF_TOKEN" in upload(model, "ann/own", "--space", "--private")
-
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    (tmp_path / "space").mkdir()
-    for name in names:
-        (tmp_path / "space" / name).write_bytes(hub.content("ann/book", name, kind="space"))
-    edit_card(model, "\n# ", "\nLater.\n\n# ")
-    upload(model, "ann/book")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = f"{WITHOUT_THE_PACKAGE}\nimport runpy\nsys.argv = ['app.py']\nrunpy.run_path('app.py', run_name='__main__')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "space",
-        env=hub_environment(hub, tmp_path, "") | space.variables | {"GRADIO_SERVER_PORT": str(port)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def test_space(hub, model, upload):
+    """A static Space shows the version of the model that was uploaded with it, from the export in the model's repository."""
+    assert "Space of the same name: README.md, model.json, index.html, page.js" in upload(
+        model, "ann/book", "--space", "--dry_run"
     )
-    try:
-        line = next(process.stdout)
-        assert f"ann/book is running at http://127.0.0.1:{port}" in line, line + process.stdout.read()
-        page = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=20).read().decode()
-    finally:
-        process.terminate()
-        process.wait(20)
-    assert "2 layers with 2 heads each" in page
-    snapshot = tmp_path / "home" / "hub" / "models--ann--book" / "snapshots" / space.variables["REVISION"]
-    assert (snapshot / "config.json").exists()
+    output = upload(model, "ann/book", "--space")
+    assert "The page was started." in output
+    assert f"{hub.address}/spaces/ann/book" in output
+    repository, space = hub.repositories["model", "ann/book"], hub.repositories["space", "ann/book"]
+    page = {path.name for path in (ROOT / "space" / "web").iterdir()}
+    assert space.files("main")[1].keys() - {".gitattributes"} == {"README.md", "model.json", *page}
+    settings = json.loads(hub.content("ann/book", "model.json", kind="space"))
+    first = repository.branches["main"]
+    assert settings == {"model": "ann/book", "revision": first, "path": "web"}
+    data = ModelCard(hub.content("ann/book", "README.md", kind="space").decode()).data.to_dict()
+    assert (data["sdk"], data["models"]) == ("static", ["ann/book"])
+    assert hub.content("ann/book", "web/onnx/model.onnx") == b"graph"
+
+    card = ModelCard(hub.content("ann/book", "README.md").decode())
+    assert card.data.tags == ["scratchgpt", "transformers.js"]
+    assert "[This page](https://huggingface.co/spaces/ann/book) runs the model" in card.text
+    usage = 'env.remotePathTemplate = "{model}/resolve/{revision}/web/";\n\npipeline("ann/book");\n```\n\n## Size\n\n- 8 bits'
+    assert usage in card.text
+
+    assert "deleting files of an earlier upload: web/README.md, web/onnx/model.onnx" in upload(model, "ann/book")
+    assert "transformers.js" not in hub.content("ann/book", "README.md").decode()
+    assert json.loads(hub.content("ann/book", "model.json", kind="space"))["revision"] == first  # and there it stays
+
+
+def test_the_page_cannot_read_a_private_model(hub, model, upload):
+    upload(model, "ann/own", "--private")
+    assert "The model is private, and its page cannot read it: make both public" in upload(model, "ann/own", "--space")
 
 
 BRANCHES = ("", "..", "a..b", "../x", "refs/pr/1", "a" * 40, "v1\n", "x?y", "-x", "é")
@@ -304,6 +292,7 @@ BRANCHES = ("", "..", "a..b", "../x", "refs/pr/1", "a" * 40, "v1\n", "x?y", "-x"
         (["MODEL", "ann/book", "--base_model", "base"], "--base_model 'base' is not a Hub id"),
         (["MODEL", "ann/book", "--adapter"], "--adapter needs the base model on the Hub"),
         (["MODEL", "ann/book", "--adapter", "--base_model", "ann/base"], "has no adapter_config.json"),
+        (["MODEL", "ann/book", "--space", "--private"], "--space needs a public model"),
         (["MODEL", "ann/book", "--adapter", "--space", "--base_model", "ann/base"], "--space needs a whole model"),
     ],
 )

@@ -1,0 +1,71 @@
+"""Start the page for a model in a browser without a window, before it is uploaded."""
+
+import functools
+import html
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+from space.app import Handler, bind
+from training.errors import UserError
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+FLAGS = [
+    *("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"),
+    "--remote-debugging-port=0",
+]
+LOADING = "Loading a model"  # the title of the page, until it has the name of the model or says what is wrong
+SECONDS = 120
+
+
+def check_page(directory: Path) -> str:
+    """Load an ONNX export in the page, and return a line that says whether it works.
+
+    Raises:
+        UserError: the page says why it does not.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not browser:
+        return f"The page was not started: none of {', '.join(BROWSERS)} is installed."
+    with _serving(directory) as address:
+        title = _title_after_loading(browser, address)
+    if title == directory.name:
+        return f"The page was started in {Path(browser).name}: it runs the model."
+    if title == LOADING or "download" in title:  # of the library, which comes from another server
+        return f"The page was not checked in {Path(browser).name}, which got no further than: {title}"
+    raise UserError(f"the page does not run the model: {html.unescape(title)}")
+
+
+@contextmanager
+def _serving(directory: Path) -> Iterator[str]:
+    settings = {"model": ".", "name": directory.name, "revision": "checked", "path": ""}
+    with bind(functools.partial(Handler, model=directory, settings=settings), 0) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def _title_after_loading(browser: str, address: str) -> str:
+    """The title of a page when it is no longer loading, or after two minutes, from the browser's interface for developers."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    title, end = LOADING, time.monotonic() + SECONDS
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # the browser may still write to it
+        command = [browser, *FLAGS, *["--no-sandbox"] * is_root, f"--user-data-dir={profile}", address]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            port = Path(profile, "DevToolsActivePort")
+            while title in (LOADING, "", urlsplit(address).netloc) and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+                if port.exists() and (number := port.read_text().partition("\n")[0]):
+                    with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list") as response:
+                        title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)
+            process.terminate()
+    return title
