@@ -43,7 +43,7 @@ def test_upload_and_load_without_the_package(hub, model, upload, tmp_path, monke
     monkeypatch.setattr(checks, "check_loads", check_loads)
     printed = upload(model, "ann/book", "--private")
     monkeypatch.setattr(checks, "check_loads", lambda *_: None)
-    assert "Not uploaded: .env, checkpoints, notes.txt, optimizer.pt" in printed
+    assert "Not uploaded: .env, checkpoints, held_out.jsonl, notes.txt, optimizer.pt" in printed
     repository = hub.repositories["model", "ann/book"]
     assert repository.private
     assert repository.commits[repository.branches["main"]].keys() - {".gitattributes"} == UPLOADED
