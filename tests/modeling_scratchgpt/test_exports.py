@@ -257,13 +257,11 @@ def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, c
     tokenizer.save_pretrained(tmp_path / "ours")
     output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
     lines = re.findall("^(8 bits|8 bits, head and embedding 32|16 bits): .* on held_out.jsonl(.*)$", output, re.MULTILINE)
-    assert lines[0] == ("8 bits", ": more than 1 %, not used")
-    assert lines[1] == ("8 bits, head and embedding 32", "")
-    assert len(lines) == 3
+    assert lines == [("8 bits", ": more than 1 %, not used"), ("16 bits", "")]  # the next smallest, with this large vocabulary
     assert sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir()) == [
         "model.onnx",
         "model_fp16.onnx",
-    ]  # the smallest
+    ]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["transformers.js_config"] == {"dtype": "fp16"}
