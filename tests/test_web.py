@@ -415,13 +415,20 @@ def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatc
     assert len(commands) == 2
 
 
+def test_a_model_of_the_hub_is_downloaded(app, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"/snapshots/{name}")
+    assert app.locate("user/name") == Path("/snapshots/user/name")
+
+
 def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = str(server.getsockname()[1])
         messages = {
-            (str(tmp_path / "no"),): f"{tmp_path / 'no'} has no config.json: pass the directory of a finished model",
+            (str(tmp_path / "no"),): f"{tmp_path / 'no'} cannot be loaded (it has no config.json: pass the directory of a",
+            ("tests/no",): "tests/no cannot be loaded (it has no config.json: pass the directory of a",
+            ("user/no",): "user/no cannot be loaded (",
             (str(exports["chat"]), "--port", port): f"--port {port} is in use: pass another.",
         }
         for argv, message in messages.items():
