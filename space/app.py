@@ -1,4 +1,4 @@
-"""Try a model in the browser: `python space/app.py outputs/instruct`.
+"""Try a model in the browser: `python space/app.py outputs/instruct`, or with the id of a model on the Hub.
 
 The page in `web/` runs the model inside the browser; this program converts a trained directory to ONNX, once for each state
 of its files, and serves both on this machine only. A directory that holds an ONNX export is served as it is.
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import webbrowser
@@ -21,6 +22,23 @@ WEB = Path(__file__).parent / "web"
 EXPORT = Path("onnx", "model.onnx")
 FIRST_PORT, NUM_PORTS = 7860, 100
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".json": "application/json"}
+
+
+def locate(name: str) -> Path:
+    """Return the directory of a model: `name` itself, or a download of the repository of this name on the Hub.
+
+    Raises:
+        ValueError: it is no directory of a finished model.
+        OSError: it cannot be downloaded.
+    """
+    directory = Path(name).expanduser()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.exists():  # else it is a mistyped directory
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name))
+    if not (directory / "config.json").is_file():
+        raise ValueError("it has no config.json: pass the directory of a finished model, such as outputs/pretrain")
+    return directory
 
 
 def fingerprint(directory: Path) -> str:
@@ -118,15 +136,16 @@ def bind(handler: Callable[..., Handler], port: int | None) -> ThreadingHTTPServ
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Try a model in the browser.")
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="a finished model, or its ONNX export")
+    parser.add_argument("model", metavar="MODEL", help="directory or Hub id of a finished model, or of an ONNX export")
     parser.add_argument("--port", type=int, help="port on this machine (default: the first free one from 7860)")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     arguments = parser.parse_args()
-    directory = arguments.directory.expanduser()
-    if not (directory / "config.json").is_file():
-        parser.error(f"{directory} has no config.json: pass the directory of a finished model, such as outputs/pretrain.")
+    try:
+        directory = locate(arguments.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"{arguments.model} cannot be loaded ({' '.join(str(error).split()):.200}).")
     model, revision = export(directory)
-    settings = {"model": ".", "name": directory.resolve().name, "revision": revision, "path": ""}
+    settings = {"model": ".", "name": Path(arguments.model).resolve().name, "revision": revision, "path": ""}
     try:
         server = bind(functools.partial(Handler, model=model, settings=settings), arguments.port)
     except OSError:

@@ -85,19 +85,27 @@ def exports(tmp_path_factory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("web")
     for kind in ("chat", "classifier"):
         save_model(kind, directory / f"{kind}-model")
-        with pytest.MonkeyPatch.context() as patch:
-            arguments = [str(directory / f"{kind}-model"), str(directory / kind), "--to", "onnx", "--attentions"]
-            patch.setattr(sys, "argv", ["convert", *arguments])
-            convert.main()
+        export(directory / f"{kind}-model", directory / kind, "--attentions")
     return finish_exports(directory)
 
 
-def finish_exports(directory: Path) -> dict[str, Path]:
+def export(source: Path, destination: Path, *options: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert", str(source), str(destination), "--to", "onnx", *options])
+        convert.main()
+
+
+def quantize(directory: Path) -> None:
+    """Add a graph with 8-bit weights to an export, and make it the one that is run."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = directory / "classifier" / "onnx" / "model.onnx"
+    model = directory / "onnx" / "model.onnx"
     quantize_dynamic(model, model.with_stem("model_quantized"), weight_type=QuantType.QUInt8)
-    edit_json(directory / "classifier" / "config.json", **{"transformers.js_config": {"dtype": "q8"}})
+    edit_json(directory / "config.json", **{"transformers.js_config": {"dtype": "q8"}})
+
+
+def finish_exports(directory: Path) -> dict[str, Path]:
+    quantize(directory / "classifier")
     edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
     shutil.copytree(directory / "chat", directory / "completion", dirs_exist_ok=True)
     edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
@@ -166,6 +174,18 @@ def serving_cdn(node_modules: Path, directory: Path):
     server.server_close()
 
 
+def drive(node_modules: Path, directory: Path, addresses: dict[str, Any], *scenarios: str) -> dict[str, Any]:
+    """Start the driver and return what it has seen."""
+    with serving_cdn(node_modules, directory) as cdn:
+        file = directory / "addresses.json"
+        file.write_text(json.dumps({**addresses, "cdn": cdn, "scenarios": scenarios}))
+        driver = ROOT / "tests" / "web" / "page_driver.mjs"
+        command = ["node", str(driver), str(node_modules), str(shutil.which("chromium")), str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @pytest.fixture(scope="session")
 def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
     """What the driver has seen of the pages. It is started once."""
@@ -183,17 +203,12 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
 
     size = len(make_tokenizer()(TEXT)["input_ids"])
     with ExitStack() as stack:
-        addresses = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
-        addresses["cdn"] = stack.enter_context(serving_cdn(node_modules, tmp_path_factory.mktemp("cdn")))
+        addresses: dict[str, Any] = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
         addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
         addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
-        file = tmp_path_factory.mktemp("driver") / "addresses.json"
-        file.write_text(json.dumps({**addresses, "cells": size * (size + 1) // 2}))
-        driver = ROOT / "tests" / "web" / "page_driver.mjs"
-        command = ["node", str(driver), str(node_modules), str(shutil.which("chromium")), str(file)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout) | {"cut": cut}
+        addresses["cells"] = size * (size + 1) // 2
+        directory = tmp_path_factory.mktemp("driver")
+        return drive(node_modules, directory, addresses, "completion", "chat", "classifier", "failures") | {"cut": cut}
 
 
 def load_model(exports, kind: str = "chat") -> Any:
@@ -400,13 +415,20 @@ def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatc
     assert len(commands) == 2
 
 
+def test_a_model_of_the_hub_is_downloaded(app, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"/snapshots/{name}")
+    assert app.locate("user/name") == Path("/snapshots/user/name")
+
+
 def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = str(server.getsockname()[1])
         messages = {
-            (str(tmp_path / "no"),): f"{tmp_path / 'no'} has no config.json: pass the directory of a finished model",
+            (str(tmp_path / "no"),): f"{tmp_path / 'no'} cannot be loaded (it has no config.json: pass the directory of a",
+            ("tests/no",): "tests/no cannot be loaded (it has no config.json: pass the directory of a",
+            ("user/no",): "user/no cannot be loaded (",
             (str(exports["chat"]), "--port", port): f"--port {port} is in use: pass another.",
         }
         for argv, message in messages.items():
@@ -414,3 +436,20 @@ def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
             with pytest.raises(SystemExit, match="2"):
                 app.main()
             assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {message}")
+
+
+@pytest.mark.slow
+def test_speed(app, node_modules, tmp_path):
+    """The goals for the model of the README's first command with random weights: pytest -m slow -s -k test_speed -n 0."""
+    tokenizer = make_tokenizer()
+    shape = {**TINY, **MODERN, "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_key_value_heads": 4}
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**shape | {"max_position_embeddings": 256, "eos_token_id": None}))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "web")
+    quantize(tmp_path / "web")
+    with serving(app, tmp_path / "web", "speed") as address:
+        page = drive(node_modules, tmp_path, {"speed": address}, "speed")["speed"]
+    print(page)
+    assert page["firstToken"] <= 3000
+    assert int(re.search(r"\((\d+) tokens/s\)", page["note"])[1]) >= 60

@@ -158,7 +158,17 @@ async function failures(browser) {
     return seen;
 }
 
+async function speed(browser) {
+    const start = Date.now(), page = await openPage(browser, addresses.speed), seen = { ready: Date.now() - start };
+    await set(page, "max_new_tokens", 200);
+    await page.locator("#text").fill("to be");
+    await page.locator("#run").click();
+    await page.waitForFunction(() => document.querySelector(".written")?.textContent);
+    return { ...seen, firstToken: Date.now() - start, facts: await page.locator("#facts").innerText(), note: await note(page, /tokens in/) };
+}
+
 const browser = await chromium.launch({ executablePath, args: FLAGS });
-for (const scenario of [completion, chat, classifier, failures]) results[scenario.name] = await scenario(browser);
+const scenarios = { completion, chat, classifier, failures, speed };
+for (const name of addresses.scenarios) results[name] = await scenarios[name](browser);
 await browser.close();
 console.log(JSON.stringify({ ...results, hosts: [...results.hosts] }));
