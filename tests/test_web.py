@@ -34,6 +34,8 @@ from modeling_scratchgpt import (
 from modeling_scratchgpt.convert import __main__ as convert
 from tests.conftest import MODERN, TINY, shaken
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
+from training.errors import UserError
+from training.sharing import page
 
 ROOT = Path(__file__).parents[1]
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -436,6 +438,25 @@ def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
             with pytest.raises(SystemExit, match="2"):
                 app.main()
             assert capsys.readouterr().err.splitlines()[-1].startswith(f"app.py: error: {message}")
+
+
+def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, monkeypatch):
+    def check(directory: Path, cdn: str) -> str:
+        rules = ["--ignore-certificate-errors", f"--host-resolver-rules=MAP cdn.jsdelivr.net {cdn}"]
+        monkeypatch.setattr(page, "FLAGS", [*flags, *rules])
+        return page.check_page(directory)
+
+    flags = page.FLAGS
+    broken = shutil.copytree(exports["completion"], tmp_path / "broken")
+    for graph in (broken / "onnx").iterdir():
+        graph.write_bytes(b"no graph")
+    with serving_cdn(node_modules, tmp_path) as cdn:
+        assert check(exports["completion"], cdn) == "The page was started in chromium: it runs the model."
+        with pytest.raises(UserError, match="the page does not run the model: The model cannot be run"):
+            check(broken, cdn)
+    assert "was not checked in chromium, which got no further than: The download of " in check(exports["chat"], "127.0.0.1:9")
+    monkeypatch.setattr(page, "BROWSERS", ("missing",))
+    assert page.check_page(broken) == "The page was not started: none of missing is installed."
 
 
 @pytest.mark.slow
