@@ -150,6 +150,8 @@ def convert(arguments: argparse.Namespace) -> None:
         check_gguf(loaded.reference.config.model_type, config, loaded.tokenizer)
     if arguments.to == "onnx" and loaded.tokenizer:
         check_tokenizer_js(loaded.tokenizer)
+    elif arguments.text:
+        raise ValueError(f"--text {arguments.text} is measured with a tokenizer, but the model has none: pass --tokenizer.")
     with atomic_directory(destination) as directory:
         _write(loaded, directory, arguments)
     print(_describe_result(loaded, destination, arguments.to))

@@ -135,7 +135,9 @@ def write_smaller(
         else:
             cost = after / before - 1
             values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
-        small, large = (each.stat().st_size / 1e6 for each in (file, graph))
+        small, large = (
+            sum(each.stat().st_size for each in start.parent.glob(f"{start.name}*")) / 1e6 for start in (file, graph)
+        )
         verdict = "" if cost <= MAX_COST else ": more than 1 %, not used"
         lines.append(f"{title}: {small:.1f} MB instead of {large:.1f}; {values} on {source}{verdict}")
         if cost <= MAX_COST:
