@@ -28,7 +28,7 @@ def locate(name: str) -> Path:
     """Return the directory of a model: `name` itself, or a download of the repository of this name on the Hub.
 
     Raises:
-        ValueError: it is no directory of a finished model.
+        ValueError: it is not the directory of a finished model.
         OSError: it cannot be downloaded.
     """
     directory = Path(name).expanduser()
