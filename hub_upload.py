@@ -28,12 +28,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from space.app import WEB, export
+from space.check import check_page
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
 from training.errors import UserError, one_line, printable
 from training.sharing import checks
 from training.sharing.leaks import Files, check_leaks
-from training.sharing.page import check_page
 
 TIMEOUT_SECONDS = 120  # without any answer from the Hub
 ATOMIC = "an upload changes all files or none"

@@ -18,7 +18,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-WEB = Path(__file__).parent / "web"
+ROOT = Path(__file__).parents[1]
+WEB = ROOT / "space" / "web"
 EXPORT = Path("onnx", "model.onnx")
 FIRST_PORT, NUM_PORTS = 7860, 100
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".json": "application/json"}
@@ -42,9 +43,10 @@ def locate(name: str) -> Path:
 
 
 def fingerprint(directory: Path) -> str:
-    """Hash of the names and contents of a model's files, which also names the export in the browser's cache."""
+    """Hash of a model's files, and of the code that converts them; it also names the export in the browser's cache."""
     digest = hashlib.sha256()
-    for path in sorted([*directory.glob("*.json"), *directory.glob("*.jinja"), *directory.glob("*.safetensors")]):
+    files = [path for pattern in ("*.json", "*.jinja", "*.safetensors") for path in directory.glob(pattern)]
+    for path in sorted(files) + sorted(ROOT.glob("modeling_scratchgpt/**/*.py")):
         digest.update(f"{path.name}\0".encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -73,7 +75,7 @@ def export(directory: Path) -> tuple[Path, str]:
             "onnx",
             "--attentions",
         ]
-        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
             raise SystemExit(code)
     return cache, revision
@@ -88,6 +90,14 @@ class Handler(SimpleHTTPRequestHandler):
     def __init__(self, *arguments, model: Path, settings: dict[str, str], **options):
         self.model, self.settings = model, settings
         super().__init__(*arguments, directory=str(WEB), **options)
+
+    def parse_request(self) -> bool:
+        """Answer to names of this machine only: other pages could give their own name its address, and read the model."""
+        is_valid = super().parse_request()
+        if is_valid and (self.headers["Host"] or "").partition(":")[0] not in ("127.0.0.1", "localhost"):
+            self.send_error(403)
+            return False
+        return is_valid
 
     def translate_path(self, path: str) -> str:
         prefix = f"/model/{self.settings['revision']}/"

@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores
 # No test uses the network: inputs are made by the test, or are in the directory of real inputs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import fcntl
+import json
 import multiprocessing
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +32,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 IS_CURRENT = Version(version("transformers")) >= Version("5.23")  # older versions lack what some tests need
+NPM = ["@huggingface/transformers@4.3.2", "playwright-core@1.65.1"]
+NPM_CACHE = Path.home() / ".cache" / "scratchgpt-web"
 Model = TypeVar("Model")
 MODERN: dict[str, Any] = {
     "position_embedding_type": "rotary", "norm_type": "rmsnorm", "qk_norm": True, "mlp_type": "gated",
@@ -161,6 +166,25 @@ def mount(tmp_path):
     yield again
     if os.path.ismount(folder):
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages of `NPM`, in a cache outside the tree."""
+    for program in ("node", "npm"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    NPM_CACHE.mkdir(parents=True, exist_ok=True)
+    modules = NPM_CACHE / "node_modules"
+    with open(NPM_CACHE / ".lock", "w") as lock:  # of several test processes, one installs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = {modules / name / "package.json": version for name, _, version in (package.rpartition("@") for package in NPM)}
+        if not all(path.exists() and json.loads(path.read_text())["version"] == version for path, version in files.items()):
+            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NPM_CACHE), *NPM]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                pytest.skip(f"npm cannot install {' '.join(NPM)}: {result.stderr:.300}")
+    return modules
 
 
 @pytest.fixture(params=["gpt2", "modern"])

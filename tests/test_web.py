@@ -1,7 +1,6 @@
 """The page that runs a model in its visitor's browser, driven in headless Chromium, and the program that serves it."""
 
 import base64
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -32,17 +31,16 @@ from modeling_scratchgpt import (
     ScratchGPTTokenizer,
 )
 from modeling_scratchgpt.convert import __main__ as convert
+from space import check as page
 from tests.conftest import MODERN, TINY, shaken
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
 from training.errors import UserError
-from training.sharing import page
 
 ROOT = Path(__file__).parents[1]
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytestmark = pytest.mark.web
+MISSING = [program for program in ("chromium", "openssl") if not shutil.which(program)]
+pytestmark = [pytest.mark.web, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 SPACE, WEB = ROOT / "space", ROOT / "space" / "web"
-NPM = ["@huggingface/transformers@4.3.2", "playwright-core@1.65.1"]
-NPM_CACHE = Path.home() / ".cache" / "scratchgpt-web"
 TEXT = "to be, naïve 🙂"
 LABELS = ["ham", "<i>spam</i>", "eggs"]
 
@@ -123,25 +121,6 @@ def serving(app, model: Path, kind: str, handler: Any = None):
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """The packages of `NPM`, in a cache outside the tree."""
-    for program in ("chromium", "node", "npm", "openssl"):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-    NPM_CACHE.mkdir(parents=True, exist_ok=True)
-    modules = NPM_CACHE / "node_modules"
-    with open(NPM_CACHE / ".lock", "w") as lock:  # of several test processes, one installs
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        files = {modules / name / "package.json": version for name, _, version in (package.rpartition("@") for package in NPM)}
-        if not all(path.exists() and json.loads(path.read_text())["version"] == version for path, version in files.items()):
-            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NPM_CACHE), *NPM]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                pytest.skip(f"npm cannot install {' '.join(NPM)}: {result.stderr:.300}")
-    return modules
 
 
 class CDN(SimpleHTTPRequestHandler):
@@ -383,16 +362,12 @@ def test_the_server_shows_the_page_and_the_export_only(app, exports):
             assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
         with urllib.request.urlopen(address) as response:
             assert response.headers.get_content_type() == "text/html"
-        for path in (
-            "model/chat/",
-            "model/chat/onnx/",
-            "../app.py",
-            "%2e%2e/app.py",
-            "model/chat/../../app.py",
-            "model/other/config.json",
-        ):
+        paths = ["model/chat/", "model/chat/onnx/", "../app.py", "%2e%2e/app.py", "model/chat/../../app.py"]
+        for path in (*paths, "model/other/config.json"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(address + path)
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # the name of another page that has this address
+            urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "example.com"}))
 
 
 def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatch, capfd):

@@ -1,8 +1,6 @@
 """transformers.js in Node against Python: token ids, greedy text, a classifier's scores, a chat."""
 
-import fcntl
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -28,25 +26,7 @@ from tests.web.strings import make_strings
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
 
 pytestmark = [pytest.mark.web, pytest.mark.skipif(not IS_CURRENT, reason="takes transformers 5.23")]
-CACHE = Path.home() / ".cache" / "scratchgpt-web"
-VERSION = "4.3.2"
 STRINGS = make_strings()
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """transformers.js in its exact version, installed once, outside the tree."""
-    if not shutil.which("npm"):
-        pytest.skip("npm is not installed")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    package = CACHE / "node_modules" / "@huggingface" / "transformers" / "package.json"
-    with open(CACHE / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not package.exists() or json.loads(package.read_text())["version"] != VERSION:
-            words = ["npm", "install", "--silent", "--prefix", str(CACHE), f"@huggingface/transformers@{VERSION}"]
-            if subprocess.run(words, capture_output=True).returncode:
-                pytest.skip(f"npm cannot install transformers.js {VERSION}")
-    return CACHE / "node_modules"
 
 
 @pytest.fixture
