@@ -65,18 +65,9 @@ def export(directory: Path) -> tuple[Path, str]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scratchgpt" / revision
     if not (cache / EXPORT).is_file():
         print(f"Converting {directory} to ONNX, once for these weights", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "modeling_scratchgpt.convert",
-            str(directory),
-            str(cache),
-            "--to",
-            "onnx",
-            "--attentions",
-        ]
+        words = ["modeling_scratchgpt.convert", str(directory), str(cache), "--to", "onnx", "--attentions"]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
+        if code := subprocess.run([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path}).returncode:
             raise SystemExit(code)
     return cache, revision
 

@@ -21,7 +21,7 @@ LAYERS = {  # lowest first; the first pattern that matches decides. A module may
     "results": r"training\.results(\..*)?",
     "sharing": r"training\.sharing(\..*)?",
     "recipes": r"training\.\w+",
-    "programs": r"hub_upload|space\.app",
+    "programs": r"hub_upload|space(\.\w+)?",
 }
 
 
