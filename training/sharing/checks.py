@@ -145,14 +145,14 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
 
 
 def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
-    """The card with a section about the page and the ONNX export in a directory, whose own card is `usage`."""
+    """Add a link to the page below the title of the card, and how to use the export in a directory, whose card is `usage`."""
     model_card, snippet = ModelCard(card.decode()), usage.partition("```js\n")[2].replace("PATH_OR_HUB_ID", repository)
     model_card.data["tags"] = [*(model_card.data.get("tags") or []), "transformers.js"]
-    model_card.text += (
-        f"\n\n## In a browser\n\n[This page](https://huggingface.co/spaces/{repository}) runs the model in its visitor's "
-        "browser. With [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
+    link = f"[Try it in your browser.](https://huggingface.co/spaces/{repository})"
+    model_card.text = re.sub("^# .+$", lambda title: f"{title[0]}\n\n{link}", model_card.text, count=1, flags=re.M) + (
+        "\n\n## In a browser\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
         'import { env } from "@huggingface/transformers";\n\n'
-        f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet}'
+        f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet.replace("## Size", "### Size")}'
     )
     return str(model_card).encode()
 

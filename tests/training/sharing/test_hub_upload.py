@@ -264,8 +264,8 @@ def test_space(hub, model, upload):
 
     card = ModelCard(hub.content("ann/book", "README.md").decode())
     assert card.data.tags == ["scratchgpt", "transformers.js"]
-    assert "[This page](https://huggingface.co/spaces/ann/book) runs the model" in card.text
-    usage = 'env.remotePathTemplate = "{model}/resolve/{revision}/web/";\n\npipeline("ann/book");\n```\n\n## Size\n\n- 8 bits'
+    assert re.search(r"^\s*# .+\n\n\[Try it in your browser\.\]\(https://huggingface.co/spaces/ann/book\)\n", card.text)
+    usage = 'env.remotePathTemplate = "{model}/resolve/{revision}/web/";\n\npipeline("ann/book");\n```\n\n### Size\n\n- 8 bits'
     assert usage in card.text
 
     assert "deleting files of an earlier upload: web/README.md, web/onnx/model.onnx" in upload(model, "ann/book")
