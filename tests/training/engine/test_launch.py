@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-from tests.training.conftest import SMALL, rows
-from training import pretrain
+from tests.training.conftest import SMALL, rows, write_rows
+from training import classify, pretrain
 from training.engine import launch, machine
 from training.engine.arguments import EngineArguments
 from training.engine.launch import choose_compiler, choose_precision, start_accelerator
@@ -172,3 +172,15 @@ def test_a_compiled_run_is_the_same_run(book, tmp_path, monkeypatch, capsys):
         assert row == pytest.approx(expected, rel=1e-4)
     assert re.search(r"on \S+ CPU, .*, float32, compiled by aot_eager\n", capsys.readouterr().out)
     assert "float32, compiled by aot_eager |" in (tmp_path / "compiled" / "README.md").read_text()
+
+
+def test_batches_of_many_lengths_settle_at_three_graphs(tune, tmp_path, monkeypatch):
+    """One for the first length, one for all others, one for evaluation; none is broken."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    torch.compiler.reset()
+    counters.clear()
+    texts = [f"{'ab'[number % 2]}{' night' * (number * 7 % 24)} {number}" for number in range(60)]
+    dataset = write_rows(tmp_path / "texts.jsonl", [{"text": text, "label": text[0]} for text in texts])
+    tune(classify, "--dataset", dataset, "--max_steps", "8", "--eval_steps", "4", "--batch_size", "4", "--context_length", "32")
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
