@@ -85,9 +85,8 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     for source, name, (whole, duplicates), rest in zip(arguments.dataset, names, unique, kept, strict=True):
         near_duplicates = len(whole) - len(rest)
         if not len(rest):
-            dropped = duplicates + near_duplicates
-            reason = "all of its texts are in earlier sources: leave it out" if dropped else "it has no text"
-            raise UserError(f"{source}: {reason}.")
+            known = "all of its texts are in earlier sources: leave it out"
+            raise UserError(f"{source}: {known if duplicates + near_duplicates else 'it has no text'}.")
         corpora.append(Corpus(name if names.count(name) == 1 else source, rest, duplicates, near_duplicates))
     return corpora
 

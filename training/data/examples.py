@@ -116,7 +116,9 @@ def read_examples(arguments: ExampleArguments) -> Examples:
     if arguments.balance == "undersample":
         rarest = min(Counter(example.label for example in train).values())
         given["train"] = _sample_per_label(train, rarest, arguments.split_seed)
-    splits, duplicates = split_items(given, arguments, lambda it: it.text.strip(), lambda it: it.label if is_single else None)
+    splits, duplicates = split_items(
+        given, arguments, key=lambda it: it.text.strip(), stratum=lambda it: it.label if is_single else None
+    )
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
 
@@ -292,9 +294,8 @@ def _label_names(splits: dict[str, list[Example]], arguments: ExampleArguments) 
                 raise UserError(f"the {name} split has a single example, too few for regression metrics: pass more.")
         return arguments.label_column
     found = {name: dict.fromkeys(chain.from_iterable(it.labels for it in split)) for name, split in splits.items()}
-    names = list(found["train"])
-    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    names.sort(key=lambda name: (int(name), name) if numbers else name)
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in found["train"])
+    names = sorted(found["train"], key=lambda name: (int(name), name) if numbers else name)
     if len(names) < 2 and arguments.problem_type == SINGLE:
         raise UserError(f"every example of the training split has the label {names[0]!r:.80}: there must be at least two.")
     if not names:

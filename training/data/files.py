@@ -3,9 +3,7 @@
 Notable:
 - The loaders of `datasets` are not used: they guess types, read a missing column and the text "NA" as null, and cannot name the
   line of an error.
-- Every error in a file is a `UserError` that names the file, the line or row, the problem and the remedy.
 - Text is UTF-8 unless `--encoding` or a byte order mark of UTF-16 says otherwise. A byte order mark is dropped.
-- Files may be compressed: `rows.jsonl.gz` is a table like `rows.jsonl`.
 """
 
 import bz2
@@ -115,8 +113,8 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
     return found
 
 
-def read_file(path: Path, text_column: str, encoding: Encoding) -> Iterator[str]:
-    """Yield the text of every row of a table (null as an empty text), or the whole text of any other file.
+def read_file(path: Path, text_column: str, encoding: Encoding, num_bytes: int = -1) -> Iterator[str]:
+    """Yield the text of every row of a table (null as an empty text), or the text of any other file, or of its first bytes.
 
     Raises:
         UserError: the file cannot be read, is not what its extension promises, or has a row without text.
@@ -126,7 +124,7 @@ def read_file(path: Path, text_column: str, encoding: Encoding) -> Iterator[str]
             yield get_text(row, text_column, location, encoding.errors)
     else:
         with _system_errors(path):
-            yield _text_file(path, encoding)
+            yield _text_file(path, encoding, num_bytes)
 
 
 def read_rows(path: Path, columns: dict[str, str], encoding: Encoding, header: Sequence[str] | None = None) -> Rows:
@@ -144,10 +142,8 @@ def read_rows(path: Path, columns: dict[str, str], encoding: Encoding, header: S
         raise UserError(f"{path} has its own column names: leave out --columns.")
     with _system_errors(path):
         match ending(path):
-            case ".json":
-                yield from _check_rows(_json_rows(path, columns, encoding), columns)
-            case ".jsonl" | ".ndjson":
-                yield from _check_rows(_json_lines(path, columns, encoding), columns)
+            case ".json" | ".jsonl" | ".ndjson":
+                yield from _json_rows(path, columns, encoding)
             case ".parquet":
                 yield from _parquet_rows(path, columns, encoding.errors)
             case _:
@@ -167,11 +163,7 @@ def read_lines(path: Path | str, encoding: Encoding) -> Iterator[tuple[int, str]
 
 def check_file(path: Path, text_column: str, encoding: Encoding) -> None:
     """Check the beginning of a file, with the errors of `read_file`."""
-    if ending(path) in TABLE_ENDINGS:
-        next(read_file(path, text_column, encoding), None)
-    else:
-        with _system_errors(path):
-            _text_file(path, encoding, HEAD)
+    next(read_file(path, text_column, encoding, HEAD), None)
 
 
 def digest_of(path: Path) -> str:
@@ -271,14 +263,17 @@ def _text_file(path: Path, encoding: Encoding, num_bytes: int = -1) -> str:
 
 
 def _json_rows(path: Path, columns: dict[str, str], encoding: Encoding) -> Rows:
-    """The objects of a list, or of a file with one object per line."""
-    text = _text_file(path, encoding)
-    if not text.lstrip().startswith("["):
-        return _json_lines(path, columns, encoding)
-    try:
-        return number_rows(json.loads(text), f"{path}: row")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or one object per line.") from error
+    """Yield the objects of a list, which only a .json file can be, or of a file with one object per line."""
+    rows = _json_lines(path, columns, encoding)
+    if ending(path) == ".json" and (text := _text_file(path, encoding)).lstrip().startswith("["):
+        try:
+            rows = number_rows(json.loads(text), f"{path}: row")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or one object per line.") from error
+    for location, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
+        yield location, _with_fields(row, columns, location)
 
 
 def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Rows:
@@ -290,13 +285,6 @@ def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Rows
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON ({error}): {_expect_object(columns)}.") from error
         yield f"{path}: line {number}", row
-
-
-def _check_rows(rows: Rows, columns: dict[str, str]) -> Rows:
-    for location, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
-        yield location, _with_fields(row, columns, location)
 
 
 def _with_fields(row: Row, columns: dict[str, str], location: str) -> Row:

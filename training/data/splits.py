@@ -46,8 +46,7 @@ class SplitArguments:
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
     """Validate the arguments before any data is read, without network access, and return the local files."""
-    held_out = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
-    fractions = {name: getattr(arguments, f"{name}_fraction") for name in held_out}
+    fractions = {it: getattr(arguments, f"{it}_fraction") for it in SPLITS[1:] if not getattr(arguments, f"{it}_dataset")}
     check_fractions(fractions)
     if fractions.get("validation") == 0:
         raise UserError("--validation_fraction 0 leaves nothing to validate with: pass a fraction or a --validation_dataset.")
