@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification, TextClassificationP
 
 from training.cli import option, parse_arguments, run_main
 from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
-from training.data.examples import MULTI, REGRESSION
 from training.data.files import TABLE_ENDINGS, ending, find_files, join_texts, read_lines, read_rows
 from training.engine.launch import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
@@ -114,9 +113,9 @@ def has_input() -> bool:
 def as_row(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
     """The output of the pipeline for one text, the highest score first, as columns; without scores, no label."""
     values = {item["label"]: round(item["score"], 6) for item in scores}
-    if problem_type == REGRESSION:
+    if problem_type == "regression":
         return {"numbers": values}
-    if problem_type == MULTI:
+    if problem_type == "multi_label_classification":
         return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
     return {"label": next(iter(values), None), "scores": values}
 

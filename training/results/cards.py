@@ -67,13 +67,10 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
                 f"# {metadata.model_name}",
                 content.introduction,
                 block(program, "python"),
-                "## Evaluation",
-                content.results,
+                f"## Evaluation\n\n{content.results}",
                 *([f"![Loss over steps]({CURVE})", content.examples] if location == directory else []),
-                "## Limitations",
-                LIMITATIONS,
-                "## Training",
-                training,
+                f"## Limitations\n\n{LIMITATIONS}",
+                f"## Training\n\n{training}",
                 f"<details><summary>All settings</summary>\n\n{block(_settings(arguments, content), 'yaml')}\n\n</details>",
             ]
             ModelCard("\n\n".join(sections) + "\n").save(location / CARD)
