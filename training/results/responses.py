@@ -103,7 +103,8 @@ def respond(
                     bar.update((limits[index] if has_ended else len(rows[index])) - before)
             unfinished = [it for it in unfinished if rows[it][-1] != stop_token_id and len(rows[it]) < limits[it]]
             stage *= 2
-    return [_response(tokenizer, ids[start:], stop_token_id) for start, ids in zip(starts, rows, strict=True)]
+    answers = [ids[start:] for start, ids in zip(starts, rows, strict=True)]
+    return [Response(tokenizer.decode(ids, skip_special_tokens=True), stop_token_id in ids) for ids in answers]
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -114,11 +115,6 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens:
     output = model.generate(**padded.to(model.device), max_new_tokens=room)[:, width:].tolist()
     stop = model.generation_config.eos_token_id
     return [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in output]
-
-
-def _response(tokenizer: Any, ids: list[int], stop_token_id: int) -> Response:
-    finished = bool(ids) and ids[-1] == stop_token_id
-    return Response(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True), finished)
 
 
 def respond_distributed(
