@@ -79,16 +79,12 @@ MIN_LENGTH = 4  # tokens, with BOS and EOS
 @dataclass
 class ClassifyArguments(pretrained.TuningArguments, EpochArguments, examples.ExampleArguments):
     config: str = option("training/configs/classify.yaml", "YAML file with values for any of these arguments")
-    classifier_pooling: str = option(
-        "last", "hidden state that the head reads: of the last token, or the mean of all", choices=["last", "mean"]
-    )
+    classifier_pooling: str = option("last", "hidden state that the head reads: last token or mean", choices=["last", "mean"])
     lowercase: bool = option(False, "lowercase all texts, in the tokenizer")
     subword_dropout: float = option(
         0.0, "subword regularization: probability of a forced token boundary between two characters", minimum=0, below=1
     )
-    token_dropout: float = option(
-        0.0, "fraction of the tokens of a training text to drop, others each epoch", minimum=0, below=1
-    )
+    token_dropout: float = option(0.0, "fraction of a training text's tokens to drop, others each epoch", minimum=0, below=1)
     label_smoothing: float = option(0.0, "label smoothing, for one label per text", minimum=0, below=1)
     context_length: int = option(0, "maximum tokens per text, longer ones are truncated; 0: the model's maximum", minimum=0)
     output_dir: str = option("outputs/classify", "new directory for the model")
@@ -176,15 +172,11 @@ class ClassifyRecipe(Recipe[Any]):
         if arguments.batch_size > len(train):
             raise UserError(f"--batch_size {arguments.batch_size} is more than the {len(train)} training examples: lower it.")
         if self.num_truncated["train"] == len(train):
-            raise UserError(
-                f"all training texts are longer than the limit of {self.max_length:,} tokens: use shorter texts, or a larger "
-                "--context_length if the model has the positions for it."
-            )
+            remedy = "use shorter texts, or a larger --context_length if the model has the positions for it"
+            raise UserError(f"all training texts are longer than the limit of {self.max_length:,} tokens: {remedy}.")
         truncated = ", ".join(f"{number:,} of {name}" for name, number in self.num_truncated.items())
-        print_(
-            f"Tokens per text: mean {train.lengths.mean():,.0f}, maximum {train.lengths.max():,}; truncated to "
-            f"{self.max_length:,}: {truncated}"
-        )
+        lengths = f"mean {train.lengths.mean():,.0f}, maximum {train.lengths.max():,}"
+        print_(f"Tokens per text: {lengths}; truncated to {self.max_length:,}: {truncated}")
 
     def _evaluation_dataloader(self, split: str) -> DataLoader:
         rows, batch_size = PaddedExamples(self.tokenized[split]), 4 * self.arguments.batch_size
@@ -228,9 +220,8 @@ class ClassifyRecipe(Recipe[Any]):
         rows: Any = PaddedExamples(train)
         if arguments.subword_dropout or arguments.token_dropout:
             texts = [example.text for example in self.examples.splits["train"]]
-            rows = AugmentedTexts(
-                texts, train, tokenizer, self.max_length, arguments.subword_dropout, arguments.token_dropout, arguments.seed
-            )
+            dropouts = arguments.subword_dropout, arguments.token_dropout
+            rows = AugmentedTexts(texts, train, tokenizer, self.max_length, *dropouts, arguments.seed)
         accumulation = arguments.gradient_accumulation_steps
         num_batches = arguments.max_steps * accumulation
         sampler = LengthGroupedBatchSampler(train.lengths, arguments.batch_size, num_batches, arguments.seed, accumulation)
@@ -265,15 +256,14 @@ class ClassifyRecipe(Recipe[Any]):
         names = ", ".join(map(code, self.names[:20]))
         names += f" and {len(self.names) - 20} more" if len(self.names) > 20 else ""
         text = repr(self.examples.splits[last][0].text[:80])
+        kind, pooling = arguments.problem_type, arguments.classifier_pooling
         return cards.CardContent(
             introduction=f"A small GPT, {cards.describe_base(arguments.base_model)} on {dataset}. It predicts "
-            f"{PREDICTS[arguments.problem_type]}: {names}. It was evaluated on texts like those it was trained on; its "
-            "predictions for other texts are not reliable.",
+            f"{PREDICTS[kind]}: {names}. It was evaluated on texts like those it was trained on; its predictions for other "
+            "texts are not reliable.",
             usage=USAGE.format(text=text),
-            adapter_usage=ADAPTER_USAGE.format(
-                labels=self.names, problem_type=arguments.problem_type, pooling=arguments.classifier_pooling, text=text
-            ),
-            results=report.results_table(results, arguments.problem_type),
+            adapter_usage=ADAPTER_USAGE.format(labels=self.names, problem_type=kind, pooling=pooling, text=text),
+            results=report.results_table(results, kind),
             examples=f"![{last} split]({PREDICTIONS})\n\nThe mistakes on that split are in [{MISTAKES}]({MISTAKES}), "
             f"all metrics in [{SCORES}]({SCORES}).",
             task="text-classification",

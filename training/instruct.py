@@ -61,19 +61,13 @@ class InstructArguments(pretrained.TuningArguments, EpochArguments, Conversation
     WITHOUT_EFFECT: ClassVar[set[str]] = EpochArguments.WITHOUT_EFFECT | {"max_new_tokens", "repetition_penalty"}
     config: str = option("training/configs/instruct.yaml", "YAML file with values for any of these arguments")
     chat_template: str = option(
-        "",
-        f"chat template: {', '.join(prompts.CHAT_TEMPLATES)}, or a file with a Jinja template; "
-        "default: the model's own, else chat",
+        "", f"{', '.join(prompts.CHAT_TEMPLATES)}, or a file with a Jinja chat template; default: the model's own, else chat"
     )
     completion_only_loss: bool = option(True, "compute the loss on the answers only, not on the prompts")
     packing: bool = option(False, "pack several conversations into a row, where they do not see each other, instead of padding")
-    context_length: int = option(
-        0, "maximum tokens per conversation, longer ones are dropped; 0: the model's maximum", minimum=0
-    )
+    context_length: int = option(0, "maximum tokens per conversation, longer are dropped; 0: the model's maximum", minimum=0)
     max_new_tokens: int = option(256, "maximum tokens per answer; at most half of the model's positions", minimum=1)
-    repetition_penalty: float = option(
-        1.2, "repetition penalty (1: off); small models repeat themselves", minimum=1, maximum=10
-    )
+    repetition_penalty: float = option(1.2, "repetition penalty, 1: off; small models repeat themselves", minimum=1, maximum=10)
     output_dir: str = option("outputs/instruct", "new directory for the model")
 
 
@@ -121,17 +115,15 @@ class InstructRecipe(Recipe[LMMetrics]):
     def _tokenize(self) -> None:
         """Token ids of each split that is not empty; the loss on prompts, if any, is for training only."""
         self.tokenized: dict[str, prompts.TokenizedConversations] = {}
-        for name, split in self.conversations.splits.items():
-            if split:
-                completion_only_loss = self.arguments.completion_only_loss or name != "train"
-                tokenized = prompts.tokenize_conversations(split, self.tokenizer, self.max_length, completion_only_loss)
-                self.tokenized[name] = tokenized
-                if not len(tokenized):
-                    raise UserError(
-                        f"the {name} split is empty: of {len(split):,} conversations {tokenized.num_too_long:,} are longer "
-                        f"than {self.max_length} tokens (use a larger --context_length), the others contain special tokens: "
-                        f"{', '.join(sorted({*tokenized.special})) or 'none'}."
-                    )
+        splits = {name: split for name, split in self.conversations.splits.items() if split}
+        for name, split in splits.items():
+            completion_only_loss = self.arguments.completion_only_loss or name != "train"
+            tokenized = prompts.tokenize_conversations(split, self.tokenizer, self.max_length, completion_only_loss)
+            self.tokenized[name] = tokenized
+            if not len(tokenized):
+                longer = f"{tokenized.num_too_long:,} are longer than {self.max_length} tokens (use a larger --context_length)"
+                special = f"the others contain special tokens: {', '.join(sorted({*tokenized.special})) or 'none'}"
+                raise UserError(f"the {name} split is empty: of {len(split):,} conversations {longer}, {special}.")
         self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
 
     def _report_data(self) -> None:
@@ -180,13 +172,9 @@ class InstructRecipe(Recipe[LMMetrics]):
         """The base model with embeddings for the new tokens, which are always trained, with the matrices they are part of."""
         arguments, tokenizer = self.arguments, self.tokenizer
         set_seed(arguments.seed)
-        model: ScratchGPTForCausalLM = pretrained.load_pretrained(
-            ScratchGPTForCausalLM,
-            arguments.base_model,
-            pretrained.lora_config(arguments, ["embed_tokens", "lm_head"] if self.num_new_tokens else None),
-            num_tokens=len(tokenizer),
-            **pretrained.dropout_fields(arguments.dropout),
-        )
+        lora = pretrained.lora_config(arguments, ["embed_tokens", "lm_head"] if self.num_new_tokens else None)
+        options: Any = {"num_tokens": len(tokenizer), **pretrained.dropout_fields(arguments.dropout)}
+        model: ScratchGPTForCausalLM = pretrained.load_pretrained(ScratchGPTForCausalLM, arguments.base_model, lora, **options)
         if arguments.train_last_n_layers >= 0:
             embeddings = [model.get_input_embeddings()] if self.num_new_tokens else []
             pretrained.freeze(model, arguments.train_last_n_layers, model.lm_head, *embeddings)
@@ -202,8 +190,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         return model
 
     def train_dataloader(self) -> DataLoader:
-        size, seed = self.arguments.batch_size, self.arguments.seed
-        accumulation = self.arguments.gradient_accumulation_steps
+        size, seed, accumulation = self.arguments.batch_size, self.arguments.seed, self.arguments.gradient_accumulation_steps
         num_batches = self.arguments.max_steps * accumulation
         if self.arguments.packing:
             return train_dataloader([self.rows], MixtureBatchSampler([len(self.rows)], size, num_batches, seed))
@@ -216,8 +203,7 @@ class InstructRecipe(Recipe[LMMetrics]):
     def preview(self, model: Any) -> list[str]:
         max_new_tokens = min(PREVIEW_TOKENS, model.generation_config.max_new_tokens)
         answers = responses.respond(model, self.tokenizer, self.previewed, len(self.previewed), max_new_tokens)
-        questions = (prompt[-1]["content"] for prompt in self.previewed)
-        pairs = zip(questions, map(str, answers), strict=True)
+        pairs = ((prompt[-1]["content"], str(answer)) for prompt, answer in zip(self.previewed, answers, strict=True))
         return [f"[{plain(question, PREVIEW_CHARACTERS)}] {plain(answer, PREVIEW_CHARACTERS)}" for question, answer in pairs]
 
     def evaluate_test(self, model: Any) -> None:
@@ -229,10 +215,8 @@ class InstructRecipe(Recipe[LMMetrics]):
         base = self.build_model().to(accelerator.device)
         questions = [conversation.prompt for conversation in conversations]
         options = {"batch_size": 2 * self.arguments.batch_size, "max_new_tokens": model.generation_config.max_new_tokens}
-        tuned, untuned = (
-            responses.respond_distributed(accelerator, answering, self.tokenizer, questions, name, **options)
-            for name, answering in (("Answering", model), ("Answering (base)", base))
-        )
+        tuned = responses.respond_distributed(accelerator, model, self.tokenizer, questions, "Answering", **options)
+        untuned = responses.respond_distributed(accelerator, base, self.tokenizer, questions, "Answering (base)", **options)
         scores, base_scores = (responses.score_responses(answers, conversations) for answers in (tuned, untuned))
         self.test_results = {"test": {**vars(metrics), **vars(scores)}, "base": vars(base_scores)}
         self.response_rows = responses.response_rows(conversations, untuned, tuned)
@@ -252,10 +236,8 @@ class InstructRecipe(Recipe[LMMetrics]):
         results, dataset = self._results(result), cards.dataset_name(self.arguments.dataset)
         examples = "## Answers\n\nHeld-out prompts in brackets:\n\n" + block("\n\n".join(result.preview_after))
         if self.response_rows:
-            examples = (
-                f"The answers to the test split are side by side in [{RESPONSES_PAGE}]({RESPONSES_PAGE}), all of them in "
-                f"[{RESPONSES}]({RESPONSES}).\n\n{examples}"
-            )
+            page, rows = (f"[{name}]({name})" for name in (RESPONSES_PAGE, RESPONSES))
+            examples = f"The answers to the test split are side by side in {page}, all of them in {rows}.\n\n{examples}"
         question = repr(self.previewed[0][-1]["content"])
         return cards.CardContent(
             introduction=f"A small GPT, {cards.describe_base(self.arguments.base_model)} to follow instructions. It answers in "

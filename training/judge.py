@@ -88,10 +88,8 @@ class Judge:
             text = text.replace(self.key, "...") if self.key else text  # some servers repeat what they reject
             raise UserError(f"the judge at {self.base_url} refuses the request ({one_line(ValueError(text))}).") from error
         except (OSError, HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"the judge at {self.base_url} gives no valid reply ({one_line(error)}): pass the URL of a server that speaks "
-                "OpenAI's protocol as --base_url, up to and with /v1, and the name of its model as --model."
-            ) from error
+            remedy = "the URL of a server with OpenAI's protocol as --base_url, up to /v1, and its model's name as --model"
+            raise UserError(f"the judge at {self.base_url} gives no valid reply ({one_line(error)}): pass {remedy}.") from error
         reply = content or ""
         found = VERDICT.fullmatch(reply)
         return (int(found[1]) if found else None), reply[:MAX_CHARACTERS]

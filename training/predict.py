@@ -20,17 +20,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
 from training.cli import option, parse_arguments, run_main
-from training.data.files import (
-    TABLE_ENDINGS,
-    encoding_errors_option,
-    encoding_of,
-    encoding_option,
-    ending,
-    find_files,
-    join_texts,
-    read_lines,
-    read_rows,
-)
+from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
+from training.data.files import TABLE_ENDINGS, ending, find_files, join_texts, read_lines, read_rows
 from training.engine.launch import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
 from training.errors import UserError
@@ -55,21 +46,19 @@ def label_texts(arguments: PredictArguments) -> None:
     """Print a JSON line for each text: the text, its label, and the probability of every label; an empty text has no label."""
     sources = find_sources(arguments)
     device = start_accelerator().device
-    model, tokenizer = load_model_and_tokenizer(
-        arguments.model, arguments.trust_remote_code, device, AutoModelForSequenceClassification
-    )
+    head = AutoModelForSequenceClassification
+    model, tokenizer = load_model_and_tokenizer(arguments.model, arguments.trust_remote_code, device, head)
     ensure_padding(tokenizer, arguments.model)
     model.config.pad_token_id = tokenizer.pad_token_id  # required by other classifiers of transformers
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
-    classify = TextClassificationPipeline(
-        model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=arguments.batch_size
-    )
+    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer, device=device, top_k=None)
+    options: Any = {"batch_size": arguments.batch_size, "truncation": True, "max_length": limit}
     texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
     with tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
         while chunk := read_chunk(texts, is_live=sources == [None]):
             order = [index for index, text in enumerate(chunk) if text.strip()]
             order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths
-            found: Any = classify([chunk[index] for index in order], truncation=True, max_length=limit) if order else []
+            found: Any = classify([chunk[index] for index in order], **options) if order else []
             scores = dict(zip(order, found, strict=True))
             for index, text in enumerate(chunk):
                 row = {"text": text, **as_row(scores.get(index, []), model.config.problem_type)}
@@ -124,13 +113,11 @@ def has_input() -> bool:
 def as_row(scores: list[dict[str, Any]], problem_type: str | None) -> dict[str, Any]:
     """The output of the pipeline for one text, the highest score first, as columns; without scores, no label."""
     values = {item["label"]: round(item["score"], 6) for item in scores}
-    match problem_type:
-        case "regression":
-            return {"numbers": values}
-        case "multi_label_classification":
-            return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
-        case _:
-            return {"label": next(iter(values), None), "scores": values}
+    if problem_type == "regression":
+        return {"numbers": values}
+    if problem_type == "multi_label_classification":
+        return {"labels": [label for label, score in values.items() if score > 0.5], "scores": values}
+    return {"label": next(iter(values), None), "scores": values}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,7 +29,7 @@ def cached_file(made_from: str, suffix: str, write: Callable[[Path], None]) -> P
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.{suffix}"
     if path.exists():
-        content, checksum = _checksums(path)
+        content, checksum = _checksums(path, path.stat().st_size - CHECKSUM_BYTES)
         if content == checksum:
             return path
         print(f"The cached file {path} is damaged: writing it again", flush=True)
@@ -39,18 +39,14 @@ def cached_file(made_from: str, suffix: str, write: Callable[[Path], None]) -> P
                 leftover.unlink()
     with atomic_file(path) as temporary:
         write(temporary)
+        checksum, _ = _checksums(temporary, temporary.stat().st_size)
         with open(temporary, "ab") as file:
-            file.write(bytes(CHECKSUM_BYTES))
-        checksum = _checksums(temporary)[0]
-        with open(temporary, "r+b") as file:
-            file.seek(-CHECKSUM_BYTES, 2)
             file.write(checksum)
     return path
 
 
-def _checksums(path: Path) -> tuple[bytes, bytes]:
-    """The CRC-32 of a file without its last bytes, and these bytes."""
-    left = path.stat().st_size - CHECKSUM_BYTES
+def _checksums(path: Path, left: int) -> tuple[bytes, bytes]:
+    """The CRC-32 of the first `left` bytes of a file, and the other bytes."""
     checksum = 0
     with open(path, "rb") as file:
         while left > 0 and (block := file.read(min(BATCH_BYTES, left))):

@@ -11,26 +11,17 @@ Notable:
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import (
-    JSON_LINES,
-    Encoding,
-    Row,
-    encoding_of,
-    ending,
-    get_text,
-    number_rows,
-    read_rows,
-    refuse_empty,
-)
+from training.data.encoding import Encoding, encoding_of
+from training.data.files import JSON_LINES, Row, Rows, ending, get_text, number_rows, read_rows, refuse_empty
 from training.data.sources import find_splits, hub_splits, is_dataset
-from training.data.splits import SplitArguments, check_splits, read_given, sample_per_class, split_items
+from training.data.splits import SplitArguments, Splits, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
 ENDINGS = (".json", *JSON_LINES, ".parquet")
@@ -93,7 +84,7 @@ class Conversation:
 class Conversations:
     """The splits of a run."""
 
-    splits: dict[str, list[Conversation]]  # train, validation and test; the last may be empty
+    splits: Splits[Conversation]  # the test split may be empty
     duplicates: int  # conversations dropped because the same one is in their split already
     leaked: dict[str, int]  # conversations dropped from each split because one in a later split begins with the same prompt
     unused: list[str]  # columns, and fields of messages, that were ignored
@@ -127,7 +118,7 @@ def _opening(messages: tuple[Message, ...], without_loss: tuple[int, ...]) -> tu
     return tuple((message["role"], message["content"].strip()) for message in messages[:end])
 
 
-def _read_source(source: str, encoding: Encoding, input_mark: str, unused: set[str]) -> dict[str, list[Conversation]]:
+def _read_source(source: str, encoding: Encoding, input_mark: str, unused: set[str]) -> Splits[Conversation]:
     errors = encoding.errors
     if source == "docs":
         rows = ((module, _conversation("docs", row, errors, input_mark, unused)) for module, row in _docstrings())
@@ -156,13 +147,11 @@ def _docstrings() -> Iterator[tuple[str, Row]]:
         yield entries[signature]["module"], {"instruction": INSTRUCTION, "input": signature, "output": output}
 
 
-def _conversations(rows: Iterable[tuple[str, Row]], errors: str, input_mark: str, unused: set[str]) -> list[Conversation]:
+def _conversations(rows: Rows, errors: str, input_mark: str, unused: set[str]) -> list[Conversation]:
     conversations, empty = [], []
     for location, row in rows:
-        conversation = _conversation(location, row, errors, input_mark, unused)
-        if conversation.answer.strip():
-            conversations.append(conversation)
-        else:
+        conversations.append(_conversation(location, row, errors, input_mark, unused))
+        if not conversations[-1].answer.strip():
             empty.append(location)
     refuse_empty(empty, "answer")
     return conversations
@@ -238,9 +227,8 @@ def _check_messages(messages: tuple[Message, ...], location: str) -> None:
         problem = f"ends with a message of the {roles[-1]}" if roles else "has no messages"
         raise UserError(f"{location} {problem}: the last message must be the assistant's, on which the loss is computed.")
     if "system" in roles[1:] or roles[: 1 + (roles[0] == "system")][-1] != "user":
-        raise UserError(
-            f"{location} has messages of {', '.join(roles):.100}: the first must be the user's, or the system's before it."
-        )
+        given = ", ".join(roles)
+        raise UserError(f"{location} has messages of {given:.100}: the first must be the user's, or the system's before it.")
     if empty := next((message["role"] for message in messages[:-1] if not message["content"].strip()), None):
         raise UserError(f"{location} has an empty message of the {empty}: leave this row out.")
 

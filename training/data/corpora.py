@@ -23,31 +23,12 @@ from datasets import Dataset, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 
 from training.cli import option
+from training.data import sources
 from training.data.cache import BATCH_BYTES, BATCH_ROWS, cached_file, digest_texts, encode_texts
 from training.data.docstrings import TEXT, read_docs
-from training.data.files import (
-    check_columns,
-    check_file,
-    digest_of,
-    encoding_errors_option,
-    encoding_of,
-    encoding_option,
-    ending,
-    get_text,
-    read_file,
-)
+from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
+from training.data.files import check_columns, check_file, digest_of, ending, get_text, read_file
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
-from training.data.sources import (
-    STANDARD_INPUT,
-    check_sources,
-    find_splits,
-    hub_errors,
-    hub_splits,
-    is_dataset,
-    is_saved,
-    parse_hub_id,
-    short_name,
-)
 from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
 from training.progress import bar_options
@@ -68,10 +49,7 @@ class CorpusArguments:
     streaming: bool = option(False, "stream datasets from the Hub: download only what is read")
     max_documents: int = option(0, "maximum number of documents from each source; 0: all", minimum=0)
     near_duplicates: float = option(
-        0.0,
-        "drop documents with at least this Jaccard similarity to an earlier one; 0: exact duplicates only",
-        minimum=0,
-        maximum=1,
+        0.0, "drop documents with at least this Jaccard similarity to an earlier one; 0: exact duplicates", minimum=0, maximum=1
     )
     validation_fraction: float = option(
         0.01, "fraction held out for validation: whole documents, or the end of each if there are few", above=0, below=1
@@ -107,9 +85,8 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     for source, name, (whole, duplicates), rest in zip(arguments.dataset, names, unique, kept, strict=True):
         near_duplicates = len(whole) - len(rest)
         if not len(rest):
-            dropped = duplicates + near_duplicates
-            reason = "all of its texts are in earlier sources: leave it out" if dropped else "it has no text"
-            raise UserError(f"{source}: {reason}.")
+            known = "all of its texts are in earlier sources: leave it out"
+            raise UserError(f"{source}: {known if duplicates + near_duplicates else 'it has no text'}.")
         corpora.append(Corpus(name if names.count(name) == 1 else source, rest, duplicates, near_duplicates))
     return corpora
 
@@ -128,7 +105,7 @@ def check_corpora(arguments: CorpusArguments) -> None:
     """
     check_fractions({"validation": arguments.validation_fraction, "test": arguments.test_fraction})
     encoding = encoding_of(arguments)
-    for path in check_sources(arguments.dataset):
+    for path in sources.check_sources(arguments.dataset):
         check_file(path, arguments.text_column, encoding)
 
 
@@ -146,10 +123,8 @@ def split_documents(documents: Dataset, validation_fraction: float, test_fractio
     if sizes["validation"] < 1 or 0 < sizes["test"] < 1:
         return _split_ends(documents, validation_fraction, test_fraction)
     if sum(map(round, sizes.values())) >= len(documents):
-        raise UserError(
-            f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} of {len(documents)} documents "
-            "leave none to train on: lower one of them."
-        )
+        given = f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction}"
+        raise UserError(f"{given} of {len(documents)} documents leave none to train on: lower one of them.")
     indices = split_indices(encode_texts(documents), fractions, seed)
     return {name: documents.select(indices[name]) for name in SPLITS}
 
@@ -169,10 +144,8 @@ def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: f
     key = f"ends {validation_fraction} {test_fraction} {digest_texts(documents)[0]}"
     splits = {name: _store(f"{key} {number}", parts(number), "") for number, name in enumerate(SPLITS)}
     if not len(splits["train"]):
-        raise UserError(
-            f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction} leave no text of this corpus to "
-            "train on: pass more text or smaller fractions."
-        )
+        given = f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction}"
+        raise UserError(f"{given} leave no text of this corpus to train on: pass more text or smaller fractions.")
     for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
         if fraction and not len(splits[name]):
             raise UserError(f"--{name}_fraction {fraction} of this corpus has no text: pass more text or a larger fraction.")
@@ -214,14 +187,14 @@ def _read_source(source: str, arguments: CorpusArguments) -> Dataset:
     if source == "docs":
         documents = read_docs()
         return documents.take(limit or len(documents))
-    if is_dataset(source):
-        is_streamed = arguments.streaming and not is_saved(source)
+    if sources.is_dataset(source):
+        is_streamed = arguments.streaming and not sources.is_saved(source)
         return _stream(source, column, limit) if is_streamed else _download(source, column, limit)
-    with _standard_input() if source == STANDARD_INPUT else nullcontext(find_splits(source)["train"]) as files:
+    with _standard_input() if source == sources.STANDARD_INPUT else nullcontext(sources.find_splits(source)["train"]) as files:
         digests = [(ending(path), path.suffix, digest_of(path)) for path in files]
         texts = itertools.chain.from_iterable(read_file(path, column, encoding) for path in files)
         key = f"files {column} {encoding} {limit} {digests}"
-        return _store(key, itertools.islice(texts, limit or None), f"Reading {short_name(source)}")
+        return _store(key, itertools.islice(texts, limit or None), f"Reading {sources.short_name(source)}")
 
 
 @contextmanager
@@ -239,8 +212,11 @@ def _standard_input() -> Iterator[list[Path]]:
 
 
 def _download(source: str, text_column: str, max_documents: int) -> Dataset:
-    with hub_errors(source):
-        dataset = hub_splits(source)["train"] if is_saved(source) else load_dataset(*parse_hub_id(source), split="train")
+    with sources.hub_errors(source):
+        if sources.is_saved(source):
+            dataset = sources.hub_splits(source)["train"]
+        else:
+            dataset = load_dataset(*sources.parse_hub_id(source), split="train")
     check_columns(source, {text_column: "text_column"}, dataset.column_names)
     documents = dataset.select_columns(text_column).rename_columns({text_column: "text"})
     documents = documents.take(max_documents or len(documents))
@@ -251,15 +227,15 @@ def _download(source: str, text_column: str, max_documents: int) -> Dataset:
 
 
 def _stream(source: str, text_column: str, max_documents: int) -> Dataset:
-    with hub_errors(source):
-        builder = load_dataset_builder(*parse_hub_id(source))
+    with sources.hub_errors(source):
+        builder = load_dataset_builder(*sources.parse_hub_id(source))
         rows = builder.as_streaming_dataset(split="train")
     if rows.column_names:
         check_columns(source, {text_column: "text_column"}, rows.column_names)
         rows = rows.select_columns([text_column])
 
     def texts() -> Iterator[str]:
-        with hub_errors(source):
+        with sources.hub_errors(source):
             for number, row in enumerate(itertools.islice(rows, max_documents or None), start=1):
                 location = f"{source}: row {number}"
                 check_columns(location, {text_column: "text_column"}, row)

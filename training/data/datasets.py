@@ -225,10 +225,8 @@ def evaluation_rows(
     rows: Windows | PackedExamples | None = None
     if windows == "packed":
         rows = PackedExamples(examples, context_length, pad_token_id)
-    elif (context_length := min(context_length, len(examples.ids) - 1)) > 0:
-        rows = Windows(
-            examples, context_length, pad_token_id, "given", min(stride or context_length, context_length), once=True
-        )
+    elif (length := min(context_length, len(examples.ids) - 1)) > 0:
+        rows = Windows(examples, length, pad_token_id, "given", min(stride or length, length), once=True)
     if not rows:
         raise UserError("the text is empty: there is nothing to predict.")
     return rows

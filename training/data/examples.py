@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -22,18 +21,10 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
-from training.data.files import (
-    TABLE_ENDINGS,
-    check_columns,
-    encoding_of,
-    get_text,
-    join_texts,
-    number_rows,
-    read_rows,
-    refuse_empty,
-)
+from training.data.encoding import encoding_of
+from training.data.files import TABLE_ENDINGS, Rows, check_columns, get_text, join_texts, number_rows, read_rows, refuse_empty
 from training.data.sources import find_splits, hub_splits, is_dataset
-from training.data.splits import SPLITS, SplitArguments, check_splits, read_given, sample_per_class, split_items
+from training.data.splits import SPLITS, SplitArguments, Splits, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
@@ -80,7 +71,7 @@ class Example:
 class Examples:
     """The splits of a run."""
 
-    splits: dict[str, list[Example]]  # train, validation and test; the last may be empty
+    splits: Splits[Example]  # the test split may be empty
     names: list[str]  # of the labels, or of the columns of numbers, in the order of their ids
     duplicates: dict[str, int]  # examples dropped from each split because their text is also in a later one
     undersampled: int  # examples dropped by undersampling
@@ -119,15 +110,14 @@ def read_examples(arguments: ExampleArguments) -> Examples:
             the training split; a split would be empty.
     """
     given = read_given(arguments, lambda source: _read_source(source, arguments))
-    train, has_one_label = given["train"], arguments.problem_type == SINGLE
-    if has_one_label:
+    train, is_single = given["train"], arguments.problem_type == SINGLE
+    if is_single:
         _check_names(train)
     if arguments.balance == "undersample":
-        given["train"] = _sample_per_label(
-            train, min(Counter(example.label for example in train).values()), arguments.split_seed
-        )
+        rarest = min(Counter(example.label for example in train).values())
+        given["train"] = _sample_per_label(train, rarest, arguments.split_seed)
     splits, duplicates = split_items(
-        given, arguments, key=lambda it: it.text.strip(), stratum=lambda it: it.label if has_one_label else None
+        given, arguments, key=lambda it: it.text.strip(), stratum=lambda it: it.label if is_single else None
     )
     return Examples(splits, _label_names(splits, arguments), duplicates, len(train) - len(given["train"]))
 
@@ -151,7 +141,7 @@ def _columns(arguments: ExampleArguments) -> dict[str, str]:
     return {**dict.fromkeys(arguments.text_column, "text_column"), **dict.fromkeys(arguments.label_column, "label_column")}
 
 
-def _read_source(source: str, arguments: ExampleArguments) -> dict[str, list[Example]]:
+def _read_source(source: str, arguments: ExampleArguments) -> Splits[Example]:
     if source == "docs":
         return {"train": _docstrings()}
     if is_dataset(source):
@@ -169,15 +159,12 @@ def _docstrings() -> list[Example]:
     entries = read_docstrings()
     for entry in entries:
         libraries[entry["docstring"]].add(entry["library"])
-    examples = [
-        Example(entry["docstring"], entry["library"], entry["module"])
-        for entry in entries
-        if len(libraries.pop(entry["docstring"], ())) == 1
-    ]
+    firsts = (entry for entry in entries if len(libraries.pop(entry["docstring"], ())) == 1)
+    examples = [Example(entry["docstring"], entry["library"], entry["module"]) for entry in firsts]
     return _sample_per_label(examples, DOCSTRINGS_PER_LIBRARY, 0)
 
 
-def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Rows]:
     splits = hub_splits(source)
     for rows in splits.values():
         check_columns(source, _columns(arguments), rows.column_names)
@@ -188,7 +175,7 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Iterator[tu
     return {name: _with_label_names(rows, f"{source}: {name} row", arguments) for name, rows in splits.items()}
 
 
-def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Iterator[tuple[str, dict[str, Any]]]:
+def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Rows:
     """Yield rows in which the ids of `ClassLabel` columns, or of lists of them, are replaced by their names."""
     features = {column: rows.features[column] for column in arguments.label_column}
     for row_location, row in number_rows(rows.select_columns([*arguments.text_column, *features]), location):
@@ -199,7 +186,7 @@ def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> 
         yield row_location, row
 
 
-def _examples(rows: Iterable[tuple[str, dict[str, Any]]], arguments: ExampleArguments) -> list[Example]:
+def _examples(rows: Rows, arguments: ExampleArguments) -> list[Example]:
     read = {SINGLE: _read_label, MULTI: _read_labels, REGRESSION: _read_numbers}[arguments.problem_type]
     examples, empty = [], []
     for location, row in rows:
@@ -225,9 +212,8 @@ def _name_multi_hot(examples: list[Example]) -> list[Example]:
     lengths, values = {len(it.label) for it in examples}, {value for it in examples for value in it.label}
     if values <= {"0", "1", "True", "False"} and any(len({*it.label}) < len(it.label) for it in examples):
         if len(lengths) > 1:
-            raise UserError(
-                f"--label_column has lists of 0 and 1 with {min(lengths)} to {max(lengths)} values: use one length."
-            )
+            found = f"{min(lengths)} to {max(lengths)} values"
+            raise UserError(f"--label_column has lists of 0 and 1 with {found}: use one length.")
     elif lengths != {2} or values not in ({"0", "1"}, {"True", "False"}):
         return [replace(it, label=tuple(dict.fromkeys(it.label))) for it in examples]
     ones = ([str(index) for index, value in enumerate(it.label) if value in ("1", "True")] for it in examples)
@@ -261,10 +247,8 @@ def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
         return tuple(column for column, value in values.items() if str(value) in ("1", "True"))
     ((column, value),) = values.items()
     if not isinstance(value, list):
-        raise UserError(
-            f"{location} has no list under {column!r} but {value!r}: use lists (in .jsonl or .parquet), or several columns of "
-            "0 and 1 as --label_column."
-        )
+        advice = "use lists (in .jsonl or .parquet), or several columns of 0 and 1 as --label_column"
+        raise UserError(f"{location} has no list under {column!r} but {value!r}: {advice}.")
     return tuple(_label_name(item, column, location) for item in value)
 
 
@@ -293,10 +277,8 @@ def _check_names(examples: list[Example]) -> None:
     if fractions and all(_as_number(label) is not None for label in labels):
         raise UserError(f"--label_column has numbers such as {fractions[0]}: use names, or --problem_type {REGRESSION}.")
     if len(examples) >= MIN_EXAMPLES and len(labels) > len(examples) / 2:
-        raise UserError(
-            f"--label_column has {len(labels):,} different labels for {len(examples):,} texts, such as "
-            f"{next(iter(labels))!r:.80}: pass the right column (and --text_column)."
-        )
+        found = f"{len(labels):,} different labels for {len(examples):,} texts, such as {next(iter(labels))!r:.80}"
+        raise UserError(f"--label_column has {found}: pass the right column (and --text_column).")
 
 
 def _sample_per_label(examples: list[Example], count: int, seed: int) -> list[Example]:
@@ -312,21 +294,16 @@ def _label_names(splits: dict[str, list[Example]], arguments: ExampleArguments) 
                 raise UserError(f"the {name} split has a single example, too few for regression metrics: pass more.")
         return arguments.label_column
     found = {name: dict.fromkeys(chain.from_iterable(it.labels for it in split)) for name, split in splits.items()}
-    names = list(found["train"])
-    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    names.sort(key=lambda name: (int(name), name) if numbers else name)
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in found["train"])
+    names = sorted(found["train"], key=lambda name: (int(name), name) if numbers else name)
     if len(names) < 2 and arguments.problem_type == SINGLE:
-        raise UserError(
-            f"every example of the training split has the label {names[0]!r:.80}: there must be two labels at least."
-        )
+        raise UserError(f"every example of the training split has the label {names[0]!r:.80}: there must be at least two.")
     if not names:
         raise UserError("no example of the training split has a label.")
     if len(arguments.label_column) > 1:
         return arguments.label_column
     for name in SPLITS[1:]:
         if unseen := [label for label in found[name] if label not in found["train"]]:
-            few = ", ".join(map(repr, unseen[:5]))
-            raise UserError(
-                f"the {name} split has labels that the training split does not have: {few:.200}. Add examples of them."
-            )
+            few = ", ".join(map(repr, unseen[:5]))[:200]
+            raise UserError(f"the {name} split has labels that the training split does not have: {few}. Add examples of them.")
     return names

@@ -3,9 +3,7 @@
 Notable:
 - The loaders of `datasets` are not used: they guess types, read a missing column and the text "NA" as null, and cannot name the
   line of an error.
-- Every error in a file is a `UserError` that names the file, the line or row, the problem and the remedy.
 - Text is UTF-8 unless `--encoding` or a byte order mark of UTF-16 says otherwise. A byte order mark is dropped.
-- Files may be compressed: `rows.jsonl.gz` is a table like `rows.jsonl`.
 """
 
 import bz2
@@ -22,15 +20,15 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.cli import option
+from training.data.encoding import Encoding
 from training.errors import UserError, explain_errors, one_line
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -38,6 +36,7 @@ TABLE_ENDINGS = (*JSON_LINES, ".json", ".parquet", ".csv", ".tsv")
 FILE_ENDINGS = (".txt", ".md", *TABLE_ENDINGS)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of CSV files
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # each with its location, with which errors about it begin
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first, since UTF-16's begins the same
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
 HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
@@ -65,31 +64,6 @@ def _open_zstd(path: Path, mode: str = "rb") -> Any:
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 OPENERS |= {".zst": _open_zstd, ".zip": _open_zip}
-
-
-class Encoding(NamedTuple):
-    """The codec of a text, and "strict" or "replace" for bytes that it does not know."""
-
-    name: str = "utf-8"
-    errors: str = "strict"
-
-
-def encoding_option() -> Any:
-    return option("utf-8", "encoding of text, JSON, .csv and .tsv files, such as latin-1; UTF-16 with its mark is recognized")
-
-
-def encoding_errors_option() -> Any:
-    return option("strict", "bytes that are not text: strict (an error) or replace", choices=["strict", "replace"])
-
-
-def encoding_of(arguments: Any) -> Encoding:
-    """The encoding that the options name; `UserError` if Python does not know it."""
-    try:
-        "".encode(arguments.encoding)
-    except LookupError as error:
-        raise UserError(f"--encoding {arguments.encoding}: {error}; such as utf-8, latin-1, cp1252 or utf-16.") from error
-    name = codecs.lookup(arguments.encoding).name
-    return Encoding("utf-8" if name == "utf-8-sig" else name, arguments.encoding_errors)
 
 
 def ending(path: Path) -> str:
@@ -139,8 +113,8 @@ def find_files(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> list[Pat
     return found
 
 
-def read_file(path: Path, text_column: str, encoding: Encoding) -> Iterator[str]:
-    """Yield the text of every row of a table (null as an empty text), or the whole text of any other file.
+def read_file(path: Path, text_column: str, encoding: Encoding, num_bytes: int = -1) -> Iterator[str]:
+    """Yield the text of every row of a table (null as an empty text), or the text of any other file, or of its first bytes.
 
     Raises:
         UserError: the file cannot be read, is not what its extension promises, or has a row without text.
@@ -150,15 +124,11 @@ def read_file(path: Path, text_column: str, encoding: Encoding) -> Iterator[str]
             yield get_text(row, text_column, location, encoding.errors)
     else:
         with _system_errors(path):
-            yield _text_file(path, encoding)
+            yield _text_file(path, encoding, num_bytes)
 
 
-def read_rows(
-    path: Path, columns: dict[str, str], encoding: Encoding, header: Sequence[str] | None = None
-) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a table, each with its location, with which errors about the row begin.
-
-    A column "meta.text" is the field `text` of the objects in the column `meta`.
+def read_rows(path: Path, columns: dict[str, str], encoding: Encoding, header: Sequence[str] | None = None) -> Rows:
+    """Yield the rows of a table. A column "meta.text" is the field `text` of the objects in the column `meta`.
 
     Args:
         path: a file with any other extension is read as tab-separated.
@@ -172,10 +142,8 @@ def read_rows(
         raise UserError(f"{path} has its own column names: leave out --columns.")
     with _system_errors(path):
         match ending(path):
-            case ".json":
-                yield from _check_rows(_json_rows(path, columns, encoding), columns)
-            case ".jsonl" | ".ndjson":
-                yield from _check_rows(_json_lines(path, columns, encoding), columns)
+            case ".json" | ".jsonl" | ".ndjson":
+                yield from _json_rows(path, columns, encoding)
             case ".parquet":
                 yield from _parquet_rows(path, columns, encoding.errors)
             case _:
@@ -184,27 +152,18 @@ def read_rows(
 
 def read_lines(path: Path | str, encoding: Encoding) -> Iterator[tuple[int, str]]:
     """Yield the numbered lines of a file, or of standard input if the path is "-"; `UserError` if one is not text."""
-    with _open(path, encoding) as (file, codec):
-        if codec == "utf-8":
-            for number, line in enumerate(file, start=1):
-                yield (
-                    number,
-                    _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number, encoding.errors),
-                )
-            return
-        try:
+    with _open(path, encoding) as (file, codec), _codec_errors(path, codec):
+        if codec != "utf-8":
             yield from enumerate(io.TextIOWrapper(file, codec, encoding.errors, newline="\n"), start=1)
-        except UnicodeError as error:
-            raise UserError(f"{path}: not {codec} text ({error}): set --encoding or --encoding_errors replace.") from error
+            return
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield number, _decoded(line, path, number, encoding.errors)
 
 
 def check_file(path: Path, text_column: str, encoding: Encoding) -> None:
     """Check the beginning of a file, with the errors of `read_file`."""
-    if ending(path) in TABLE_ENDINGS:
-        next(read_file(path, text_column, encoding), None)
-    else:
-        with _system_errors(path):
-            _text_file(path, encoding, HEAD)
+    next(read_file(path, text_column, encoding, HEAD), None)
 
 
 def digest_of(path: Path) -> str:
@@ -229,9 +188,7 @@ def get_text(row: Row, text_column: str, location: str, errors: str = "strict") 
     try:  # JSON can contain half of a surrogate pair, UTF-8 cannot
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{location} has half of a character ({error}): correct it, or set --encoding_errors replace."
-        ) from error
+        raise UserError(f"{location} has half of a character ({error}): fix it, or set --encoding_errors replace.") from error
     return text
 
 
@@ -240,7 +197,7 @@ def join_texts(row: Row, text_columns: Sequence[str], location: str, errors: str
     return "\n".join(filter(str.strip, (get_text(row, column, location, errors) for column in text_columns)))
 
 
-def number_rows(rows: Iterable[Any], location: str) -> Iterator[tuple[str, Any]]:
+def number_rows(rows: Iterable[Any], location: str) -> Rows:
     """Yield rows with their locations, from row 1."""
     return ((f"{location} {number}", row) for number, row in enumerate(rows, start=1))
 
@@ -270,6 +227,10 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: a damaged {path.suffix} file ({one_line(error)}).") from error
 
 
+def _codec_errors(path: Path | str, codec: str) -> AbstractContextManager[None]:
+    return explain_errors(f"{path}: not {codec} text", UnicodeError, ": set --encoding or --encoding_errors replace")
+
+
 def _refuse_pointer(path: Path | str) -> None:
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -297,25 +258,25 @@ def _text_file(path: Path, encoding: Encoding, num_bytes: int = -1) -> str:
     is_part = len(data) == num_bytes  # it may end inside a character
     if codec == "utf-8":
         return _decoded(data[: data.rfind(b"\n") + 1] if is_part else data, path, 1, encoding.errors).removeprefix("\ufeff")
-    try:
+    with _codec_errors(path, codec):
         return codecs.getincrementaldecoder(codec)(encoding.errors).decode(data, final=not is_part)
-    except UnicodeError as error:
-        raise UserError(f"{path}: not {codec} text ({error}): set --encoding or --encoding_errors replace.") from error
 
 
-def _json_rows(path: Path, columns: dict[str, str], encoding: Encoding) -> Iterator[tuple[str, Any]]:
-    """Yield the objects of a list, or of a file with one object per line."""
-    text = _text_file(path, encoding)
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path, columns, encoding)
-        return
-    try:
-        yield from number_rows(json.loads(text), f"{path}: row")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or one object per line.") from error
+def _json_rows(path: Path, columns: dict[str, str], encoding: Encoding) -> Rows:
+    """Yield the objects of a list, which only a .json file can be, or of a file with one object per line."""
+    rows = _json_lines(path, columns, encoding)
+    if ending(path) == ".json" and (text := _text_file(path, encoding)).lstrip().startswith("["):
+        try:
+            rows = number_rows(json.loads(text), f"{path}: row")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error}): it must be a list of objects, or one object per line.") from error
+    for location, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
+        yield location, _with_fields(row, columns, location)
 
 
-def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Rows:
     for number, line in read_lines(path, encoding):
         if line.isspace():
             continue
@@ -324,13 +285,6 @@ def _json_lines(path: Path, columns: dict[str, str], encoding: Encoding) -> Iter
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON ({error}): {_expect_object(columns)}.") from error
         yield f"{path}: line {number}", row
-
-
-def _check_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str]) -> Iterator[tuple[str, Row]]:
-    for location, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{location} is not an object but {type(row).__name__}: {_expect_object(columns)}.")
-        yield location, _with_fields(row, columns, location)
 
 
 def _with_fields(row: Row, columns: dict[str, str], location: str) -> Row:
@@ -350,9 +304,7 @@ def _expect_object(columns: dict[str, str]) -> str:
     return f"it must look like {{{example}}}"
 
 
-def _separated_rows(
-    path: Path, columns: dict[str, str], encoding: Encoding, names: Sequence[str] | None
-) -> Iterator[tuple[str, Row]]:
+def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, names: Sequence[str] | None) -> Rows:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
     is_csv = ending(path) == ".csv"  # in TSV, quotes have no special meaning
     lines: Iterator[str] = (line for _, line in read_lines(path, encoding))
@@ -373,19 +325,18 @@ def _separated_rows(
         if repeated := [column for column in columns if list(header).count(column) > 1]:
             raise UserError(f"{path} has two columns {repeated[0]!r}: give each its own name.")
         for row in filter(None, reader):
+            location = f"{path}: line {reader.line_num}"
             if len(row) != len(header):
                 remedy = f"texts with {separators} in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
-                raise UserError(
-                    f"{path}: line {reader.line_num} has {len(row)} columns, the header has {len(header)}: put {remedy}."
-                )
+                raise UserError(f"{location} has {len(row)} columns, the header has {len(header)}: put {remedy}.")
             if row == names:
-                raise UserError(f"{path}: line {reader.line_num} has the names of the columns: leave out --columns.")
-            yield f"{path}: line {reader.line_num}", dict(zip(header, row, strict=True))
+                raise UserError(f"{location} has the names of the columns: leave out --columns.")
+            yield location, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}).") from error
 
 
-def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Iterator[tuple[str, Row]]:
+def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Rows:
     _refuse_pointer(path)
     number = 0
     try:

@@ -34,10 +34,7 @@ def drop_near_duplicates(sources: list[Dataset], threshold: float) -> list[Datas
     kept = np.load(cached_file(f"near {threshold} {digest_texts(texts)[0]}", "npy", write))
     bounds = np.cumsum([0, *map(len, sources)])
     parts = np.split(kept, np.searchsorted(kept, bounds[1:-1]))
-    return [
-        source if len(part) == len(source) else source.select(part - start)
-        for source, part, start in zip(sources, parts, bounds[:-1], strict=True)
-    ]
+    return [source.select(part - start) for source, part, start in zip(sources, parts, bounds[:-1], strict=True)]
 
 
 def import_datasketch() -> Any:

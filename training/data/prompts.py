@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from training.data.conversations import Conversation, Message
 from training.data.datasets import TokenizedExamples
 from training.data.tokens import loses_text
-from training.errors import UserError, one_line, quiet
+from training.errors import UserError, explain_errors, one_line, quiet
 
 CONTROL = re.compile(r"<\|\w+\|>")
 # The text of a message, which may be a list of parts, or None beside tool calls.
@@ -81,13 +81,9 @@ def get_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemp
         if isinstance(own, dict):  # several named templates
             own = own.get("default")
         return ChatTemplate(own) if isinstance(own, str) else CHAT_TEMPLATES["chat"]
-    try:
+    allowed = f"{', '.join(CHAT_TEMPLATES)}, or a file with a Jinja template"
+    with explain_errors(f"--chat_template {name}: pass {allowed}", (OSError, ValueError)):
         return ChatTemplate(Path(name).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(
-            f"--chat_template {name}: pass {', '.join(CHAT_TEMPLATES)}, or a file with a Jinja template ({reason})."
-        ) from error
 
 
 def set_up_chat_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, max_length: int) -> int:
@@ -190,11 +186,7 @@ def _call_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[
 
 
 def _render(conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, int | None]]]:
-    """Each conversation as pieces of text: answers, each with the index of its message, and the rest, with None.
-
-    Raises:
-        UserError: the template marks no answer, or its prompts for generation differ from what precedes an answer in training.
-    """
+    """Each conversation as pieces of text: answers, each with the index of its message, and the rest, with None."""
     rendered, prompts, expected = [], [], []
     texts, spans = _call_template(tokenizer, [[*it.messages] for it in conversations], return_assistant_tokens_mask=True)
     for conversation, text, bounds in zip(conversations, texts, spans, strict=True):

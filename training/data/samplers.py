@@ -24,8 +24,6 @@ class MixtureBatchSampler(Sampler[list[int]]):
         with_replacement: draw rows independently, as nanoGPT does, instead of each once an epoch.
     """
 
-    drop_last = True  # Accelerate reads it
-
     def __init__(
         self,
         sizes: Sequence[int],
@@ -67,8 +65,6 @@ class ShardedBatchSampler(Sampler[list[int]]):
     its part of the sum, which is divided by the items of all.
     """
 
-    drop_last = True  # Accelerate reads it
-
     def __init__(self, batches: Any, num_processes: int, process_index: int):
         self.batches, self.num_processes, self.process_index = batches, num_processes, process_index
         self.batch_size = batches.batch_size
@@ -90,8 +86,6 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     Args:
         accumulation: batches per optimizer step. The rows of a step depend on their number only, not on its division.
     """
-
-    drop_last = True  # Accelerate reads it
 
     def __init__(self, lengths: np.ndarray, batch_size: int, num_batches: int, seed: int, accumulation: int = 1):
         self.lengths, self.batch_size, self.num_batches, self.seed = lengths, batch_size, num_batches, seed

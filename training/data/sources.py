@@ -54,10 +54,9 @@ def find_splits(source: str, endings: tuple[str, ...] = FILE_ENDINGS) -> dict[st
     if not os.path.isdir(directory):  # False for an invalid name, too
         return {"train": find_files(source, endings)}
     files, card = find_files(name, endings), directory / "README.md"
-    try:
+    metadata = None
+    with suppress(ValueError, yaml.YAMLError):
         metadata = metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError):
-        metadata = None
     is_pushed = any(directory.glob(SPLIT_PATTERN_SHARDED.format(split="train")))
     is_declared = configuration is not None or is_pushed or bool({"configs", "dataset_info"} & {*(metadata or ())})
     others = [path for path in files if path != card]

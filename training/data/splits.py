@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from training.cli import option
-from training.data.files import encoding_errors_option, encoding_of, encoding_option
+from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
 from training.data.sources import SPLITS, check_sources
 from training.errors import UserError
 
 Item = TypeVar("Item", bound=Any)  # an example or a conversation, with its `group`
+Splits = dict[str, list[Item]]  # train, validation and test
+Key = Callable[[Item], Hashable]
 
 
 def split_seed_option() -> Any:
@@ -44,8 +46,7 @@ class SplitArguments:
 
 def check_splits(arguments: SplitArguments, endings: tuple[str, ...]) -> list[Path]:
     """Validate the arguments before any data is read, without network access, and return the local files."""
-    held_out = [name for name in SPLITS[1:] if not getattr(arguments, f"{name}_dataset")]
-    fractions = {name: getattr(arguments, f"{name}_fraction") for name in held_out}
+    fractions = {it: getattr(arguments, f"{it}_fraction") for it in SPLITS[1:] if not getattr(arguments, f"{it}_dataset")}
     check_fractions(fractions)
     if fractions.get("validation") == 0:
         raise UserError("--validation_fraction 0 leaves nothing to validate with: pass a fraction or a --validation_dataset.")
@@ -63,13 +64,13 @@ def check_fractions(fractions: dict[str, float]) -> None:
         raise UserError(f"{given} leave nothing to train on: together they must be below 1.")
 
 
-def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[Item]]]) -> dict[str, list[Item]]:
+def read_given(arguments: SplitArguments, read: Callable[[str], Splits[Item]]) -> Splits[Item]:
     """Read the splits that the sources provide; the others are empty. `read` returns those of a source, at least `train`.
 
     Raises:
         UserError: a source is empty.
     """
-    given: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    given: Splits[Item] = {name: [] for name in SPLITS}
     for name, sources in zip(SPLITS, (arguments.dataset, arguments.validation_dataset, arguments.test_dataset), strict=True):
         for source in sources:
             splits = read(source)
@@ -84,11 +85,8 @@ def read_given(arguments: SplitArguments, read: Callable[[str], dict[str, list[I
 
 
 def split_items(
-    given: dict[str, list[Item]],
-    arguments: SplitArguments,
-    key: Callable[[Item], Hashable],
-    stratum: Callable[[Item], str | None] = lambda item: None,
-) -> tuple[dict[str, list[Item]], dict[str, int]]:
+    given: Splits[Item], arguments: SplitArguments, key: Key[Item], stratum: Key[Item] = lambda item: None
+) -> tuple[Splits[Item], dict[str, int]]:
     """Hold out part of the training items for each split that is empty, the fraction of every stratum, then `drop_leakage`.
 
     Raises:
@@ -102,10 +100,8 @@ def split_items(
     for name, split in splits.items():
         if not split and (name != "test" or arguments.test_fraction or arguments.test_dataset):
             sizes = ", ".join(f"{other} {len(items):,}" for other, items in splits.items())
-            raise UserError(
-                f"the {name} split is empty ({sizes}), since examples with the same text or prompt stay in one split: pass "
-                "more different ones, or larger fractions of them."
-            )
+            reason = f"({sizes}), since examples with the same text or prompt stay in one split"
+            raise UserError(f"the {name} split is empty {reason}: pass more different ones, or larger fractions of them.")
     return splits, dropped
 
 
@@ -127,12 +123,11 @@ def split_indices(
         for index in order:
             members[strata[index]].append(index)
     splits: dict[str, list[np.ndarray]] = {name: [order[:0]] for name in SPLITS}
-    num_done = 0
+    total = 0
     for indices in map(np.asarray, members.values()):
         # Rounding the running total makes up in the next stratum for what was rounded off in this one.
-        total = num_done + len(indices)
+        num_done, total = total, total + len(indices)
         sizes = [round(total * fractions[name]) - round(num_done * fractions[name]) for name in SPLITS[1:]]
-        num_done = total
         end, start = _boundaries(draws[indices], *sizes)
         for name, part in zip(SPLITS, (indices[end:start], indices[:end], indices[start:]), strict=True):
             splits[name].append(part)
@@ -166,11 +161,9 @@ def sample_per_class(texts: Sequence[str], classes: Sequence[str], count: int, s
     return sorted(sampled)
 
 
-def drop_leakage(
-    splits: dict[str, list[Item]], key: Callable[[Item], Hashable]
-) -> tuple[dict[str, list[Item]], dict[str, int]]:
+def drop_leakage(splits: Splits[Item], key: Key[Item]) -> tuple[Splits[Item], dict[str, int]]:
     """Drop the items whose key is also in a later split; also returns the number of items that each split has lost."""
-    kept: dict[str, list[Item]] = {}
+    kept: Splits[Item] = {}
     later: set[Hashable] = set()
     for name in reversed(SPLITS):
         kept[name] = [item for item in splits[name] if key(item) not in later]

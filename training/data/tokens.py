@@ -4,7 +4,7 @@ Notable:
 - The ids of a split's documents are in one memory-mapped file: `<bos> document <eos> <bos> document <eos> ...`
 - If a tokenizer has the same token for beginning and end, or only one of the two, that token is put once between two documents,
   and once at either end. So the first token that is predicted is the first of the text, unless there is neither token.
-- Long documents are tokenized in pieces, to limit memory. They are cut where every pre-tokenizer starts a word.
+- Long documents are tokenized in pieces, to limit memory.
 """
 
 import copy
@@ -43,7 +43,6 @@ def train_tokenizer(texts: datasets.Dataset, vocab_size: int, kind: str, context
     Raises:
         UserError: the vocabulary is too small for the corpus.
     """
-
     digest, num_bytes = digest_texts(texts)
     every = -(-num_bytes // TRAINING_BYTES)
 

@@ -67,13 +67,10 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
                 f"# {metadata.model_name}",
                 content.introduction,
                 block(program, "python"),
-                "## Evaluation",
-                content.results,
+                f"## Evaluation\n\n{content.results}",
                 *([f"![Loss over steps]({CURVE})", content.examples] if location == directory else []),
-                "## Limitations",
-                LIMITATIONS,
-                "## Training",
-                training,
+                f"## Limitations\n\n{LIMITATIONS}",
+                f"## Training\n\n{training}",
                 f"<details><summary>All settings</summary>\n\n{block(_settings(arguments, content), 'yaml')}\n\n</details>",
             ]
             ModelCard("\n\n".join(sections) + "\n").save(location / CARD)
@@ -92,6 +89,7 @@ def _adapter_usage(base_model: str, content: CardContent) -> str:
 
 def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardData:
     base_model, datasets = arguments.base_model, arguments.dataset
+    scores = {name: round(value, 4) for name, value in content.metrics.items() if value is not None}
     held_out: Any = {"task_type": content.task, "dataset_type": "text", "dataset_name": f"{dataset_name(datasets)} (held out)"}
     return ModelCardData(
         library_name=library,
@@ -102,11 +100,7 @@ def _metadata(arguments: Any, content: CardContent, library: str) -> ModelCardDa
         datasets=[name.partition(":")[0] for name in datasets if is_dataset_id(name)] or None,
         base_model=(base_model if not base_model or is_hub_id(base_model) else Path(base_model).resolve().name) or None,
         model_name=plain(Path(arguments.output_dir).resolve().name, 100),
-        eval_results=[
-            EvalResult(**held_out, metric_type=name, metric_value=round(value, 4))
-            for name, value in content.metrics.items()
-            if value is not None
-        ],
+        eval_results=[EvalResult(**held_out, metric_type=name, metric_value=value) for name, value in scores.items()],
     )
 
 

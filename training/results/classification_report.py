@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -69,60 +68,47 @@ def mistakes_table(examples: list[Example], labels: np.ndarray, predictions: Pre
 def draw_predictions(labels: np.ndarray, predictions: Predictions, path: Path) -> None:
     """As a PNG: the confusion matrix, precision and recall of each of several labels, or predicted over true numbers."""
     names = [plain(name, LABEL_CHARACTERS).replace("$", r"\$") for name in predictions.names]  # $ begins a formula
+    is_readable = len(names) <= MAX_LABELS
     side = 3 + 0.45 * min(len(names), MAX_LABELS)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw = {REGRESSION: _draw_scatter, SINGLE: _draw_confusion_matrix, MULTI: _draw_bars}[predictions.problem_type]
-    draw(figure.subplots(), labels, predictions, names)
+    axes: Any = figure.subplots()
+    if predictions.problem_type == REGRESSION:
+        dots = [axes.scatter(*pair, s=8, alpha=0.6) for pair in zip(labels.T, predictions.logits.T, strict=True)]
+        ends = [float(labels.min()), float(labels.max())]
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set(xlabel="true", ylabel="predicted")
+        axes.legend(dots, names)
+    elif predictions.problem_type == SINGLE:
+        display = ConfusionMatrixDisplay(predictions.confusion_matrix(labels), display_labels=names if is_readable else None)
+        options: Any = {"include_values": is_readable, "xticks_rotation": 45 if max(map(len, names)) > 5 else 0}
+        display.plot(ax=axes, cmap="Blues", colorbar=False, values_format=",d", **options)
+        if not is_readable:
+            axes.set(xticks=[], yticks=[])
+        axes.set(xlabel="predicted", ylabel="true")
+    else:
+        positions, height = np.arange(len(names)), 0.4
+        for shift, (score, values) in enumerate(zip(("precision", "recall"), predictions.f1_scores(labels)[:2], strict=True)):
+            axes.barh(positions + (shift - 0.5) * height, values, height, label=score)
+        if is_readable:
+            axes.set_yticks(positions, names)
+        axes.set(xlim=(0, 1))
+        axes.invert_yaxis()
+        axes.legend()
     with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
         figure.savefig(path, dpi=120)
-
-
-def _draw_scatter(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
-    dots = [axes.scatter(*pair, s=8, alpha=0.6) for pair in zip(labels.T, predictions.logits.T, strict=True)]
-    ends = [float(labels.min()), float(labels.max())]
-    axes.plot(ends, ends, color="grey", linewidth=0.8)
-    axes.set(xlabel="true", ylabel="predicted")
-    axes.legend(dots, names)
-
-
-def _draw_confusion_matrix(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
-    is_readable = len(names) <= MAX_LABELS
-    display = ConfusionMatrixDisplay(predictions.confusion_matrix(labels), display_labels=names if is_readable else None)
-    angle = 45 if max(map(len, names)) > 5 else 0
-    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=is_readable, xticks_rotation=angle, values_format=",d")
-    if not is_readable:
-        axes.set(xticks=[], yticks=[])
-    axes.set(xlabel="predicted", ylabel="true")
-
-
-def _draw_bars(axes: Any, labels: np.ndarray, predictions: Predictions, names: list[str]) -> None:
-    positions, height = np.arange(len(names)), 0.4
-    for shift, (score, values) in enumerate(zip(("precision", "recall"), predictions.f1_scores(labels)[:2], strict=True)):
-        axes.barh(positions + (shift - 0.5) * height, values, height, label=score)
-    if len(names) <= MAX_LABELS:
-        axes.set_yticks(positions, names)
-    axes.set(xlim=(0, 1))
-    axes.invert_yaxis()
-    axes.legend()
 
 
 def results_table(results: dict[str, dict[str, Any]], problem_type: str) -> str:
     """The content of metrics.json as Markdown: the metrics of all splits side by side, then those of each label of the last."""
     last_split, last = list(results.items())[-1]
     columns = {"validation, before" if name == "before" else name: metrics for name, metrics in results.items()}
-    rows = (
-        [name.replace("_", " "), *(f"{column[name]:.4f}" if name in column else "" for column in columns.values())]
-        for name, value in last.items()
-        if isinstance(value, float)
-    )
+    names = [name for name, value in last.items() if isinstance(value, float)]
+    rows = ([name.replace("_", " "), *(f"{it[name]:.4f}" if name in it else "" for it in columns.values())] for name in names)
     test = "; the test split once, at the end." if "test" in results else "."
     remark = f"The loss is in {UNITS[problem_type]}. The validation split was used to follow training{test}"
     parts = [table(f"| | {' | '.join(columns)} |", rows), remark]
     if labels := last.get("labels"):
-        rows = (
-            [cell(name), *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['examples']:,}"]
-            for name, scores in labels.items()
-        )
+        keys = ("precision", "recall", "f1")
+        rows = ([cell(name), *(f"{it[key]:.4f}" for key in keys), f"{it['examples']:,}"] for name, it in labels.items())
         parts.append(table(f"| {last_split} | precision | recall | F1 | examples |", rows))
     return "\n\n".join(parts)

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_scratchgpt.atomic import atomic_file
 from training.data.conversations import Conversation, Message
@@ -73,31 +72,25 @@ class Verdicts:
 
 @torch.no_grad()
 def respond(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[Message]],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: str = "",
+    model: Any, tokenizer: Any, prompts: Sequence[list[Message]], batch_size: int, max_new_tokens: int, progress: str = ""
 ) -> list[Response]:
     """The model's answers, in the order of the prompts, each of which ends with a message of the user.
 
     Args:
-        model: the `eos_token_id` of its generation config ends an answer.
-        tokenizer: with a chat template and a padding token.
+        model: a causal one of transformers; the `eos_token_id` of its generation config ends an answer.
+        tokenizer: of transformers, with a chat template and a padding token.
         max_new_tokens: longer answers are truncated, as are those that reach the model's last position.
         progress: description of a progress bar; no bar if empty.
     """
     model.eval()
-    stop_token_id: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
+    stop_token_id = model.generation_config.eos_token_id
+    encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
     rows: list[list[int]] = encoded["input_ids"]
     starts = [len(ids) for ids in rows]
     limits = [min(start + max_new_tokens, model.config.max_position_embeddings) for start in starts]
     unfinished, stage = list(range(len(rows))), FIRST_STAGE
-    with tqdm(
-        total=sum(limits) - sum(starts), desc=progress, unit=" tokens at most", leave=False, **bar_options(hidden=not progress)
-    ) as bar:
+    total, options = sum(limits) - sum(starts), bar_options(hidden=not progress)
+    with tqdm(total=total, desc=progress, unit=" tokens at most", leave=False, **options) as bar:
         while unfinished:
             unfinished.sort(key=lambda index: -len(rows[index]))
             for first in range(0, len(unfinished), batch_size):
@@ -108,11 +101,10 @@ def respond(
                     rows[index] = (rows[index] + ids)[: limits[index]]
                     has_ended = rows[index][-1] == stop_token_id
                     bar.update((limits[index] if has_ended else len(rows[index])) - before)
-            unfinished = [
-                index for index in unfinished if rows[index][-1] != stop_token_id and len(rows[index]) < limits[index]
-            ]
+            unfinished = [it for it in unfinished if rows[it][-1] != stop_token_id and len(rows[it]) < limits[it]]
             stage *= 2
-    return [_response(tokenizer, ids[start:], stop_token_id) for start, ids in zip(starts, rows, strict=True)]
+    answers = [ids[start:] for start, ids in zip(starts, rows, strict=True)]
+    return [Response(tokenizer.decode(ids, skip_special_tokens=True), stop_token_id in ids) for ids in answers]
 
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -123,11 +115,6 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens:
     output = model.generate(**padded.to(model.device), max_new_tokens=room)[:, width:].tolist()
     stop = model.generation_config.eos_token_id
     return [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in output]
-
-
-def _response(tokenizer: Any, ids: list[int], stop_token_id: int) -> Response:
-    finished = bool(ids) and ids[-1] == stop_token_id
-    return Response(tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True), finished)
 
 
 def respond_distributed(
@@ -152,9 +139,7 @@ def score_responses(responses: Sequence[Response], conversations: Sequence[Conve
     )
 
 
-def response_rows(
-    conversations: Sequence[Conversation], base: Sequence[Response], tuned: Sequence[Response]
-) -> list[dict[str, Any]]:
+def response_rows(conversations: list[Conversation], base: list[Response], tuned: list[Response]) -> list[dict[str, Any]]:
     """The rows of responses.jsonl: the prompt, the reference, and the answers of both models."""
     chrf = CHRF()
     return [
@@ -177,8 +162,7 @@ def read_responses(directory: Path) -> list[dict[str, Any]]:
     Raises:
         OSError, ValueError: the file is missing or incomplete.
     """
-    lines = (directory / RESPONSES).read_text(encoding="utf-8").split("\n")[:-1]
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in (directory / RESPONSES).read_text(encoding="utf-8").split("\n")[:-1]]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not row.keys() >= KEYS:
             raise ValueError(f"row {number} of {RESPONSES} lacks some of {', '.join(sorted(KEYS))}")

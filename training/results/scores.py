@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from sklearn import metrics
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -71,11 +71,7 @@ class Predictions:
 
     def score(self, labels: np.ndarray) -> ClassificationScores | RegressionScores:
         """Metrics against the true labels (N, C), 0 or 1, or numbers."""
-        functions: dict[str, Any] = {
-            SINGLE: functional.cross_entropy,
-            MULTI: functional.binary_cross_entropy_with_logits,
-            REGRESSION: functional.mse_loss,
-        }
+        functions: Any = {SINGLE: cross_entropy, MULTI: binary_cross_entropy_with_logits, REGRESSION: mse_loss}
         logits, truth = (torch.from_numpy(numbers).double() for numbers in (self.logits, labels))
         loss = functions[self.problem_type](logits, truth).item()  # without class weights and label smoothing
         if self.problem_type == REGRESSION:
@@ -105,11 +101,9 @@ class Predictions:
         report["expected_calibration_error"] = calibration_error(confidences.ravel(), right.ravel())
         if all(0 < count < len(labels) for count in labels.sum(0)):
             report["roc_auc"] = float(metrics.roc_auc_score(labels, self.probabilities, average="macro"))
-        columns = dict(zip(("precision", "recall", "f1"), self.f1_scores(labels), strict=True))
-        report["labels"] = {
-            name: {key: float(column[index]) for key, column in columns.items()} | {"examples": int(labels[:, index].sum())}
-            for index, name in enumerate(self.names)
-        }
+        keys, examples = ("precision", "recall", "f1", "examples"), labels.sum(0).astype(int)
+        rows = zip(*(column.tolist() for column in (*self.f1_scores(labels), examples)), strict=True)
+        report["labels"] = {name: dict(zip(keys, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
         return report
 
     def confusion_matrix(self, labels: np.ndarray) -> np.ndarray:
