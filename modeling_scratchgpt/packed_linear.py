@@ -7,10 +7,8 @@ others the plain product of one row is faster. So both are timed in use, and the
 Notable:
 - Only inside `packed_linears`, and only for a few rows: long inputs and training use plain products.
 - Layers that a module lists in `fused_inputs` (such as query, key and value, in the order of their calls) become one product.
-- The first call is not timed, since it may be the prompt. The trial follows, once per process for each layer size and number of
-  rows. The two products differ by rounding.
-- A packed weight is a second copy in memory until the context ends. It is not cached longer, because changes of the weight
-  cannot be detected (merging an adapter writes to `.data`).
+- The trial takes place once per process for each layer size and number of rows. The two products differ by rounding.
+- A packed weight is a second copy in memory. It is not kept after the context, since changes of a weight cannot be detected.
 - Only plain float32 `nn.Linear` layers are packed, not layers with an adapter or quantized ones; and none if anything is
   compiled, since a compiler cannot trace a clock and compiles again for each new `forward`.
 """
@@ -80,10 +78,8 @@ class PackedGenerationMixin(GenerationMixin):
             new = generation_config.max_new_tokens or max_cache_length + 1 - positions.shape[1]
             room = max(limit + 1 - length, 0)
             if new > room and (new != PIPELINE_TOKENS or not room):
-                raise ValueError(
-                    f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
-                    f"pass max_new_tokens={room} or less, or shorten the prompt."
-                )
+                problem = f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model"
+                raise ValueError(f"{problem}: pass max_new_tokens={room} or less, or shorten the prompt.")
             if new > room:
                 logger.warning(f"generation stops after {room} new tokens, at the model's last learned position.")
                 generation_config.max_length -= new - room
@@ -114,8 +110,7 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
 
 
 class _PackedLinears:
-    """Layers with the same input. `forward` computes the output of one: from its weight or, for few rows and if that is faster,
-    from the packed weights of all in one product."""
+    """Layers with the same input. `forward` computes the output of one: from its weight, or from the packed weights of all."""
 
     def __init__(self, layers: list[nn.Linear]):
         self.layers = layers

@@ -31,29 +31,22 @@ from training.errors import UserError, explain_errors, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
-SYNONYMS = {  # names of the same arguments in other programs
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "max_iters": "max_steps",
-    "num_iterations": "max_steps",
-    "block_size": "context_length",
-    "max_seq_length": "context_length",
-    "max_length": "context_length",
-    "data": "dataset",
-    "dataset_name": "dataset",
-    "train_file": "dataset",
-    "model_name_or_path": "base_model",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "out_dir": "output_dir",
-    "grad_clip": "max_grad_norm",
-    "eval_interval": "eval_steps",
-    "lora_rank": "lora_r",
-    "bf16": "precision",
-    "fp16": "precision",
-    "mixed_precision": "precision",
-    "compile": "torch_compile",
+OTHER_NAMES = {  # of the same arguments, in other programs
+    "learning_rate": ["lr"],
+    "num_train_epochs": ["epochs"],
+    "max_steps": ["max_iters", "num_iterations"],
+    "context_length": ["block_size", "max_seq_length", "max_length"],
+    "dataset": ["data", "dataset_name", "train_file"],
+    "base_model": ["model_name_or_path"],
+    "batch_size": ["per_device_train_batch_size", "micro_batch_size"],
+    "output_dir": ["out_dir"],
+    "max_grad_norm": ["grad_clip"],
+    "eval_steps": ["eval_interval"],
+    "lora_r": ["lora_rank"],
+    "precision": ["bf16", "fp16", "mixed_precision"],
+    "torch_compile": ["compile"],
 }
+SYNONYMS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),
     "above": ("above", float.__gt__),
@@ -249,15 +242,11 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
     try:
         build = ScratchGPTConfig if preset is None else partial(ScratchGPTConfig.from_preset, preset)
         config = build(vocab_size=vocab_size, **values)
-    except StrictDataclassError as error:
-        raise UserError(f"--model: {error.__cause__}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"--model: {error.__cause__ if isinstance(error, StrictDataclassError) else error}") from error
     if config.max_position_embeddings < context_length:
-        raise UserError(
-            f"--context_length {context_length} is longer than the model's max_position_embeddings "
-            f"({config.max_position_embeddings}): lower the first or raise the second."
-        )
+        positions = f"max_position_embeddings ({config.max_position_embeddings}): lower the first or raise the second."
+        raise UserError(f"--context_length {context_length} is longer than the model's {positions}")
     return config
 
 
@@ -266,25 +255,12 @@ def config_fields(config: ScratchGPTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ScratchGPTConfig.__annotations__ if hasattr(config, name)}
 
 
-def option_table(arguments: Any) -> str:
-    """The options of a program as a Markdown table: name, default (the value in `arguments`), meaning."""
-    lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(arguments):
-        value = getattr(arguments, field.name)
-        default = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        meaning = field.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `--{field.name}` | {f'`{default}`' if default else ''} | {meaning} |")
-    return "\n".join(lines)
-
-
 def _check_modules() -> None:
     """Refuse a program of one clone with the modules of another, and hide its directory, which would hide libraries."""
     modules, program = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
     if program.parent.name == modules.name and program.suffix == ".py" and program.parent != modules:
-        raise UserError(
-            f"{program} would run with the modules in {modules}: run {modules / program.name}, or set "
-            f"PYTHONPATH={program.parents[1]}."
-        )
+        remedy = f"run {modules / program.name}, or set PYTHONPATH={program.parents[1]}"
+        raise UserError(f"{program} would run with the modules in {modules}: {remedy}.")
     sys.path[:] = [path for path in sys.path if not path or Path(path).resolve() != modules]
 
 

@@ -48,10 +48,9 @@ def explain_out_of_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(part in str(error) for part in OUT_OF_MEMORY):
             raise
-        raise UserError(
-            f"out of memory ({one_line(error)}): lower --batch_size, and raise --gradient_accumulation_steps as much, lower "
-            "--context_length, or pass --gradient_checkpointing."
-        ) from error
+        batch = "lower --batch_size, and raise --gradient_accumulation_steps as much"
+        others = "lower --context_length, or pass --gradient_checkpointing"
+        raise UserError(f"out of memory ({one_line(error)}): {batch}, {others}.") from error
 
 
 @contextmanager

@@ -9,8 +9,7 @@ MODEL is the directory or the Hub id of any causal language model that transform
 Notable:
 - Every token but the first is scored exactly once; the loss is the mean over all of them, not over batches or documents.
 - With `--windows ordered`, windows run across documents: `<bos> document <eos> <bos> document <eos> ...` With `packed`, each
-  document is scored by itself, from its first token on, in pieces of the context length if it is longer. A model directory of
-  training/pretrain.py is scored as it was trained.
+  document is scored by itself, in pieces if it is longer than the context. The default is how the model was trained.
 - It computes in the dtype in which the model was saved: `accelerate launch --mixed_precision bf16` chooses bfloat16.
 - With --stride, windows overlap, and each scores only its new tokens, which have more context: slower, and closer to what the
   model can do. `--stride 1` gives every token the longest possible context.
@@ -79,9 +78,8 @@ def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedMod
         settings += state.read_text("utf-8", "replace") if state.is_file() else ""
         windows = "packed" if re.search('^windows: packed$|"windows": "packed"', settings, re.MULTILINE) else "ordered"
     if windows == "packed" and arguments.stride:
-        raise UserError(
-            f"--stride {arguments.stride} is for --windows ordered, and this model is scored with packed: pass one."
-        )
+        stride = f"--stride {arguments.stride}"
+        raise UserError(f"{stride} is for --windows ordered, and this model is scored with packed: pass one.")
     if windows == "packed" and not keeps_documents_apart(model):
         raise UserError(f"{name} does not keep documents in a row apart: pass --windows ordered.")
     return windows

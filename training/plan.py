@@ -232,19 +232,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {name: f"{count:,}" for name, count in parts.items() if count}
     accelerator.print(table(f"Parameters: {parameters:,} (with a vocabulary of {config.vocab_size:,})", counts))
     step_tokens = arguments.batch_size * arguments.gradient_accumulation_steps * arguments.context_length
-    accelerator.print(
-        f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
-    )
+    run_tokens = step_tokens * arguments.max_steps
+    per_step = f"{flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
+    accelerator.print(f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {per_step}")
     report_memory(accelerator, arguments, config)
-    choose_compiler(accelerator, arguments.torch_compile, flops * step_tokens * arguments.max_steps)
+    choose_compiler(accelerator, arguments.torch_compile, flops * run_tokens)
     seconds = statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
-    best, speed, run_tokens = measured_peak(accelerator), step_tokens / seconds, step_tokens * arguments.max_steps
+    best, speed = measured_peak(accelerator), step_tokens / seconds
+    run = f"{arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in total"
+    optimal = f"about {CHINCHILLA} (Chinchilla), after {duration(CHINCHILLA * parameters / speed)}"
     accelerator.print(
         f"Speed: {speed:,.0f} tokens/s, {flops * speed / best:.0%} of the {best / 1e9:,.0f} GFLOP/s of a large matrix product\n"
-        f"Run: {arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in total (excluding "
-        f"evaluation); {run_tokens:,} tokens\n"
-        f"Tokens per parameter: {run_tokens / parameters:.2g}. Compute-optimal would be about {CHINCHILLA} (Chinchilla), after "
-        f"{duration(CHINCHILLA * parameters / speed)}"
+        f"Run: {run} (excluding evaluation); {run_tokens:,} tokens\n"
+        f"Tokens per parameter: {run_tokens / parameters:.2g}. Compute-optimal would be {optimal}"
     )
     accelerator.end_training()
 

@@ -150,10 +150,8 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments, accelerator, length = self.arguments, self.accelerator, self.arguments.context_length
         shortest = min(len(examples.ids) for examples in self.train_examples)
         if shortest <= length and arguments.windows != "packed":
-            raise UserError(
-                f"the training text has {shortest} tokens, fewer than one window of --context_length {length} and the token "
-                f"after it: {more_windows(self.train_examples, arguments.batch_size)}."
-            )
+            few = f"{shortest} tokens, fewer than one window of --context_length {length} and the token after it"
+            raise UserError(f"the training text has {few}: {more_windows(self.train_examples, arguments.batch_size)}.")
         pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
         self.sources: list[Windows | PackedExamples] = [
@@ -163,10 +161,8 @@ class PretrainRecipe(Recipe[LMMetrics]):
             for examples in self.train_examples
         ]
         if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
-            raise UserError(
-                f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: "
-                f"{more_windows(self.train_examples, arguments.batch_size)}."
-            )
+            problem = f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text"
+            raise UserError(f"{problem}: {more_windows(self.train_examples, arguments.batch_size)}.")
         self.rows, self.dataloaders, held_out = {}, {}, dict(self.held_out)
         if 0 < arguments.eval_tokens < len(held_out["validation"].ids):
             held_out[BEGINNING] = first_tokens(held_out["validation"], self.tokenizer, arguments.eval_tokens)
@@ -182,20 +178,17 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments, print_ = self.arguments, self.accelerator.print
         self.num_tokens = sum(len(examples.ids) for examples in self.train_examples)
         validation = self.texts["validation"]
-        print_(
-            f"Training documents: {len(self.texts['train']):,} ({self.num_tokens:,} tokens), duplicates dropped: "
-            f"{self.num_duplicates:,}; held out: {len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
-        )
+        training = f"{len(self.texts['train']):,} ({self.num_tokens:,} tokens), duplicates dropped: {self.num_duplicates:,}"
+        held_out = f"{len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
+        print_(f"Training documents: {training}; held out: {held_out}")
         passages = (text for batch in validation.iter(batch_size=100) for text in batch["text"])
         report = tokenizer_report(self.tokenizer, passages)
         self.tokenizer_facts = f"{len(self.tokenizer):,} tokens; on the held-out text {report}"
         if self.held_out["validation"].num_bytes is None:
             self.tokenizer_facts += "; it loses some of the text, so bits per byte are not reported"
         print_(f"Tokenizer: {self.tokenizer_facts}")
-        if (held_out := self.rows["validation"].num_labels) < FEW_TOKENS:
-            print_(
-                f"Only {held_out:,} tokens are held out: a larger --validation_fraction makes the held-out loss more reliable"
-            )
+        if (scored := self.rows["validation"].num_labels) < FEW_TOKENS:
+            print_(f"Only {scored:,} tokens are held out: a larger --validation_fraction makes the held-out loss more reliable")
         num_windows = sum(map(len, self.sources))
         if arguments.windows != "random" and not self.probabilities:
             epochs = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.batch_size / num_windows

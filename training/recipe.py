@@ -36,8 +36,7 @@ from training.results.cards import CardContent, format_command, write_card
 class Recipe(Task[Metrics]):
     """One kind of training run: a `Task`, which `train` uses, and what is done before and after it.
 
-    The constructor reads, splits and tokenizes the data, and prints what it found. It must not depend on random state, so that
-    all processes, and a resumed run, see the same data.
+    The constructor reads, splits and tokenizes the data, and prints what it found, without depending on random state.
     """
 
     arguments_class: ClassVar[type]
@@ -139,9 +138,8 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
             recipe.write_results(directory, result)
             write_card(directory, recipe.arguments, recipe.card(result), facts)
     path = str(run_folder.path)
-    accelerator.print(
-        f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
-    )
+    usage = recipe.usage.format(path=repr(path))
+    accelerator.print(f"Trained for {result}. The model and its card are in {path}/:\n    {usage}")
 
 
 def parameters(model: PreTrainedModel) -> str:

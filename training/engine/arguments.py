@@ -72,10 +72,8 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
     """Validate what also depends on the launcher: the number of processes, and its own accumulation of gradients."""
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", str(arguments.gradient_accumulation_steps)):
-        raise UserError(
-            f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read: pass "
-            f"--gradient_accumulation_steps {launched}."
-        )
+        problem = f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read"
+        raise UserError(f"{problem}: pass --gradient_accumulation_steps {launched}.")
     if arguments.batch_size < num_processes:
         raise UserError(f"--batch_size {arguments.batch_size} must be at least the number of processes, {num_processes}.")
 

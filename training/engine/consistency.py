@@ -84,23 +84,17 @@ def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may
     """
     saved, step = state["settings"], state["step"]
     if now.keys() != saved.keys() or "notes" not in state:
-        raise UserError(
-            f"the run in {path} was started by another program, or by another version of this one: resume it with that, or "
-            "start a new run in another --output_dir."
-        )
+        problem = f"the run in {path} was started by another program, or by another version of this one"
+        raise UserError(f"{problem}: resume it with that, or start a new run in another --output_dir.")
     changed = [name for name in sorted(now) if now[name] != saved[name]]
     for name in changed:
         if name not in may_change:
-            raise UserError(
-                f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}: resume "
-                "it with that value, or start a new run in another --output_dir."
-            )
+            problem = f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}"
+            raise UserError(f"{problem}: resume it with that value, or start a new run in another --output_dir.")
     rows, saved_rows = (settings["batch_size"] * settings["gradient_accumulation_steps"] for settings in (now, saved))
     if rows != saved_rows:
-        raise UserError(
-            f"--batch_size times --gradient_accumulation_steps is {rows}, but {saved_rows} in the run in {path}: resume it "
-            "with the same product."
-        )
+        problem = f"--batch_size times --gradient_accumulation_steps is {rows}, but {saved_rows} in the run in {path}"
+        raise UserError(f"{problem}: resume it with the same product.")
     if 0 < now["max_steps"] < step:
         raise UserError(f"--max_steps is {now['max_steps']}, but the run in {path} has done {step}: pass at least as many.")
     return changed
@@ -125,11 +119,9 @@ def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:
-                differ = f"({other[name]!s:.40} instead of {value!s:.40})"
-                raise UserError(
-                    f"process {rank} does not have the same {name} as process 0 {differ}: all machines need the same code, "
-                    "data and models, and, to resume, the same --output_dir."
-                )
+                values = f"({other[name]!s:.40} instead of {value!s:.40})"
+                remedy = "all machines need the same code, data and models, and, to resume, the same --output_dir"
+                raise UserError(f"process {rank} does not have the same {name} as process 0 {values}: {remedy}.")
 
 
 def code_version() -> str:

@@ -75,9 +75,8 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
 def measured_peak(accelerator: Accelerator) -> float:
     """FLOP/s of all processes in the fastest matrix product found in about a quarter of a second: a utilization of 100 %.
 
-    The matrices grow while a product is quick: devices differ by a factor of a million, and a device that is slow in this
-    dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements of each size is taken, since
-    any of them may have to wait on a busy machine.
+    The matrices grow while a product is quick: devices differ by a factor of a million, and one that is slow in this dtype
+    (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements counts, as others may have to wait.
     """
     dtype, best = autocast_dtype(accelerator), 0.0
     for side in (128, 256, 512, 1024, 2048, 4096, 8192):

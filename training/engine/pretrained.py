@@ -8,15 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.hub import is_hub_id
@@ -27,6 +22,7 @@ from training.engine.run_folder import ADAPTER, METRICS
 from training.errors import UserError, explain_errors, quiet
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
+REPORT: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name what does not fit
 
 
 @dataclass
@@ -110,9 +106,7 @@ def load_pretrained(
         UserError: the model cannot be loaded, lacks weights, or cannot have that adapter.
     """
     with explain_errors(f"--base_model {name} cannot be used"), quiet():  # the loading report is checked here
-        model, report = model_class.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True, **fields
-        )
+        model, report = model_class.from_pretrained(name, dtype=torch.float32, **REPORT, **fields)
         if missing := sorted(set(report["missing_keys"]) - new_parameters):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
         check_sizes(report, new_parameters)
@@ -143,8 +137,7 @@ def load_config_and_tokenizer(
     """Load and check the config and the tokenizer of a base model, before its weights are read.
 
     Raises:
-        UserError: a missing or unsupported model; too few positions or blocks; a tokenizer that cannot be loaded, or has more
-            tokens than the model.
+        UserError: a missing or unsupported model; too few positions or blocks; no tokenizer, or one of too many tokens.
     """
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} contains an adapter: merge it into its model, and pass the directory of that.")
@@ -217,8 +210,7 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
 
 
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer without a padding token, such as GPT-2's, another special token to pad with: the attention mask, not the
-    token, says what is padding.
+    """Give a tokenizer without a padding token another special one to pad with: the attention mask marks what is padding.
 
     Raises:
         UserError: it has no special token.
@@ -237,8 +229,7 @@ def load_model_and_tokenizer(
     Code that comes with the model never runs for a ScratchGPT, whose code is in this package.
 
     Raises:
-        UserError: a missing model, one of another kind, with code that is not trusted, without all weights, or without a fast
-            tokenizer.
+        UserError: a missing model, one of another kind, with untrusted code, without all weights, or without a fast tokenizer.
     """
     _check_place(name)
     problem = "its config.json cannot be read" if os.path.isdir(name) else "no such directory, and not found on the Hub"
@@ -252,7 +243,7 @@ def load_model_and_tokenizer(
     kind, dtype = KINDS[auto_class], torch.float32 if device.type == "cpu" else "auto"
     with explain_errors(f"{name} cannot be loaded as a {kind}"), quiet():
         options = {"dtype": dtype, "trust_remote_code": trusted}
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, report = auto_class.from_pretrained(name, **REPORT, **options)
         check_sizes(report)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name} is not a {kind}, or incomplete (it lacks {', '.join(missing[:3])}): pass another model.")
