@@ -3,8 +3,7 @@
 Notable:
 - Every config field that changes the result is converted, or refused by name. None is ignored.
 - Qwen3's weights have the same names as ours. GPT-2's have others, are transposed (Conv1D multiplies from the right), and hold
-  query, key and value in one matrix. transformers converts them while loading, file by file.
-- `from_pretrained` of all ScratchGPT classes does this automatically.
+  query, key and value in one matrix. `from_pretrained` of all ScratchGPT classes converts them while loading.
 """
 
 import os

@@ -212,15 +212,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
         hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
+        options: Any = {"position_embeddings": position_embeddings, "position_ids": position_ids, "use_cache": use_cache}
+        options |= {"past_key_values": past_key_values, **masks, **kwargs}
         for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **{**masks, **kwargs},
-            )
+            hidden_states = layer(hidden_states, **options)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 

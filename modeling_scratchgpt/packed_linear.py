@@ -68,15 +68,12 @@ class PackedGenerationMixin(GenerationMixin):
         return compiles
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
-        """Also refuse lengths beyond the learned positions. Padding uses none, nor does the last token, since it is not read.
-
-        The default length of transformers' pipeline, which no user has asked for, is reduced to what fits.
-        """
+        """Also refuse lengths beyond the learned positions; the pipeline's default, which no user has chosen, is reduced."""
         positions, limit = model_kwargs.get("position_ids"), self.config.max_position_embeddings
         if self.config.position_embedding_type == "learned" and positions is not None:
             length = int(positions.max()) + 1
             new = generation_config.max_new_tokens or max_cache_length + 1 - positions.shape[1]
-            room = max(limit + 1 - length, 0)
+            room = max(limit + 1 - length, 0)  # padding uses no positions, nor does the last token, since it is not read
             if new > room and (new != PIPELINE_TOKENS or not room):
                 problem = f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model"
                 raise ValueError(f"{problem}: pass max_new_tokens={room} or less, or shorten the prompt.")

@@ -135,10 +135,8 @@ class ScratchGPTTokenizer(TokenizersBackend):
             least = {"bpe": "256 bytes", "bpe-gpt4": "256 bytes", "wordpiece": "a character twice"}.get(kind, "one other")
             needed = f"at least {min_vocab_size(kind)} ({least} and {len(special_tokens(kind))} special tokens)"
             raise ValueError(f"vocab_size must be {needed} and at most {MAX_VOCAB_SIZE}, got {vocab_size}.")
-        if kind == "character":
-            tokenizer = _train_characters(texts, vocab_size)
-        else:
-            tokenizer = _train(texts, vocab_size, kind, show_progress)
+        is_character = kind == "character"
+        tokenizer = _train_characters(texts, vocab_size) if is_character else _train(texts, vocab_size, kind, show_progress)
         return cls(tokenizer_object=tokenizer, **special_tokens(kind))
 
     @classmethod

@@ -30,10 +30,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> Iterator[None]:
-    """Turn errors of one or more types into a `UserError` of one line: the problem, the error, the remedy.
-
-    The default is for transformers, tokenizers, torch, safetensors and the Hub, which raise errors of many types.
-    """
+    """Turn errors of these types (libraries raise many) into a `UserError` of one line: the problem, the error, the remedy."""
     try:
         yield
     except types as error:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from training.cli import option, parse_arguments, run_main
@@ -56,14 +56,6 @@ class EvaluateArguments(CorpusArguments):
     batch_size: int = option(4, "windows per batch and process", minimum=1)
     trust_remote_code: bool = option(False, "run code that comes with the model")
     json: bool = option(False, "print one JSON object instead of a line")
-
-
-def read_documents(arguments: EvaluateArguments) -> Dataset:
-    """The documents to score, source by source."""
-    corpora = read_corpora(arguments)
-    if arguments.split == "all":
-        return concatenate_datasets([corpus.documents for corpus in corpora])
-    return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora)])
 
 
 def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
@@ -121,7 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, tokenizer = load_model_and_tokenizer(name, arguments.trust_remote_code, accelerator.device)
         context_length, stride = window_sizes(arguments, model)
         windows = choose_windows(arguments, name, model)
-        tokens = tokenize_documents(read_documents(arguments), tokenizer, "the text")
+        corpora = read_corpora(arguments)
+        documents = [corpus.documents for corpus in corpora]
+        if arguments.split != "all":
+            documents = [split[arguments.split] for split in split_corpora(arguments, corpora)]
+        tokens = tokenize_documents(concatenate_datasets(documents), tokenizer, "the text")
     rows = evaluation_rows(tokens, windows, context_length, 0, stride)
     embedding: Any = model.get_input_embeddings()
     if (largest := tokens.ids.max()) >= (size := embedding.weight.shape[0]):

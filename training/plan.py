@@ -4,8 +4,8 @@
     python training/plan.py --model preset=124M --context_length 1024 --batch_size 8 --max_steps 20000
     accelerate launch --config_file training/configs/accelerate/one_gpu.yaml training/plan.py --config my_run.yaml
 
-It takes the arguments of training/pretrain.py. It reads no text and writes no files: it trains the model of the run on random
-tokens for five seconds, with the run's optimizer and training loop, and extrapolates.
+It takes the arguments of training/pretrain.py, reads no text and writes no files: it trains the model on random tokens for five
+seconds, with the run's optimizer and training loop, and extrapolates.
 
 Notable:
 - Memory is measured on fake tensors, which have shapes but no data: a step of the real model and optimizer, before anything is
@@ -51,10 +51,7 @@ CHINCHILLA = 20  # tokens per parameter that are optimal for a given number of F
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of live tensors by kind: now, at the peak of their sum, and each kind's own maximum.
-
-    A tensor is "temporary" until it gets another kind.
-    """
+    """Bytes of live tensors by kind ("temporary" at first): now, at the peak of their sum, and each kind's own maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +62,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return tree_map_only_(torch.Tensor, self.mark, function(*args, **(kwargs or {})))
 
-    def mark(self, tensor: torch.Tensor, kind: str = "temporary") -> None:
-        """Count the storage of a tensor under its kind; the first kind other than "temporary" stays."""
+    def mark(self, tensor: torch.Tensor, kind: str = "temporary") -> torch.Tensor:
+        """Count the storage of a tensor under its kind, and return it; the first kind other than "temporary" stays."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.kinds:
@@ -74,12 +71,13 @@ class MemoryTracker(TorchDispatchMode):
         elif self.kinds[key] == "temporary":
             self.live["temporary"] -= size
         else:
-            return
+            return tensor
         self.kinds[key] = kind
         self.live[kind] += size
         self.maxima |= self.live
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
+        return tensor
 
     def _free(self, key: int, size: int) -> None:
         kind = self.kinds.pop(key)
@@ -104,11 +102,7 @@ def record_step(
     Returns:
         Bytes of the temporary blocks that a forward pass frees.
     """
-
-    def save_activation(tensor: torch.Tensor) -> torch.Tensor:
-        tracker.mark(tensor, "activations")
-        return tensor
-
+    save_activation = partial(tracker.mark, kind="activations")
     model, optimizers = build_run(config, arguments)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.mark(tensor, "weights")

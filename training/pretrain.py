@@ -9,7 +9,6 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +21,9 @@ from torch.utils.data import DataLoader
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
-from training.cli import config_fields, model_config, model_option, option, run_main
+from training.cli import model_config, model_option, option, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import (
-    PackedExamples,
-    TokenizedExamples,
-    Windows,
-    evaluation_dataloader,
-    evaluation_rows,
-    train_dataloader,
-)
+from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, evaluation_rows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import first_tokens, tokenize_documents, train_tokenizer
@@ -151,7 +143,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         shortest = min(len(examples.ids) for examples in self.train_examples)
         if shortest <= length and arguments.windows != "packed":
             few = f"{shortest} tokens, fewer than one window of --context_length {length} and the token after it"
-            raise UserError(f"the training text has {few}: {more_windows(self.train_examples, arguments.batch_size)}.")
+            raise UserError(f"the training text has {few}: {self._more_windows()}.")
         pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
         self.sources: list[Windows | PackedExamples] = [
@@ -162,7 +154,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         ]
         if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
             problem = f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text"
-            raise UserError(f"{problem}: {more_windows(self.train_examples, arguments.batch_size)}.")
+            raise UserError(f"{problem}: {self._more_windows()}.")
         self.rows, self.dataloaders, held_out = {}, {}, dict(self.held_out)
         if 0 < arguments.eval_tokens < len(held_out["validation"].ids):
             held_out[BEGINNING] = first_tokens(held_out["validation"], self.tokenizer, arguments.eval_tokens)
@@ -172,6 +164,14 @@ class PretrainRecipe(Recipe[LMMetrics]):
             self.rows[split] = evaluation_rows(examples, arguments.windows, length, pad_token_id)
             dataloader = evaluation_dataloader(self.rows[split], arguments.batch_size, accelerator.num_processes)
             self.dataloaders[split] = accelerator.prepare(dataloader)
+
+    def _more_windows(self) -> str:
+        """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
+        for length in (2**power for power in range(16, 0, -1)):
+            num_windows = sum((len(examples.ids) - len(examples)) // length for examples in self.train_examples)
+            if num_windows >= self.arguments.batch_size and all(len(examples.ids) > length for examples in self.train_examples):
+                return f"pass --context_length {length}"
+        return "lower it, or use more text"
 
     def _report_data(self) -> None:
         """Print the sizes of the data, and how often the run reads it."""
@@ -228,12 +228,12 @@ class PretrainRecipe(Recipe[LMMetrics]):
             self.accelerator.print(f"Test text, evaluated once, at the end: {self.test}\n")
 
     def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
-        arguments, part = self.arguments, ""
-        if self.eval_split == BEGINNING:
-            part = f", on the first {arguments.eval_tokens:,} tokens"
+        arguments = self.arguments
+        part = f", on the first {arguments.eval_tokens:,} tokens" if self.eval_split == BEGINNING else ""
         metrics = {f"before training{part}": vars(result.before), "after training": vars(result.after)}
         if self.test:
             metrics["after training, on the test text"] = vars(self.test)
+        fields = [name for name in ScratchGPTConfig.__annotations__ if hasattr(self.config, name)]
         corpus = f"documents: {len(self.texts['train']):,}, tokens: {self.num_tokens:,}"
         prompt = self.tokenizer.decode(self.prompts[0], skip_special_tokens=True)
         before, after = (block("\n\n".join(samples)) for samples in (result.preview_before, result.preview_after))
@@ -248,7 +248,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             task="text-generation",
             metrics=vars(self.test or result.after),
             data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}", "Tokenizer": self.tokenizer_facts},
-            settings={"model": config_fields(self.config)},
+            settings={"model": {name: getattr(self.config, name) for name in fields}},
         )
 
 
@@ -263,15 +263,6 @@ def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]
         arguments.context_length = min(arguments.context_length, config.max_position_embeddings)
         return config, tokenizer
     return model_config(arguments.model, arguments.vocab_size, arguments.context_length), None
-
-
-def more_windows(train_examples: Sequence[TokenizedExamples], batch_size: int) -> str:
-    """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
-    for length in (2**power for power in range(16, 0, -1)):
-        num_windows = sum((len(examples.ids) - len(examples)) // length for examples in train_examples)
-        if num_windows >= batch_size and all(len(examples.ids) > length for examples in train_examples):
-            return f"pass --context_length {length}"
-    return "lower it, or use more text"
 
 
 def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] | None:

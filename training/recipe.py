@@ -19,15 +19,14 @@ import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_scratchgpt.lora import trainable_parameters
+from modeling_scratchgpt.lora import lora_layers, merge_and_unload, save_adapter, trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.launch import PRECISIONS, choose_compiler, start_accelerator, start_trackers
-from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
-from training.engine.run_folder import CURVE, RunFolder
+from training.engine.run_folder import ADAPTER, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
 from training.errors import explain_out_of_memory, quiet
 from training.results.cards import CardContent, format_command, write_card
@@ -56,8 +55,18 @@ class Recipe(Task[Metrics]):
         """The model before the first step; the same at every call."""
 
     def save_model(self, model: PreTrainedModel, directory: Path, weights: dict[str, Any]) -> None:
+        """Save model and tokenizer as transformers does. LoRA is merged into the model, and also saved alone, in `adapter/`."""
         with quiet():
-            save_trained(directory, model, weights, self.tokenizer, self.build_model)
+            if lora_layers(model):
+                full_model = self.build_model()
+                full_model.load_state_dict(weights)
+                save_adapter(full_model, directory / ADAPTER)
+                self.tokenizer.save_pretrained(directory / ADAPTER)
+                merge_and_unload(full_model)
+                full_model.save_pretrained(directory)
+            else:
+                model.save_pretrained(directory, state_dict=weights)
+            self.tokenizer.save_pretrained(directory)
 
     def digests(self, model: PreTrainedModel) -> dict[str, str]:
         """Digests of data, tokenizer and weights, which must be the same on all processes."""

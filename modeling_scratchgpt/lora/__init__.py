@@ -29,18 +29,7 @@ from .files import load_adapter, save_adapter
 from .layer import LoraLinear
 
 __all__ = [
-    "LoraConfig",
-    "LoraLinear",
-    "add_adapter",
-    "add_weighted_adapter",
-    "delete_adapter",
-    "disable_adapter",
-    "load_adapter",
-    "lora_layers",
-    "merge_adapter",
-    "merge_and_unload",
-    "save_adapter",
-    "set_adapter",
-    "trainable_parameters",
-    "unmerge_adapter",
-]
+    "LoraConfig", "LoraLinear", "add_adapter", "add_weighted_adapter", "delete_adapter", "disable_adapter",
+    "load_adapter", "lora_layers", "merge_adapter", "merge_and_unload", "save_adapter", "set_adapter",
+    "trainable_parameters", "unmerge_adapter",
+]  # fmt: skip

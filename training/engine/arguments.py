@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from training.cli import option
+from training.engine.launch import PRECISIONS
 from training.engine.optimizers import OptimizerArguments
 from training.errors import UserError
 
@@ -39,13 +40,9 @@ class EngineArguments(OptimizerArguments):
         0, "stop after N evaluations without a lower loss, and restore the model with the lowest; 0: never", minimum=0
     )
     precision: str = option(
-        "auto",
-        "of matrix products; auto: bfloat16 where the device is fast in it, else float32",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        "auto", "of matrix products; auto: bfloat16 where the device is fast in it, else float32", choices=["auto", *PRECISIONS]
     )
-    torch_compile: str = option(
-        "auto", "compile the model; auto: if the run is long enough to save time", choices=["auto", "true", "false"]
-    )
+    torch_compile: str = option("auto", "compile the model; auto: if that saves time", choices=["auto", "true", "false"])
     resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
     prepare_only: bool = option(False, "prepare the data, print its report, and exit: the run finds it in the cache")
     report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")

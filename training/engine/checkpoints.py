@@ -5,9 +5,8 @@ Notable:
 - Reading verifies digests: if one byte differs, the checkpoint before it is used.
 - A checkpoint is a model directory, which `from_pretrained` loads, with the optimizer's state beside the model. With LoRA the
   adapters are merged in that model, and saved once more as they are, to resume from.
-- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code. Tensors are full and
-  named by parameter, so the number of processes and the sharding may differ when the run is resumed.
-- The state of random number generators is not saved: it follows from the seed and the step (see `loop.py`), as the batches do.
+- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code.
+- Tensors are full and named by parameter, so the number of processes and the sharding may differ when the run is resumed.
 """
 
 import hashlib

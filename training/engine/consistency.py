@@ -42,7 +42,7 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     """Find the checkpoint to resume from, and check that all processes and that run have the same settings and code.
 
     Raises:
-        UserError: they differ; it is raised on every process.
+        UserError: on every process: they differ, or there are fewer steps than are done.
     """
     names = {field.name for field in fields(arguments)} - arguments.WITHOUT_EFFECT
     settings = {name: getattr(arguments, name) for name in sorted(names)} | launcher_settings(accelerator)
@@ -54,7 +54,7 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     if not found:
         return Start(settings, is_finished=arguments.resume and model.exists())
     path, state = found
-    changed = compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
+    changed = _compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
     # A run that was extended, and then killed, has checkpoints that are newer than its model.
     is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
     values = ((name, *(_text(source[name]) for source in (state["settings"], settings))) for name in changed)
@@ -71,17 +71,8 @@ def launcher_settings(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
-    """The names of the settings that differ from those of a checkpoint.
-
-    Args:
-        state: of the checkpoint: with its `settings` and its `step`.
-        path: the directory of the run.
-        may_change: the settings that may differ, because they do not affect the steps that are done.
-
-    Raises:
-        UserError: a setting differs that may not; fewer steps than are done; a checkpoint of other settings.
-    """
+def _compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
+    """The names of the settings that differ from those of a checkpoint; those in `may_change` do not affect the steps done."""
     saved, step = state["settings"], state["step"]
     if now.keys() != saved.keys() or "notes" not in state:
         problem = f"the run in {path} was started by another program, or by another version of this one"

@@ -28,10 +28,7 @@ def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
 
 
 def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
-    """Number of parameters of a `ScratchGPTForCausalLM` in each of its parts, all layers together: the values of `PARTS`.
-
-    They sum to `model.num_parameters()`: a tied head has none of its own, and rotary positions have none at all.
-    """
+    """Number of parameters of a `ScratchGPTForCausalLM` in each of its `PARTS`, all layers together; a tied head has none."""
     counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in meta_model(config).named_parameters():
         counts[next(PARTS[word] for word in reversed(PARTS) if word in name)] += parameter.numel()

@@ -123,11 +123,9 @@ def choose_compiler(accelerator: Accelerator, asked: str, flops: float) -> None:
 
 
 def compiling_pays(accelerator: Accelerator, flops: float) -> bool:
-    """Estimate whether a compiled run of this many FLOPs ends earlier.
-
-    In float32 on a CPU it does not, since matrix products take most of a step. Sharded models are compiled only on request.
-    """
+    """Estimate whether a compiled run of this many FLOPs ends earlier. Sharded models are compiled only on request."""
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    # In float32 on a CPU matrix products take most of a step, and compiling does not make them faster.
     if is_sharded or (accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"):
         return False
     seconds = flops / (UTILIZATION * measured_peak(accelerator))

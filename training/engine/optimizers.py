@@ -10,7 +10,6 @@ the blocks. Embeddings (looked up, not multiplied), the head, norms and biases s
 Notable:
 - Matrices of one shape are orthogonalized in one batched product, in the device's fastest dtype; processes share them out.
 - With FSDP2 the momentum stays sharded: only the matrix to orthogonalize is gathered, and each process keeps its shard.
-- To add an optimizer or a schedule, write a function and add it to `OPTIMIZERS` or `SCHEDULES`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,7 @@ from training.cli import option
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the fastest matrix products: bfloat16 where the hardware supports it, else float32.
-
-    A CPU without bfloat16 is 100 times slower in it than in float32; one with it takes a quarter of the time.
-    """
+    """The dtype of the fastest matrix products: bfloat16 where the hardware supports it, else float32."""
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -1,7 +1,6 @@
-"""Pretrained models: loading, attaching LoRA, saving."""
+"""Pretrained models: loading, and attaching LoRA."""
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.hub import is_hub_id
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload, save_adapter
+from modeling_scratchgpt.lora import LoraConfig, add_adapter
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.cli import option
-from training.engine.run_folder import ADAPTER, METRICS
+from training.engine.run_folder import METRICS
 from training.errors import UserError, explain_errors, quiet
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
@@ -144,8 +143,7 @@ def load_config_and_tokenizer(
     _check_place(name)
     with explain_errors(f"--base_model {name} cannot be loaded"):
         config = ScratchGPTConfig.from_pretrained(name)
-    if config.max_position_embeddings < context_length:
-        positions = config.max_position_embeddings
+    if (positions := config.max_position_embeddings) < context_length:
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: lower it.")
     if train_last_n_layers > (blocks := config.num_hidden_layers):
         raise UserError(f"--train_last_n_layers {train_last_n_layers} is more than the {blocks} blocks of the model.")
@@ -153,32 +151,6 @@ def load_config_and_tokenizer(
     if (needed := max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)) > config.vocab_size:
         raise UserError(f"--base_model {name} has a tokenizer of {needed:,} tokens, but embeddings for {config.vocab_size:,}.")
     return config, tokenizer
-
-
-def save_trained(
-    directory: Path,
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    build_model: Callable[[], Any],
-) -> None:
-    """Save model and tokenizer as transformers does. LoRA is merged into the model, and also saved alone, in `adapter/`.
-
-    Args:
-        model: as trained; it may be sharded.
-        weights: its full state dict.
-        build_model: builds the model as it was before the first step.
-    """
-    if lora_layers(model):
-        full_model = build_model()
-        full_model.load_state_dict(weights)
-        save_adapter(full_model, directory / ADAPTER)
-        tokenizer.save_pretrained(directory / ADAPTER)
-        merge_and_unload(full_model)
-        full_model.save_pretrained(directory)
-    else:
-        model.save_pretrained(directory, state_dict=weights)
-    tokenizer.save_pretrained(directory)
 
 
 def _check_place(name: str) -> None:

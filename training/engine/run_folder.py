@@ -96,11 +96,7 @@ class RunFolder:
         return False
 
     def _acquire_lock(self, mode: str) -> Any:
-        """Open metrics.jsonl and lock it, on systems that have such locks, until the file is closed.
-
-        Raises:
-            UserError: another run holds the lock.
-        """
+        """Open metrics.jsonl and lock it, on systems that have such locks, until the file is closed."""
         file: Any = open(self.path / METRICS, mode)  # noqa: SIM115
         try:
             import fcntl

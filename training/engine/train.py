@@ -1,8 +1,4 @@
-"""Training a model: resume or start, train until done, restore the best.
-
-A recipe brings the model, the batches, an evaluation and a preview; this module evaluates before the first step, trains, logs,
-evaluates, saves checkpoints, stops early or on a signal, and resumes a run that was interrupted.
-"""
+"""Training the model of a recipe: evaluate, train, log, save checkpoints, stop early or on a signal, resume."""
 
 import math
 import sys
