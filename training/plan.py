@@ -62,8 +62,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return tree_map_only_(torch.Tensor, self.mark, function(*args, **(kwargs or {})))
 
-    def mark(self, tensor: torch.Tensor, kind: str = "temporary") -> torch.Tensor:
-        """Count the storage of a tensor under its kind, and return it; the first kind other than "temporary" stays."""
+    def mark(self, tensor: torch.Tensor, kind: str = "temporary") -> None:
+        """Count the storage of a tensor under its kind; the first kind other than "temporary" stays."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.kinds:
@@ -71,13 +71,12 @@ class MemoryTracker(TorchDispatchMode):
         elif self.kinds[key] == "temporary":
             self.live["temporary"] -= size
         else:
-            return tensor
+            return
         self.kinds[key] = kind
         self.live[kind] += size
         self.maxima |= self.live
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
-        return tensor
 
     def _free(self, key: int, size: int) -> None:
         kind = self.kinds.pop(key)
@@ -102,7 +101,11 @@ def record_step(
     Returns:
         Bytes of the temporary blocks that a forward pass frees.
     """
-    save_activation = partial(tracker.mark, kind="activations")
+
+    def save_activation(tensor: torch.Tensor) -> torch.Tensor:
+        tracker.mark(tensor, "activations")
+        return tensor
+
     model, optimizers = build_run(config, arguments)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.mark(tensor, "weights")
