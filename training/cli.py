@@ -31,20 +31,12 @@ from training.errors import UserError, explain_errors, printable
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
 OTHER_NAMES = {  # of the same arguments, in other programs
-    "learning_rate": ["lr"],
-    "num_train_epochs": ["epochs"],
-    "max_steps": ["max_iters", "num_iterations"],
-    "context_length": ["block_size", "max_seq_length", "max_length"],
-    "dataset": ["data", "dataset_name", "train_file"],
-    "base_model": ["model_name_or_path"],
-    "batch_size": ["per_device_train_batch_size", "micro_batch_size"],
-    "output_dir": ["out_dir"],
-    "max_grad_norm": ["grad_clip"],
-    "eval_steps": ["eval_interval"],
-    "lora_r": ["lora_rank"],
-    "precision": ["bf16", "fp16", "mixed_precision"],
-    "torch_compile": ["compile"],
-}
+    "learning_rate": ["lr"], "num_train_epochs": ["epochs"], "max_steps": ["max_iters", "num_iterations"],
+    "context_length": ["block_size", "max_seq_length", "max_length"], "dataset": ["data", "dataset_name", "train_file"],
+    "base_model": ["model_name_or_path"], "batch_size": ["per_device_train_batch_size", "micro_batch_size"],
+    "output_dir": ["out_dir"], "eval_steps": ["eval_interval"], "max_grad_norm": ["grad_clip"], "lora_r": ["lora_rank"],
+    "precision": ["bf16", "fp16", "mixed_precision"], "torch_compile": ["compile"],
+}  # fmt: skip
 SYNONYMS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),

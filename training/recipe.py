@@ -174,5 +174,5 @@ def hardware(accelerator: Accelerator, precision: str) -> str:
         name += f" (auto: the device is {'not ' if mixed == 'no' else ''}fast in bfloat16)"
     compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"
     sharding = f" ({settings['distributed_type']})" if settings["distributed_type"] in ("fsdp", "deepspeed") else ""
-    processes = f"{settings['num_processes']}{sharding}"
-    return f"{device}, processes: {processes}, threads per process: {torch.get_num_threads()}, {name}{compiled}"
+    processes = f"processes: {settings['num_processes']}{sharding}, threads per process: {torch.get_num_threads()}"
+    return f"{device}, {processes}, {name}{compiled}"

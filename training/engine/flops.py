@@ -1,9 +1,6 @@
 """Parameters and FLOPs of a model, from its config alone; and the peak speed of the device.
 
-Notable:
-- Parameters are those of the real model class on the meta device, where tensors have shapes but no memory.
-- FLOPs are those of the matrix products, one multiplication and one addition per weight: 2 forward, 4 backward.
-- The peak is measured with large matrix products, so no table of devices is needed.
+FLOPs are those of the matrix products, one multiplication and one addition per weight: 2 forward, 4 backward.
 """
 
 import torch
@@ -22,7 +19,7 @@ SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.02, 0.1  # of the measurement of a dev
 
 
 def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
-    """The language model on the meta device."""
+    """The language model on the meta device, where tensors have shapes but no memory."""
     with torch.device("meta"):
         return ScratchGPTForCausalLM(config)
 
