@@ -58,12 +58,8 @@ class EvaluateArguments(CorpusArguments):
     json: bool = option(False, "print one JSON object instead of a line")
 
 
-def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
-    """`--windows`, or those of the run whose card or checkpoint is in the model's directory; ordered if there is neither.
-
-    Raises:
-        UserError: packed with a stride, or with a model that cannot score documents by themselves.
-    """
+def _choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
+    """`--windows`, or those of the run whose card or checkpoint is in the model's directory; ordered if there is neither."""
     windows, card, state = arguments.windows, Path(name, CARD), Path(name, STATE)
     if windows == "auto":
         settings = card.read_text("utf-8", "replace").rpartition("<summary>All settings")[2] if card.is_file() else ""
@@ -77,12 +73,8 @@ def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedMod
     return windows
 
 
-def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
-    """Context length and stride, with the model's maximum filled in.
-
-    Raises:
-        UserError: more tokens than the model has positions; an unknown maximum; a stride that skips tokens.
-    """
+def _window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
+    """Context length and stride, with the model's maximum filled in."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context_length = arguments.context_length or limit
     if context_length is None:
@@ -111,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = os.path.expanduser(arguments.model)
     with accelerator.local_main_process_first():
         model, tokenizer = load_model_and_tokenizer(name, arguments.trust_remote_code, accelerator.device)
-        context_length, stride = window_sizes(arguments, model)
-        windows = choose_windows(arguments, name, model)
+        context_length, stride = _window_sizes(arguments, model)
+        windows = _choose_windows(arguments, name, model)
         corpora = read_corpora(arguments)
         documents = [corpus.documents for corpus in corpora]
         if arguments.split != "all":

@@ -96,11 +96,7 @@ def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[S
 def record_step(
     config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, dtype: torch.dtype, tracker: MemoryTracker
 ) -> int:
-    """Train two steps on fake ids; the tracker then holds the memory of the second, which is like all later ones.
-
-    Returns:
-        Bytes of the temporary blocks that a forward pass frees.
-    """
+    """Train two steps on fake ids, and return the temporary bytes that a forward pass frees; the tracker holds the second."""
 
     def save_activation(tensor: torch.Tensor) -> torch.Tensor:
         tracker.mark(tensor, "activations")

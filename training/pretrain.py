@@ -253,10 +253,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
 
 
 def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]:
-    """The model's config, and its tokenizer if it is pretrained.
-
-    A pretrained model may have fewer positions than the `context_length` of the YAML file, which is then lowered.
-    """
+    """The model's config, and its tokenizer if it is pretrained; then its positions may lower the file's `context_length`."""
     if arguments.base_model:
         length = arguments.context_length if "context_length" in arguments.typed else max(arguments.stride, 2)
         config, tokenizer = load_config_and_tokenizer(arguments.base_model, length)

@@ -78,8 +78,6 @@ def peft_name(name: str, adapted: Container[str]) -> str:
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default", limit_rank: bool = True) -> None:
     """Add a new adapter, activate it, and freeze all other parameters.
 
-    Save adapters with `save_adapter`: `save_pretrained` refuses a model with adapters.
-
     Args:
         limit_rank: refuse a rank above that of a matrix. Published adapters may have one, where a matrix is narrow.
 

@@ -23,19 +23,12 @@ PATHS = {"dataset", "base_model"}  # may differ between machines: data and weigh
 
 @dataclass(frozen=True)
 class Start:
-    """The beginning of a run: its first step, or a checkpoint.
+    """The beginning of a run: its first step, or a checkpoint."""
 
-    Attributes:
-        settings: the arguments that determine the final weights, and what Accelerate's launcher has chosen.
-        checkpoint: its directory and state.
-        changes: the settings that differ from those of the checkpoint, as text.
-        is_finished: True if the model is published, and no other length is requested.
-    """
-
-    settings: dict[str, Any]
-    checkpoint: tuple[Path, dict[str, Any]] | None = None
-    changes: list[str] = field(default_factory=list)
-    is_finished: bool = False
+    settings: dict[str, Any]  # the arguments that determine the final weights, and what Accelerate's launcher has chosen
+    checkpoint: tuple[Path, dict[str, Any]] | None = None  # its directory and state
+    changes: list[str] = field(default_factory=list)  # the settings that differ from those of the checkpoint, as text
+    is_finished: bool = False  # True if the model is published, and no other length is requested
 
 
 def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder: RunFolder) -> Start:
@@ -98,10 +91,7 @@ def _text(value: Any) -> str:
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
-    """Refuse processes that do not agree, such as machines with other data; every process calls it.
-
-    Args:
-        facts: what must be the same everywhere, by name.
+    """Refuse processes whose facts, by name, differ, such as machines with other data; every process calls it.
 
     Raises:
         UserError: on all processes; it names the first process that differs from process 0, and the fact.

@@ -102,17 +102,14 @@ def choose_precision(asked: str, device_type: str) -> str:
     return "bf16" if is_open and has_fast_bfloat16(device_type) else precision
 
 
-def choose_compiler(accelerator: Accelerator, asked: str, flops: float) -> None:
+def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:
     """Let Accelerate compile the model: if its config says so, with `--torch_compile true`, or with `auto` if it saves time.
-
-    Args:
-        flops: of the whole run.
 
     Raises:
         UserError: the option contradicts the config.
     """
     plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, flops))):
+    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
         plugin.backend = DynamoBackend.INDUCTOR
     elif plugin.backend != DynamoBackend.NO and asked == "false":
         chosen = f"Accelerate's config or command line has chosen dynamo_backend {plugin.backend.value}"

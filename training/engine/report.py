@@ -76,11 +76,7 @@ def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[l
 def sample(
     model: ScratchGPTForCausalLM, prompts: list[list[int]], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Continue each prompt with the model's generation config, from the same random numbers each time.
-
-    Returns:
-        The texts, each with its prompt in brackets, safe to print.
-    """
+    """Continue each prompt by the generation config, with the same random numbers each time; prompts are put in brackets."""
     model.eval()
     samples = []
     limit = model.config.max_position_embeddings
@@ -98,12 +94,7 @@ def sample(
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:
-    """Training and validation loss over steps, tokens and time, as a PNG.
-
-    Args:
-        history: the rows of metrics.jsonl (see `RunFolder`).
-        unit: of the loss.
-    """
+    """Draw the losses, in this unit, over steps, tokens and time as a PNG, from the rows of metrics.jsonl (see `RunFolder`)."""
     steps = [row for row in history if "loss" in row]
     evaluations = [row for row in history if "eval_loss" in row]
     whole = [row for row in history if "whole_eval_loss" in row][-1:]

@@ -31,11 +31,9 @@ RESPONSES, RESPONSES_PAGE = "responses.jsonl", "responses.md"  # of a model that
 
 
 class RunFolder:
-    """The output directory of one run.
+    """The output directory of one run, which `open` creates.
 
     Attributes:
-        path: the directory; it is created by `open`.
-        checkpoints: the directory of the checkpoints.
         history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `tokens`, `seconds`, `learning_rate` (AdamW's) and
             `muon_learning_rate` (with Muon) of an optimizer step; `step` and the metrics, with the prefix `eval_`, of an
             evaluation; with `whole_eval_`, of one on all of the held-out data after others on a part. Only on the main process.

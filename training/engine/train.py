@@ -33,19 +33,12 @@ WORSE = 1.01  # a final loss that is this many times the lowest is reported
 
 
 class Task(ABC, Generic[Metrics]):
-    """The part of a `Recipe` that `train` uses.
+    """The part of a `Recipe` that `train` uses."""
 
-    Attributes:
-        arguments: the parsed arguments; with the number of steps filled in once the data is known.
-        data_digest: a digest of the training and validation data; a run is resumed only with the same data.
-        flops_per_token: forward and backward, for each token that `Step` counts.
-        eval_split: the split for evaluations during training; that of the final model is "validation".
-    """
-
-    arguments: Any
-    data_digest: str
-    flops_per_token: float
-    eval_split: str = "validation"
+    arguments: Any  # parsed, with the number of steps filled in once the data is known
+    data_digest: str  # of the training and validation data; a run is resumed only with the same data
+    flops_per_token: float  # forward and backward, for each token that `Step` counts
+    eval_split: str = "validation"  # for evaluations during training; that of the final model is "validation"
 
     @abstractmethod
     def train_dataloader(self) -> DataLoader:
