@@ -24,7 +24,6 @@ GPT2_SPLIT = pre_tokenizers.Split(Regex(GPT2_WORD), "isolated")
 # In `tokenizer.json` each byte is a printable character (a space is `Ġ`), so the ids begin with the bytes that are printable.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]  # in Latin-1
 BYTES_BY_ID = [*PRINTABLE, *sorted(set(range(256)) - set(PRINTABLE))]
-BYTE_IDS = {byte: token_id for token_id, byte in enumerate(BYTES_BY_ID, len(special_tokens("bpe")))}
 
 
 def split_into_words(text: str) -> list[bytes]:
@@ -55,8 +54,9 @@ class ReferenceBPE:
         """Learn merges until the vocabulary has `vocab_size` tokens or no word has two tokens left to merge."""
         vocab = [token.encode() for token in special_tokens("bpe").values()] + [bytes([byte]) for byte in BYTES_BY_ID]
         merges: dict[Pair, int] = {}
+        byte_ids = _byte_ids(vocab)
         frequencies = Counter(word for text in texts for word in split_into_words(text))
-        tokens = {word: [BYTE_IDS[byte] for byte in word] for word in frequencies}  # each word as it is tokenized so far
+        tokens = {word: [byte_ids[byte] for byte in word] for word in frequencies}  # each word as it is tokenized so far
         counts: Counter[Pair] = Counter()
         words_with: defaultdict[Pair, set[bytes]] = defaultdict(set)  # so that a merge only visits the words it changes
 
@@ -79,9 +79,10 @@ class ReferenceBPE:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: in each word, the merges are applied in the order in which they were learned."""
+        byte_ids = _byte_ids(self.vocab)
         ids: list[int] = []
         for word in split_into_words(text):
-            tokens = [BYTE_IDS[byte] for byte in word]
+            tokens = [byte_ids[byte] for byte in word]
             while pairs := self.merges.keys() & pairwise(tokens):
                 first = min(pairs, key=self.merges.__getitem__)  # later merges have higher ids
                 tokens = merge_pair(tokens, first, self.merges[first])
@@ -91,3 +92,8 @@ class ReferenceBPE:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a list of ids; bytes that are no UTF-8 become U+FFFD, as half an emoji does."""
         return b"".join(self.vocab[token_id] for token_id in ids).decode("utf-8", errors="replace")
+
+
+def _byte_ids(vocab: list[bytes]) -> dict[int, int]:
+    """The id of each byte."""
+    return {token[0]: token_id for token_id, token in enumerate(vocab) if len(token) == 1}
