@@ -9,8 +9,7 @@ Notable:
 - Layers that a module lists in `fused_inputs` (such as query, key and value, in the order of their calls) become one product.
 - The trial takes place once per process for each layer size and number of rows. The two products differ by rounding.
 - A packed weight is a second copy in memory. It is not kept after the context, since changes of a weight cannot be detected.
-- Only plain float32 `nn.Linear` layers are packed, not layers with an adapter or quantized ones; and none if anything is
-  compiled, since a compiler cannot trace a clock and compiles again for each new `forward`.
+- Only plain float32 `nn.Linear` layers are packed, and none if anything is compiled: a compiler cannot trace a clock.
 """
 
 from collections.abc import Iterable, Iterator

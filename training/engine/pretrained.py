@@ -73,15 +73,9 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
     if "all-linear" in targets and len(targets) > 1:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: pass all-linear alone, or names of layers.")
     try:
-        return LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            use_rslora=arguments.use_rslora,
-            use_dora=arguments.use_dora,
-            modules_to_save=modules_to_save or [],
-        )
+        same = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        modules = targets[0] if targets == ["all-linear"] else targets
+        return LoraConfig(r=arguments.lora_r, target_modules=modules, modules_to_save=modules_to_save or [], **same)
     except ValueError as error:
         raise UserError(f"LoRA: {error}") from error
 
