@@ -16,7 +16,6 @@ from training.engine.checkpoints import find_checkpoint
 from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
-PACKAGES = ("modeling_scratchgpt", "training")
 LENGTH = {"max_steps", "num_train_epochs", "early_stopping_patience"}  # with others, a finished run continues
 PATHS = {"dataset", "base_model"}  # may differ between machines: data and weights are compared by content
 
@@ -108,7 +107,7 @@ def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
 def code_version() -> str:
     """A digest of the programs, and the version of torch."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+    for path in sorted(path for package in ("modeling_scratchgpt", "training") for path in (root / package).rglob("*.py")):
         digest.update(path.read_bytes())
     return f"{digest.hexdigest()}, torch {torch.__version__}"
 
