@@ -22,12 +22,6 @@ transformers.AutoModelForTokenClassification.register(ScratchGPTConfig, ScratchG
 transformers.AutoModelForQuestionAnswering.register(ScratchGPTConfig, ScratchGPTForQuestionAnswering)
 
 __all__ = [
-    "ScratchGPTConfig",
-    "ScratchGPTForCausalLM",
-    "ScratchGPTForQuestionAnswering",
-    "ScratchGPTForSequenceClassification",
-    "ScratchGPTForTokenClassification",
-    "ScratchGPTModel",
-    "ScratchGPTPreTrainedModel",
-    "ScratchGPTTokenizer",
-]
+    "ScratchGPTConfig", "ScratchGPTForCausalLM", "ScratchGPTForQuestionAnswering", "ScratchGPTForSequenceClassification",
+    "ScratchGPTForTokenClassification", "ScratchGPTModel", "ScratchGPTPreTrainedModel", "ScratchGPTTokenizer",
+]  # fmt: skip

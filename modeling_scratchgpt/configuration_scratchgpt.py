@@ -55,8 +55,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         vocab_size (`int`): number of token ids.
         max_position_embeddings (`int`): longest sequence, in tokens.
         hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`, *optional*): width inside the MLP. Default: 4 x `hidden_size` if it is plain; if it is gated,
-            8/3 x, rounded up to a multiple of 64.
+        intermediate_size (`int`, *optional*): width inside the MLP. Default: 4 x `hidden_size`; gated: 8/3 x, a multiple of 64.
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): number of query heads.
         num_key_value_heads (`int`, *optional*): number of key and value heads, a divisor of `num_attention_heads`
@@ -66,18 +65,15 @@ class ScratchGPTConfig(PreTrainedConfig):
         norm_type (`str`): `"layernorm"` or `"rmsnorm"` (Zhang and Sennrich, 2019), before attention, MLP and head.
         qk_norm (`bool`): RMS-normalise each query and key head, as Qwen3 does.
         mlp_type (`str`): `"plain"` (up, activation, down) or `"gated"` (Shazeer, 2020).
-        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`. Default: tanh-approximated GELU for a plain MLP, SiLU
-            for a gated one.
+        hidden_act (`str`, *optional*): a name in transformers' `ACT2FN`. Default: `gelu_pytorch_tanh`; in a gated MLP `silu`.
         attention_bias, mlp_bias (`bool`): whether the projections of attention and MLP have biases.
         attention_dropout, hidden_dropout, embedding_dropout (`float`): probabilities in [0, 1). The default is 0, since
             training for about one epoch does not overfit; GPT-2 was published with 0.1.
         norm_eps (`float`): added to the variance in each norm.
         initializer_range (`float`): standard deviation of the initial weights.
         tie_word_embeddings (`bool`): whether the head shares its weight with the token embedding.
-        rope_parameters (`dict`, *optional*): transformers' settings of rotary embeddings, including scaling. Only used with
-            `position_embedding_type="rotary"`.
-        classifier_pooling (`str`): hidden state that a text classifier reads: of the `"last"` real token, or the `"mean"` of
-            all real tokens.
+        rope_parameters (`dict`, *optional*): transformers' settings of rotary embeddings and their scaling; else not used.
+        classifier_pooling (`str`): hidden state that a text classifier reads: that of the `"last"` real token, or the `"mean"`.
         skip_logits (`bool`): in training mode, return only the loss of a language model, in less memory (see its `forward`).
         use_cache (`bool`): whether a forward pass returns keys and values for the next one.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): ids of the tokenizer's special tokens.
@@ -138,10 +134,8 @@ class ScratchGPTConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}): change one of them, or pass head_dim."
-                )
+                heads = f"num_attention_heads ({self.num_attention_heads}): change one of them, or pass head_dim."
+                raise ValueError(f"hidden_size ({self.hidden_size}) is not a multiple of {heads}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.hidden_act is None:
             self.hidden_act = "gelu_pytorch_tanh" if self.mlp_type == "plain" else "silu"
@@ -149,9 +143,8 @@ class ScratchGPTConfig(PreTrainedConfig):
         if self.position_embedding_type == "learned":
             del self.rope_parameters  # transformers recognises a rotary model by this attribute
         absent = {"gate_proj": self.mlp_type == "plain", "q_norm": not self.qk_norm, "k_norm": not self.qk_norm}
-        self.base_model_tp_plan = {
-            name: how for name, how in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
-        }
+        plan = self.base_model_tp_plan.items()
+        self.base_model_tp_plan = {name: how for name, how in plan if not absent.get(name.rpartition(".")[2])}
         self.check()
 
     def __eq__(self, other: object) -> bool:
@@ -221,10 +214,9 @@ class ScratchGPTConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads}): each key and value head serves the same number of query heads."
-            )
+            heads = f"num_attention_heads ({self.num_attention_heads})"
+            problem = f"{heads} is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            raise ValueError(f"{problem}: each key and value head serves the same number of query heads.")
         if self.position_embedding_type == "rotary":
             self._validate_rotary()
         if self.hidden_act not in ACT2FN:

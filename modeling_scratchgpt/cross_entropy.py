@@ -5,8 +5,7 @@ memory of a training step. Here they are computed in chunks of a few hundred tok
 the loss and, in place, its part of the gradients. After Liger Kernel (Hsu et al., 2024).
 
 Notable:
-- Gradients are computed in the forward pass, while the logits exist; backward only scales them. So a training step has the
-  usual three matrix products, and no fourth to recompute the logits.
+- Gradients are computed in the forward pass, while the logits exist; backward only scales them: no product is repeated.
 - Ignored tokens (-100) cost nothing: they are removed before the first product.
 - It is one opaque operator: `torch.compile` and autograd see inputs and outputs, not the loop.
 - Other derivatives than the first (`create_graph=True`, forward mode, `torch.func`) are computed through the logits.
@@ -18,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+NumItems = Tensor | int | None
 IGNORE_INDEX = -100  # `ignore_index` everywhere in transformers
 LINEAR_FORWARD = nn.Linear.forward  # some libraries replace it
 CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for fast products, small compared with a model
@@ -25,7 +25,7 @@ CUDA_CHUNK_BYTES = 2**30  # GPUs have faster products, and each chunk reads and 
 ALIGNMENT = 64  # rows: tensor cores are slow if a side of a product is odd
 
 
-def reduce_losses(losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def reduce_losses(losses: Tensor, num_items_in_batch: NumItems) -> Tensor:
     """Reduce losses to their mean, or to their sum divided by `num_items_in_batch` if given."""
     if num_items_in_batch is None:
         return losses.mean()
@@ -34,7 +34,7 @@ def reduce_losses(losses: Tensor, num_items_in_batch: Tensor | int | None) -> Te
     return losses.sum() / num_items_in_batch
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: NumItems) -> Tensor:
     """Cross-entropy in float32 of logits (..., classes) on labels (...), ignoring labels of -100."""
     logits, labels = logits.float().flatten(0, -2), labels.to(logits.device).flatten()
     reduction = "mean" if num_items_in_batch is None else "sum"
@@ -42,7 +42,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     return reduce_losses(loss, num_items_in_batch)
 
 
-def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: NumItems) -> Tensor:
     """Cross-entropy of logits (B, T) on positions (B,); those outside the text, such as -1, are ignored."""
     positions = positions.flatten()
     is_outside = (positions < 0) | (positions >= logits.shape[1])
@@ -51,9 +51,7 @@ def span_loss(logits: Tensor, positions: Tensor, num_items_in_batch: Tensor | in
     return cross_entropy(logits, positions.masked_fill(is_outside, IGNORE_INDEX), num_items_in_batch)
 
 
-def classification_loss(
-    logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch: Tensor | int | None
-) -> Tensor:
+def classification_loss(logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch: NumItems) -> Tensor:
     """Loss of logits (B, num_labels) on classes (B,), or on class probabilities or targets (B, num_labels).
 
     As in transformers, `config.problem_type` is inferred from the labels and set if it is None.
@@ -92,9 +90,7 @@ def is_plain_head(head: nn.Module) -> bool:
     return head.bias is None and "forward" not in vars(head) and not has_hooks
 
 
-def linear_cross_entropy(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
+def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: NumItems = None) -> Tensor:
     """Memory-efficient `cross_entropy(hidden_states @ weight.T, targets)`.
 
     Args:

@@ -3,8 +3,7 @@
 Notable:
 - Every config field that changes the result is converted, or refused by name. None is ignored.
 - Qwen3's weights have the same names as ours. GPT-2's have others, are transposed (Conv1D multiplies from the right), and hold
-  query, key and value in one matrix. transformers converts them while loading, file by file.
-- `from_pretrained` of all ScratchGPT classes does this automatically.
+  query, key and value in one matrix. `from_pretrained` of all ScratchGPT classes converts them while loading.
 """
 
 import os
@@ -155,10 +154,9 @@ def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConf
         required["head_dim"] = config.hidden_size // config.num_attention_heads
     for name, needed in required.items():
         if getattr(config, name) != needed:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r} (models with rotary "
-                "positions can become a qwen3, those with learned positions a gpt2)."
-            )
+            problem = f"{name} is {getattr(config, name)!r}, but a {model_type} model has only {needed!r}"
+            positions = "models with rotary positions can become a qwen3, those with learned positions a gpt2"
+            raise ValueError(f"{problem} ({positions}).")
     fields = {their_name: getattr(config, name) for name, their_name in NAMES[model_type].items()}
     fields |= {name: getattr(config, name) for name in SHARED}
     if model_type == "gpt2" and config.hidden_act == "gelu_pytorch_tanh":
@@ -234,8 +232,7 @@ class PeftDefaults:
     """The attribute `peft_config` of a model without adapters: reading it registers default target modules with PEFT.
 
     PEFT looks up the defaults of a model type in its own tables, which no public function extends. Importing PEFT to fill them
-    would slow down each import of this package. But before PEFT looks them up, it checks whether the model has this attribute;
-    afterwards it sets the attribute, which hides this one.
+    would slow down each import of this package. But PEFT checks for this attribute before it looks them up, and sets it later.
     """
 
     def __get__(self, model: PreTrainedModel | None, model_class: type) -> None:

@@ -5,7 +5,6 @@ Notable:
 - Pre-norm: a norm precedes each attention, each MLP and the head.
 - `nn.Linear` everywhere, under the names that PEFT, quantizers and tensor-parallel plans expect.
 - Positions are derived from the attention mask, so padding on either side does not change the result.
-- Attention is in `attention.py`, losses are in `cross_entropy.py`.
 
 Shapes: B batch, T new tokens, S attended tokens, C hidden_size, V vocab_size.
 """
@@ -127,10 +126,9 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         try:
             return self.embed_tokens(input_ids)
         except IndexError as error:
-            raise ValueError(
-                f"input_ids must be within the vocabulary (0 to {self.config.vocab_size - 1}), got {input_ids.min()} to "
-                f"{input_ids.max()}: is this the tokenizer the model was trained with?"
-            ) from error
+            allowed, got = f"0 to {self.config.vocab_size - 1}", f"{input_ids.min()} to {input_ids.max()}"
+            problem = f"input_ids must be within the vocabulary ({allowed}), got {got}"
+            raise ValueError(f"{problem}: is this the tokenizer the model was trained with?") from error
 
     def _check_shapes(self, inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, past_length: Any) -> None:
         batch, length = inputs_embeds.shape[:2]
@@ -158,10 +156,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         length, limit = past_length + inputs_embeds.shape[1], self.config.max_position_embeddings
         # A compiler cannot branch on values, but a compiled embedding checks its indices.
         if not torch.compiler.is_compiling() and length > limit and position_ids.max() >= limit:
-            raise ValueError(
-                f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings): shorten the "
-                "text, or train a model with rotary positions."
-            )
+            problem = f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings)"
+            raise ValueError(f"{problem}: shorten the text, or train a model with rotary positions.")
         return inputs_embeds + self.embed_positions(position_ids), None
 
     def _masks(
@@ -190,8 +186,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the last hidden states (B, T, C), and with `use_cache` the keys and values for the next call.
 
-        A row may hold several packed documents: each begins where `position_ids` restart, and attends only to itself. This
-        takes `position_ids` and no `attention_mask`.
+        Without `attention_mask` a row may hold packed documents: each begins where `position_ids` restart and sees only itself.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; ids outside the vocabulary; a mask of another
@@ -217,15 +212,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
         hidden_states, position_embeddings = self._embed_positions(inputs_embeds, position_ids, past_length)
         hidden_states = self.dropout(hidden_states)  # (B, T, C)
+        options: Any = {"position_embeddings": position_embeddings, "position_ids": position_ids, "use_cache": use_cache}
+        options |= {"past_key_values": past_key_values, **masks, **kwargs}
         for layer in islice(self.layers, self.config.num_hidden_layers):  # fewer with `assistant_early_exit`
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **{**masks, **kwargs},
-            )
+            hidden_states = layer(hidden_states, **options)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -242,8 +232,7 @@ def packed_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Select the hidden states (of B, T, C) that get logits: the last N (0: all), those at indices (N,) or (B, N), or those
-    where a boolean mask (B, T) is true, as (N, C)."""
+    """Select the hidden states (B, T, C) that get logits: the last N (0: all), or by indices (N,), (B, N) or a mask (B, T)."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.dtype == torch.bool:
@@ -287,10 +276,8 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, PackedGenerationMixin):
 
         Args:
             labels: the input ids; shifted here, so that position t is scored on `labels[t + 1]`. -100 is ignored.
-            shift_labels (in `kwargs`, since Trainer expects every argument with "label" in its name in each batch): labels
-                that are already shifted, instead of `labels`.
-            num_items_in_batch: divisor of the summed loss, which makes it independent of how a batch is split. Without it,
-                the loss is the mean over scored tokens, in nats.
+            shift_labels: labels that are already shifted (in `kwargs`: Trainer expects arguments named "label" in each batch).
+            num_items_in_batch: divisor of the summed loss. Without it, the loss is the mean over scored tokens, in nats.
             skip_logits: return only the loss, computed without materializing the logits, which saves most of the memory of a
                 training step. Default: `config.skip_logits` while training, else False.
             logits_to_keep: compute only the last N logits, or those at these positions (see `select_positions`).
@@ -342,10 +329,9 @@ def pool_hidden_states(
         return (hidden_states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
     # While compiling, values cannot be read.
     if not torch.compiler.is_compiling() and past_length > 0 and not (is_continued := is_real.any(1)).all():
-        raise ValueError(
-            f"{(~is_continued).sum()} of {len(is_continued)} texts have no token after the cached ones, and the cache has no "
-            "hidden states to classify: pass these texts as a whole, without past_key_values."
-        )
+        problem = f"{(~is_continued).sum()} of {len(is_continued)} texts have no token after the cached ones"
+        remedy = "pass these texts as a whole, without past_key_values"
+        raise ValueError(f"{problem}, and the cache has no hidden states to classify: {remedy}.")
     last = (indices * is_real).argmax(-1)  # (B,)
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
@@ -376,19 +362,17 @@ class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Return logits (B, num_labels), and the loss of `config.problem_type` if there are labels.
 
-        Only the attention mask marks padding, on either side; without a mask all tokens are real. As in transformers,
-        `problem_type` is inferred from the labels if not set. Single-label targets may be class probabilities
-        (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
+        Only the attention mask marks padding, on either side; without a mask all tokens are real. Single-label targets may be
+        class probabilities (B, num_labels), for label smoothing; a row that does not sum to 1 weights its text.
 
         Raises:
             ValueError: a mask that is not (B, S), or a cache without the hidden states that are to be pooled.
         """
         pooling = self.config.classifier_pooling
         if pooling == "mean" and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                "classifier_pooling='mean' needs the hidden states of the whole text, and a cache has only keys and values: "
-                "pass the whole text without past_key_values, or train with classifier_pooling='last'."
-            )
+            reason = "classifier_pooling='mean' needs the hidden states of the whole text, and a cache has only keys and values"
+            remedy = "pass the whole text without past_key_values, or train with classifier_pooling='last'"
+            raise ValueError(f"{reason}: {remedy}.")
         output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
         hidden_states = output.last_hidden_state
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length() - hidden_states.shape[1]

@@ -7,12 +7,9 @@ others the plain product of one row is faster. So both are timed in use, and the
 Notable:
 - Only inside `packed_linears`, and only for a few rows: long inputs and training use plain products.
 - Layers that a module lists in `fused_inputs` (such as query, key and value, in the order of their calls) become one product.
-- The first call is not timed, since it may be the prompt. The trial follows, once per process for each layer size and number of
-  rows. The two products differ by rounding.
-- A packed weight is a second copy in memory until the context ends. It is not cached longer, because changes of the weight
-  cannot be detected (merging an adapter writes to `.data`).
-- Only plain float32 `nn.Linear` layers are packed, not layers with an adapter or quantized ones; and none if anything is
-  compiled, since a compiler cannot trace a clock and compiles again for each new `forward`.
+- The trial takes place once per process for each layer size and number of rows. The two products differ by rounding.
+- A packed weight is a second copy in memory. It is not kept after the context, since changes of a weight cannot be detected.
+- Only plain float32 `nn.Linear` layers are packed, and none if anything is compiled: a compiler cannot trace a clock.
 """
 
 from collections.abc import Iterable, Iterator
@@ -70,20 +67,15 @@ class PackedGenerationMixin(GenerationMixin):
         return compiles
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
-        """Also refuse lengths beyond the learned positions. Padding uses none, nor does the last token, since it is not read.
-
-        The default length of transformers' pipeline, which no user has asked for, is reduced to what fits.
-        """
+        """Also refuse lengths beyond the learned positions; the pipeline's default, which no user has chosen, is reduced."""
         positions, limit = model_kwargs.get("position_ids"), self.config.max_position_embeddings
         if self.config.position_embedding_type == "learned" and positions is not None:
             length = int(positions.max()) + 1
             new = generation_config.max_new_tokens or max_cache_length + 1 - positions.shape[1]
-            room = max(limit + 1 - length, 0)
+            room = max(limit + 1 - length, 0)  # padding uses no positions, nor does the last token, since it is not read
             if new > room and (new != PIPELINE_TOKENS or not room):
-                raise ValueError(
-                    f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model: "
-                    f"pass max_new_tokens={room} or less, or shorten the prompt."
-                )
+                problem = f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model"
+                raise ValueError(f"{problem}: pass max_new_tokens={room} or less, or shorten the prompt.")
             if new > room:
                 logger.warning(f"generation stops after {room} new tokens, at the model's last learned position.")
                 generation_config.max_length -= new - room
@@ -114,8 +106,7 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
 
 
 class _PackedLinears:
-    """Layers with the same input. `forward` computes the output of one: from its weight or, for few rows and if that is faster,
-    from the packed weights of all in one product."""
+    """Layers with the same input. `forward` computes the output of one: from its weight, or from the packed weights of all."""
 
     def __init__(self, layers: list[nn.Linear]):
         self.layers = layers

@@ -2,8 +2,7 @@
 
 Training starts with one token per byte, and repeatedly merges the most frequent pair of neighbouring tokens into a new token
 (Sennrich et al., 2016). Starting from the 256 bytes, no text has unknown tokens, and splitting the text into words first keeps
-tokens from spanning words (Radford et al., 2019). `ScratchGPTTokenizer.train` has the library `tokenizers` do the same, many
-times faster; the tests compare vocabulary, merges and ids.
+tokens from spanning words (Radford et al., 2019). `ScratchGPTTokenizer.train` does the same, many times faster.
 """
 
 from collections import Counter, defaultdict

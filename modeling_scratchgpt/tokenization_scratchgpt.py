@@ -1,12 +1,10 @@
 """ScratchGPT's tokenizers: byte-level BPE, and other kinds for comparison.
 
 Notable:
-- The two byte-level kinds (GPT-2, Radford et al., 2019) start from bytes: they need no unknown token, and every Unicode text is
-  decoded unchanged. The other kinds have an unknown token.
+- The byte-level kinds (GPT-2, Radford et al., 2019) need no unknown token, and decode every Unicode text unchanged.
 - BOS, EOS and padding are three different tokens: a model whose EOS is also its padding never learns to stop. Text in the
   corpus that spells out a special token is not encoded as that token.
-- A saved tokenizer is a plain `tokenizer.json`. `TokenizersBackend` loads it without this file; `AutoTokenizer` needs this
-  package or `trust_remote_code=True`.
+- `TokenizersBackend` loads a saved tokenizer without this file; `AutoTokenizer` needs it, or `trust_remote_code=True`.
 """
 
 import json
@@ -116,8 +114,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
         """Train a tokenizer on `texts`, which are streamed once.
 
         Args:
-            vocab_size: number of tokens, including special tokens and the 256 bytes. A small corpus may yield fewer: see
-                `len(tokenizer)`.
+            vocab_size: number of tokens, including special tokens and the 256 bytes. A small corpus may yield fewer.
             kind: the algorithm, and what is lost by `decode(encode(text))`:
                 "bpe": byte-level BPE with GPT-2's pre-tokenization; nothing.
                 "bpe-gpt4": the same with GPT-4's pre-tokenization; nothing.
@@ -128,8 +125,7 @@ class ScratchGPTTokenizer(TokenizersBackend):
 
         Raises:
             TypeError: `texts` is a single string.
-            ValueError: an unknown kind; `vocab_size` is too large, or too small for the required tokens (the bytes, or every
-                character of the texts for "unigram" and "character").
+            ValueError: an unknown kind; `vocab_size` is too large, or too small for the bytes or characters of the texts.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list or an iterator of strings, got one string: put it in a list.")
@@ -137,14 +133,10 @@ class ScratchGPTTokenizer(TokenizersBackend):
             raise ValueError(f"kind must be one of {', '.join(TOKENIZERS)}, got {kind!r}.")
         if not min_vocab_size(kind) <= vocab_size <= MAX_VOCAB_SIZE:
             least = {"bpe": "256 bytes", "bpe-gpt4": "256 bytes", "wordpiece": "a character twice"}.get(kind, "one other")
-            raise ValueError(
-                f"vocab_size must be at least {min_vocab_size(kind)} ({least} and {len(special_tokens(kind))} special tokens) "
-                f"and at most {MAX_VOCAB_SIZE}, got {vocab_size}."
-            )
-        if kind == "character":
-            tokenizer = _train_characters(texts, vocab_size)
-        else:
-            tokenizer = _train(texts, vocab_size, kind, show_progress)
+            needed = f"at least {min_vocab_size(kind)} ({least} and {len(special_tokens(kind))} special tokens)"
+            raise ValueError(f"vocab_size must be {needed} and at most {MAX_VOCAB_SIZE}, got {vocab_size}.")
+        is_character = kind == "character"
+        tokenizer = _train_characters(texts, vocab_size) if is_character else _train(texts, vocab_size, kind, show_progress)
         return cls(tokenizer_object=tokenizer, **special_tokens(kind))
 
     @classmethod
@@ -161,9 +153,8 @@ class ScratchGPTTokenizer(TokenizersBackend):
         content, merges = (Path(file).read_bytes() for file in (vocab_file, merges_file))
         try:
             # Not by BPE.from_file, which drops ids that are not numbers and refuses blank lines.
-            pairs = [
-                tuple(line.split(" ")) for line in merges.decode().splitlines() if line and not line.startswith("#version")
-            ]
+            lines = merges.decode().splitlines()
+            pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             with panics_as_errors():
                 tokenizer.model = models.BPE(vocab=json.loads(content), merges=pairs)  # type: ignore[arg-type]
         except Exception as error:  # `tokenizers` raises bare exceptions
@@ -193,8 +184,7 @@ def _build(kind: str, **training: Any) -> tuple[Tokenizer, Any]:
         limit = max(1, (training["vocab_size"] - len(special)) // 4)  # a character may take two tokens, with and without ##
         return tokenizer, trainers.WordPieceTrainer(limit_alphabet=limit, **training)
     tokenizer = Tokenizer(models.Unigram())
-    # Isolate line ends, which Metaspace treats as letters, and `<|`: otherwise the likeliest split of a spelled-out special
-    # token would be that token.
+    # Isolate line ends, which Metaspace treats as letters, and `<|`, so that a spelled-out special token does not become one.
     isolate = pre_tokenizers.Split(Regex(r"<\||[^\S ]+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([isolate, pre_tokenizers.Metaspace(prepend_scheme="never")])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
@@ -214,10 +204,8 @@ def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool
 
     try:
         tokenizer.train_from_iterator(pieces(), trainer)
-    except Exception:  # some trainers raise a bare exception for too small a vocabulary, others exceed it
+    finally:  # some trainers raise a bare exception for too small a vocabulary, others exceed it
         _check_room(kind, len(seen), vocab_size)
-        raise
-    _check_room(kind, len(seen), vocab_size)
     return tokenizer
 
 

@@ -1,8 +1,7 @@
 """Arguments of a program: a YAML file, overridden by the command line, validated before any data is read.
 
 Notable:
-- One parser for both. The YAML is parsed as if its lines had been typed, so that a wrong type or an unknown name gives the same
-  error in both; its values become the defaults of the command line, and are shown by `--help`.
+- One parser for both: the YAML is parsed as if its lines had been typed, with the same errors; `--help` shows its values.
 - A range belongs to its option (`option(8, "...", minimum=1)`), and one function checks them all.
 - `--model` takes fields of `ScratchGPTConfig` as `name=value`; they override those of the file one by one.
 - An error of the user ends in one line and exit code 2, never in a traceback.
@@ -31,29 +30,14 @@ from training.errors import UserError, explain_errors, printable
 
 Arguments = TypeVar("Arguments")
 HELP = "(--help lists all arguments)"
-SYNONYMS = {  # names of the same arguments in other programs
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "max_iters": "max_steps",
-    "num_iterations": "max_steps",
-    "block_size": "context_length",
-    "max_seq_length": "context_length",
-    "max_length": "context_length",
-    "data": "dataset",
-    "dataset_name": "dataset",
-    "train_file": "dataset",
-    "model_name_or_path": "base_model",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "out_dir": "output_dir",
-    "grad_clip": "max_grad_norm",
-    "eval_interval": "eval_steps",
-    "lora_rank": "lora_r",
-    "bf16": "precision",
-    "fp16": "precision",
-    "mixed_precision": "precision",
-    "compile": "torch_compile",
-}
+OTHER_NAMES = {  # of the same arguments, in other programs
+    "learning_rate": ["lr"], "num_train_epochs": ["epochs"], "max_steps": ["max_iters", "num_iterations"],
+    "context_length": ["block_size", "max_seq_length", "max_length"], "dataset": ["data", "dataset_name", "train_file"],
+    "base_model": ["model_name_or_path"], "batch_size": ["per_device_train_batch_size", "micro_batch_size"],
+    "output_dir": ["out_dir"], "eval_steps": ["eval_interval"], "max_grad_norm": ["grad_clip"], "lora_r": ["lora_rank"],
+    "precision": ["bf16", "fp16", "mixed_precision"], "torch_compile": ["compile"],
+}  # fmt: skip
+SYNONYMS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", float.__ge__),
     "above": ("above", float.__gt__),
@@ -129,13 +113,12 @@ class _Parser(HfArgumentParser):
 
 def _hint(unknown: Sequence[str], known: Sequence[str]) -> str:
     """The closest known names, or where all names are listed."""
-    close = []
+    meant: list[str] = []
     for name in unknown:
         word = name.partition("=")[0].lstrip("-").replace("-", "_")
         dashes = "--" if name.startswith("--") else ""
-        close.append(difflib.get_close_matches(dashes + SYNONYMS.get(word, word), known, n=1))
-    meant = " and ".join(dict.fromkeys(names[0] for names in close if names))
-    return f": did you mean {meant}?" if meant else f" {HELP}"
+        meant += difflib.get_close_matches(dashes + SYNONYMS.get(word, word), known, n=1)
+    return f": did you mean {' and '.join(dict.fromkeys(meant))}?" if meant else f" {HELP}"
 
 
 def parse_arguments(
@@ -197,8 +180,7 @@ def _read_yaml(path: str, is_typed: bool) -> dict[str, Any]:
         raise UserError(f"{error.strerror}. Pass the path of a YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"invalid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
+    content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError("it must contain `name: value` lines.")
     return content
@@ -232,8 +214,8 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
         UserError: a word without `=`, an unknown field, an invalid value, fewer positions than `context_length`.
     """
     known = {*ScratchGPTConfig.__annotations__, *ScratchGPTConfig.attribute_map, "preset"} - {"vocab_size"}
+    build: Any = ScratchGPTConfig
     values: dict[str, Any] = {"max_position_embeddings": context_length}
-    preset = None
     for word in fields:
         name, equals, text = word.partition("=")
         if not equals or name not in known:
@@ -242,57 +224,31 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
             hint = f"did you mean {close[0]}?" if close else all_names
             raise UserError(f"--model {word}: pass fields of ScratchGPTConfig as name=value, such as hidden_size=256; {hint}")
         if name == "preset":  # drops the fields before it, which describe another model (those of the YAML file above all)
-            preset, values = text, {"max_position_embeddings": context_length}
+            build, values = partial(ScratchGPTConfig.from_preset, text), {"max_position_embeddings": context_length}
         else:
             with explain_errors(f"--model {word}: the value is not valid YAML", (yaml.YAMLError, ValueError)):
                 values[name] = yaml.safe_load(text)
     try:
-        build = ScratchGPTConfig if preset is None else partial(ScratchGPTConfig.from_preset, preset)
         config = build(vocab_size=vocab_size, **values)
-    except StrictDataclassError as error:
-        raise UserError(f"--model: {error.__cause__}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"--model: {error.__cause__ if isinstance(error, StrictDataclassError) else error}") from error
     if config.max_position_embeddings < context_length:
-        raise UserError(
-            f"--context_length {context_length} is longer than the model's max_position_embeddings "
-            f"({config.max_position_embeddings}): lower the first or raise the second."
-        )
+        positions = f"max_position_embeddings ({config.max_position_embeddings}): lower the first or raise the second."
+        raise UserError(f"--context_length {context_length} is longer than the model's {positions}")
     return config
-
-
-def config_fields(config: ScratchGPTConfig) -> dict[str, Any]:
-    """The fields that describe this model, under the names that `--model` and the YAML use."""
-    return {name: getattr(config, name) for name in ScratchGPTConfig.__annotations__ if hasattr(config, name)}
-
-
-def option_table(arguments: Any) -> str:
-    """The options of a program as a Markdown table: name, default (the value in `arguments`), meaning."""
-    lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(arguments):
-        value = getattr(arguments, field.name)
-        default = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        meaning = field.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `--{field.name}` | {f'`{default}`' if default else ''} | {meaning} |")
-    return "\n".join(lines)
 
 
 def _check_modules() -> None:
     """Refuse a program of one clone with the modules of another, and hide its directory, which would hide libraries."""
     modules, program = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
     if program.parent.name == modules.name and program.suffix == ".py" and program.parent != modules:
-        raise UserError(
-            f"{program} would run with the modules in {modules}: run {modules / program.name}, or set "
-            f"PYTHONPATH={program.parents[1]}."
-        )
+        remedy = f"run {modules / program.name}, or set PYTHONPATH={program.parents[1]}"
+        raise UserError(f"{program} would run with the modules in {modules}: {remedy}.")
     sys.path[:] = [path for path in sys.path if not path or Path(path).resolve() != modules]
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2.
-
-    Of several processes, the first one that fails prints the line.
-    """
+    """Run a program; `UserError`, a full disk and a missing permission become one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:

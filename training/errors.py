@@ -30,10 +30,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> Iterator[None]:
-    """Turn errors of one or more types into a `UserError` of one line: the problem, the error, the remedy.
-
-    The default is for transformers, tokenizers, torch, safetensors and the Hub, which raise errors of many types.
-    """
+    """Turn errors of these types (libraries raise many) into a `UserError` of one line: the problem, the error, the remedy."""
     try:
         yield
     except types as error:
@@ -48,10 +45,9 @@ def explain_out_of_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(part in str(error) for part in OUT_OF_MEMORY):
             raise
-        raise UserError(
-            f"out of memory ({one_line(error)}): lower --batch_size, and raise --gradient_accumulation_steps as much, lower "
-            "--context_length, or pass --gradient_checkpointing."
-        ) from error
+        batch = "lower --batch_size, and raise --gradient_accumulation_steps as much"
+        others = "lower --context_length, or pass --gradient_checkpointing"
+        raise UserError(f"out of memory ({one_line(error)}): {batch}, {others}.") from error
 
 
 @contextmanager

@@ -9,8 +9,7 @@ MODEL is the directory or the Hub id of any causal language model that transform
 Notable:
 - Every token but the first is scored exactly once; the loss is the mean over all of them, not over batches or documents.
 - With `--windows ordered`, windows run across documents: `<bos> document <eos> <bos> document <eos> ...` With `packed`, each
-  document is scored by itself, from its first token on, in pieces of the context length if it is longer. A model directory of
-  training/pretrain.py is scored as it was trained.
+  document is scored by itself, in pieces if it is longer than the context. The default is how the model was trained.
 - It computes in the dtype in which the model was saved: `accelerate launch --mixed_precision bf16` chooses bfloat16.
 - With --stride, windows overlap, and each scores only its new tokens, which have more context: slower, and closer to what the
   model can do. `--stride 1` gives every token the longest possible context.
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from training.cli import option, parse_arguments, run_main
@@ -59,40 +58,23 @@ class EvaluateArguments(CorpusArguments):
     json: bool = option(False, "print one JSON object instead of a line")
 
 
-def read_documents(arguments: EvaluateArguments) -> Dataset:
-    """The documents to score, source by source."""
-    corpora = read_corpora(arguments)
-    if arguments.split == "all":
-        return concatenate_datasets([corpus.documents for corpus in corpora])
-    return concatenate_datasets([split[arguments.split] for split in split_corpora(arguments, corpora)])
-
-
-def choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
-    """`--windows`, or those of the run whose card or checkpoint is in the model's directory; ordered if there is neither.
-
-    Raises:
-        UserError: packed with a stride, or with a model that cannot score documents by themselves.
-    """
+def _choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedModel) -> str:
+    """`--windows`, or those of the run whose card or checkpoint is in the model's directory; ordered if there is neither."""
     windows, card, state = arguments.windows, Path(name, CARD), Path(name, STATE)
     if windows == "auto":
         settings = card.read_text("utf-8", "replace").rpartition("<summary>All settings")[2] if card.is_file() else ""
         settings += state.read_text("utf-8", "replace") if state.is_file() else ""
         windows = "packed" if re.search('^windows: packed$|"windows": "packed"', settings, re.MULTILINE) else "ordered"
     if windows == "packed" and arguments.stride:
-        raise UserError(
-            f"--stride {arguments.stride} is for --windows ordered, and this model is scored with packed: pass one."
-        )
+        stride = f"--stride {arguments.stride}"
+        raise UserError(f"{stride} is for --windows ordered, and this model is scored with packed: pass one.")
     if windows == "packed" and not keeps_documents_apart(model):
         raise UserError(f"{name} does not keep documents in a row apart: pass --windows ordered.")
     return windows
 
 
-def window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
-    """Context length and stride, with the model's maximum filled in.
-
-    Raises:
-        UserError: more tokens than the model has positions; an unknown maximum; a stride that skips tokens.
-    """
+def _window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
+    """Context length and stride, with the model's maximum filled in."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context_length = arguments.context_length or limit
     if context_length is None:
@@ -121,9 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = os.path.expanduser(arguments.model)
     with accelerator.local_main_process_first():
         model, tokenizer = load_model_and_tokenizer(name, arguments.trust_remote_code, accelerator.device)
-        context_length, stride = window_sizes(arguments, model)
-        windows = choose_windows(arguments, name, model)
-        tokens = tokenize_documents(read_documents(arguments), tokenizer, "the text")
+        context_length, stride = _window_sizes(arguments, model)
+        windows = _choose_windows(arguments, name, model)
+        corpora = read_corpora(arguments)
+        documents = [corpus.documents for corpus in corpora]
+        if arguments.split != "all":
+            documents = [split[arguments.split] for split in split_corpora(arguments, corpora)]
+        tokens = tokenize_documents(concatenate_datasets(documents), tokenizer, "the text")
     rows = evaluation_rows(tokens, windows, context_length, 0, stride)
     embedding: Any = model.get_input_embeddings()
     if (largest := tokens.ids.max()) >= (size := embedding.weight.shape[0]):

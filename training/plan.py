@@ -4,8 +4,8 @@
     python training/plan.py --model preset=124M --context_length 1024 --batch_size 8 --max_steps 20000
     accelerate launch --config_file training/configs/accelerate/one_gpu.yaml training/plan.py --config my_run.yaml
 
-It takes the arguments of training/pretrain.py. It reads no text and writes no files: it trains the model of the run on random
-tokens for five seconds, with the run's optimizer and training loop, and extrapolates.
+It takes the arguments of training/pretrain.py, reads no text and writes no files: it trains the model on random tokens for five
+seconds, with the run's optimizer and training loop, and extrapolates.
 
 Notable:
 - Memory is measured on fake tensors, which have shapes but no data: a step of the real model and optimizer, before anything is
@@ -51,10 +51,7 @@ CHINCHILLA = 20  # tokens per parameter that are optimal for a given number of F
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of live tensors by kind: now, at the peak of their sum, and each kind's own maximum.
-
-    A tensor is "temporary" until it gets another kind.
-    """
+    """Bytes of live tensors by kind ("temporary" at first): now, at the peak of their sum, and each kind's own maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,11 +96,7 @@ def build_run(config: ScratchGPTConfig, arguments: PretrainArguments) -> tuple[S
 def record_step(
     config: ScratchGPTConfig, arguments: PretrainArguments, ids: torch.Tensor, dtype: torch.dtype, tracker: MemoryTracker
 ) -> int:
-    """Train two steps on fake ids; the tracker then holds the memory of the second, which is like all later ones.
-
-    Returns:
-        Bytes of the temporary blocks that a forward pass frees.
-    """
+    """Train two steps on fake ids, and return the temporary bytes that a forward pass frees; the tracker holds the second."""
 
     def save_activation(tensor: torch.Tensor) -> torch.Tensor:
         tracker.mark(tensor, "activations")
@@ -232,19 +225,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {name: f"{count:,}" for name, count in parts.items() if count}
     accelerator.print(table(f"Parameters: {parameters:,} (with a vocabulary of {config.vocab_size:,})", counts))
     step_tokens = arguments.batch_size * arguments.gradient_accumulation_steps * arguments.context_length
-    accelerator.print(
-        f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
-    )
+    run_tokens = step_tokens * arguments.max_steps
+    per_step = f"{flops * step_tokens / 1e9:,.1f} GFLOP per step of {step_tokens:,} tokens"
+    accelerator.print(f"FLOPs: {flops / 1e6:,.1f} MFLOP per token, {per_step}")
     report_memory(accelerator, arguments, config)
-    choose_compiler(accelerator, arguments.torch_compile, flops * step_tokens * arguments.max_steps)
+    choose_compiler(accelerator, arguments.torch_compile, flops * run_tokens)
     seconds = statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
-    best, speed, run_tokens = measured_peak(accelerator), step_tokens / seconds, step_tokens * arguments.max_steps
+    best, speed = measured_peak(accelerator), step_tokens / seconds
+    run = f"{arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in total"
+    optimal = f"about {CHINCHILLA} (Chinchilla), after {duration(CHINCHILLA * parameters / speed)}"
     accelerator.print(
         f"Speed: {speed:,.0f} tokens/s, {flops * speed / best:.0%} of the {best / 1e9:,.0f} GFLOP/s of a large matrix product\n"
-        f"Run: {arguments.max_steps:,} steps of {seconds:.3g} s, {duration(seconds * arguments.max_steps)} in total (excluding "
-        f"evaluation); {run_tokens:,} tokens\n"
-        f"Tokens per parameter: {run_tokens / parameters:.2g}. Compute-optimal would be about {CHINCHILLA} (Chinchilla), after "
-        f"{duration(CHINCHILLA * parameters / speed)}"
+        f"Run: {run} (excluding evaluation); {run_tokens:,} tokens\n"
+        f"Tokens per parameter: {run_tokens / parameters:.2g}. Compute-optimal would be {optimal}"
     )
     accelerator.end_training()
 

@@ -9,7 +9,7 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,9 @@ from torch.utils.data import DataLoader
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
-from training.cli import config_fields, model_config, model_option, option, run_main
+from training.cli import model_config, model_option, option, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
-from training.data.datasets import (
-    PackedExamples,
-    TokenizedExamples,
-    Windows,
-    evaluation_dataloader,
-    evaluation_rows,
-    train_dataloader,
-)
+from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, evaluation_rows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
 from training.data.tokens import first_tokens, tokenize_documents, train_tokenizer
@@ -150,10 +143,8 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments, accelerator, length = self.arguments, self.accelerator, self.arguments.context_length
         shortest = min(len(examples.ids) for examples in self.train_examples)
         if shortest <= length and arguments.windows != "packed":
-            raise UserError(
-                f"the training text has {shortest} tokens, fewer than one window of --context_length {length} and the token "
-                f"after it: {more_windows(self.train_examples, arguments.batch_size)}."
-            )
+            few = f"{shortest} tokens, fewer than one window of --context_length {length} and the token after it"
+            raise UserError(f"the training text has {few}: {self._more_windows()}.")
         pad_token_id = self.tokenizer.pad_token_id or 0  # padding is neither seen nor scored
         stride = 1 if arguments.windows == "random" else arguments.stride
         self.sources: list[Windows | PackedExamples] = [
@@ -163,10 +154,8 @@ class PretrainRecipe(Recipe[LMMetrics]):
             for examples in self.train_examples
         ]
         if arguments.batch_size > (num_windows := sum(map(len, self.sources))):
-            raise UserError(
-                f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text: "
-                f"{more_windows(self.train_examples, arguments.batch_size)}."
-            )
+            problem = f"--batch_size {arguments.batch_size} is more than the {num_windows:,} windows of the training text"
+            raise UserError(f"{problem}: {self._more_windows()}.")
         self.rows, self.dataloaders, held_out = {}, {}, dict(self.held_out)
         if 0 < arguments.eval_tokens < len(held_out["validation"].ids):
             held_out[BEGINNING] = first_tokens(held_out["validation"], self.tokenizer, arguments.eval_tokens)
@@ -177,25 +166,30 @@ class PretrainRecipe(Recipe[LMMetrics]):
             dataloader = evaluation_dataloader(self.rows[split], arguments.batch_size, accelerator.num_processes)
             self.dataloaders[split] = accelerator.prepare(dataloader)
 
+    def _more_windows(self) -> str:
+        """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
+        for length in (2**power for power in range(16, 0, -1)):
+            num_windows = sum((len(examples.ids) - len(examples)) // length for examples in self.train_examples)
+            if num_windows >= self.arguments.batch_size and all(len(examples.ids) > length for examples in self.train_examples):
+                return f"pass --context_length {length}"
+        return "lower it, or use more text"
+
     def _report_data(self) -> None:
         """Print the sizes of the data, and how often the run reads it."""
         arguments, print_ = self.arguments, self.accelerator.print
         self.num_tokens = sum(len(examples.ids) for examples in self.train_examples)
         validation = self.texts["validation"]
-        print_(
-            f"Training documents: {len(self.texts['train']):,} ({self.num_tokens:,} tokens), duplicates dropped: "
-            f"{self.num_duplicates:,}; held out: {len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
-        )
+        training = f"{len(self.texts['train']):,} ({self.num_tokens:,} tokens), duplicates dropped: {self.num_duplicates:,}"
+        held_out = f"{len(validation):,} ({len(self.held_out['validation'].ids):,} tokens)"
+        print_(f"Training documents: {training}; held out: {held_out}")
         passages = (text for batch in validation.iter(batch_size=100) for text in batch["text"])
         report = tokenizer_report(self.tokenizer, passages)
         self.tokenizer_facts = f"{len(self.tokenizer):,} tokens; on the held-out text {report}"
         if self.held_out["validation"].num_bytes is None:
             self.tokenizer_facts += "; it loses some of the text, so bits per byte are not reported"
         print_(f"Tokenizer: {self.tokenizer_facts}")
-        if (held_out := self.rows["validation"].num_labels) < FEW_TOKENS:
-            print_(
-                f"Only {held_out:,} tokens are held out: a larger --validation_fraction makes the held-out loss more reliable"
-            )
+        if (scored := self.rows["validation"].num_labels) < FEW_TOKENS:
+            print_(f"Only {scored:,} tokens are held out: a larger --validation_fraction makes the held-out loss more reliable")
         num_windows = sum(map(len, self.sources))
         if arguments.windows != "random" and not self.probabilities:
             epochs = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.batch_size / num_windows
@@ -238,12 +232,12 @@ class PretrainRecipe(Recipe[LMMetrics]):
         return ({"text": text} for batch in self.texts["validation"].iter(batch_size=100) for text in batch["text"])
 
     def card(self, result: TrainResult[LMMetrics]) -> cards.CardContent:
-        arguments, part = self.arguments, ""
-        if self.eval_split == BEGINNING:
-            part = f", on the first {arguments.eval_tokens:,} tokens"
+        arguments = self.arguments
+        part = f", on the first {arguments.eval_tokens:,} tokens" if self.eval_split == BEGINNING else ""
         metrics = {f"before training{part}": vars(result.before), "after training": vars(result.after)}
         if self.test:
             metrics["after training, on the test text"] = vars(self.test)
+        fields = [name for name in ScratchGPTConfig.__annotations__ if hasattr(self.config, name)]
         corpus = f"documents: {len(self.texts['train']):,}, tokens: {self.num_tokens:,}"
         prompt = self.tokenizer.decode(self.prompts[0], skip_special_tokens=True)
         before, after = (block("\n\n".join(samples)) for samples in (result.preview_before, result.preview_after))
@@ -258,30 +252,18 @@ class PretrainRecipe(Recipe[LMMetrics]):
             task="text-generation",
             metrics=vars(self.test or result.after),
             data={"Corpus": f"{cards.dataset_name(arguments.dataset)}: {corpus}", "Tokenizer": self.tokenizer_facts},
-            settings={"model": config_fields(self.config)},
+            settings={"model": {name: getattr(self.config, name) for name in fields}},
         )
 
 
 def starting_point(arguments: PretrainArguments) -> tuple[ScratchGPTConfig, Any]:
-    """The model's config, and its tokenizer if it is pretrained.
-
-    A pretrained model may have fewer positions than the `context_length` of the YAML file, which is then lowered.
-    """
+    """The model's config, and its tokenizer if it is pretrained; then its positions may lower the file's `context_length`."""
     if arguments.base_model:
         length = arguments.context_length if "context_length" in arguments.typed else max(arguments.stride, 2)
         config, tokenizer = load_config_and_tokenizer(arguments.base_model, length)
         arguments.context_length = min(arguments.context_length, config.max_position_embeddings)
         return config, tokenizer
     return model_config(arguments.model, arguments.vocab_size, arguments.context_length), None
-
-
-def more_windows(train_examples: Sequence[TokenizedExamples], batch_size: int) -> str:
-    """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
-    for length in (2**power for power in range(16, 0, -1)):
-        num_windows = sum((len(examples.ids) - len(examples)) // length for examples in train_examples)
-        if num_windows >= batch_size and all(len(examples.ids) > length for examples in train_examples):
-            return f"pass --context_length {length}"
-    return "lower it, or use more text"
 
 
 def mixture(arguments: PretrainArguments, num_tokens: list[int]) -> list[float] | None:

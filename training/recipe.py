@@ -21,15 +21,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_scratchgpt.convert.web import HELD_OUT
-from modeling_scratchgpt.lora import trainable_parameters
+from modeling_scratchgpt.lora import lora_layers, merge_and_unload, save_adapter, trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.launch import PRECISIONS, choose_compiler, start_accelerator, start_trackers
-from training.engine.pretrained import save_trained
 from training.engine.report import draw_loss
-from training.engine.run_folder import CURVE, RunFolder
+from training.engine.run_folder import ADAPTER, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
 from training.errors import explain_out_of_memory, quiet
 from training.results.cards import CardContent, format_command, write_card
@@ -40,8 +39,7 @@ HELD_OUT_BYTES = 500_000
 class Recipe(Task[Metrics]):
     """One kind of training run: a `Task`, which `train` uses, and what is done before and after it.
 
-    The constructor reads, splits and tokenizes the data, and prints what it found. It must not depend on random state, so that
-    all processes, and a resumed run, see the same data.
+    The constructor reads, splits and tokenizes the data, and prints what it found, without depending on random state.
     """
 
     arguments_class: ClassVar[type]
@@ -61,8 +59,18 @@ class Recipe(Task[Metrics]):
         """The model before the first step; the same at every call."""
 
     def save_model(self, model: PreTrainedModel, directory: Path, weights: dict[str, Any]) -> None:
+        """Save model and tokenizer as transformers does. LoRA is merged into the model, and also saved alone, in `adapter/`."""
         with quiet():
-            save_trained(directory, model, weights, self.tokenizer, self.build_model)
+            if lora_layers(model):
+                full_model = self.build_model()
+                full_model.load_state_dict(weights)
+                save_adapter(full_model, directory / ADAPTER)
+                self.tokenizer.save_pretrained(directory / ADAPTER)
+                merge_and_unload(full_model)
+                full_model.save_pretrained(directory)
+            else:
+                model.save_pretrained(directory, state_dict=weights)
+            self.tokenizer.save_pretrained(directory)
 
     def digests(self, model: PreTrainedModel) -> dict[str, str]:
         """Digests of data, tokenizer and weights, which must be the same on all processes."""
@@ -148,9 +156,8 @@ def publish(recipe: Recipe, model: PreTrainedModel, result: TrainResult, run_fol
             write_held_out(directory, recipe.held_out_rows())
             write_card(directory, recipe.arguments, recipe.card(result), facts)
     path = str(run_folder.path)
-    accelerator.print(
-        f"Trained for {result}. The model and its card are in {path}/:\n    {recipe.usage.format(path=repr(path))}"
-    )
+    usage = recipe.usage.format(path=repr(path))
+    accelerator.print(f"Trained for {result}. The model and its card are in {path}/:\n    {usage}")
 
 
 def write_held_out(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -185,5 +192,5 @@ def hardware(accelerator: Accelerator, precision: str) -> str:
         name += f" (auto: the device is {'not ' if mixed == 'no' else ''}fast in bfloat16)"
     compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"
     sharding = f" ({settings['distributed_type']})" if settings["distributed_type"] in ("fsdp", "deepspeed") else ""
-    processes = f"{settings['num_processes']}{sharding}"
-    return f"{device}, processes: {processes}, threads per process: {torch.get_num_threads()}, {name}{compiled}"
+    processes = f"processes: {settings['num_processes']}{sharding}, threads per process: {torch.get_num_threads()}"
+    return f"{device}, {processes}, {name}{compiled}"

@@ -2,8 +2,7 @@
 
 Notable:
 - It works on the `nn.Linear` layers of any model.
-- Parameters trained in full (a new head, biases) replace those of the base while their adapter is active. So the base never
-  changes, and tied weights stay tied.
+- Parameters trained in full replace those of the base while their adapter is active, so base and tied weights stay.
 """
 
 import re
@@ -40,10 +39,9 @@ def adapters_of(model: nn.Module, *names: str) -> Adapters:
     # A wrapper would hide the state below, and DistributedDataParallel does not synchronize parameters that are added later.
     is_wrapper = isinstance(model, DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod")  # torch.compile
     if is_wrapper or ("_lora" not in vars(model) and lora_layers(model)):
-        raise ValueError(
-            f"adapters belong to the whole model, not to this {type(model).__name__}: pass the model that they are added to, "
-            "such as `extract_model_from_parallel(model, keep_torch_compile=False)` (accelerate.utils)."
-        )
+        problem = f"adapters belong to the whole model, not to this {type(model).__name__}"
+        example = "`extract_model_from_parallel(model, keep_torch_compile=False)` (accelerate.utils)"
+        raise ValueError(f"{problem}: pass the model that they are added to, such as {example}.")
     adapters: Adapters = vars(model).get("_lora") or Adapters()
     for name in names:
         if name not in adapters.configs:
@@ -79,8 +77,6 @@ def peft_name(name: str, adapted: Container[str]) -> str:
 
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default", limit_rank: bool = True) -> None:
     """Add a new adapter, activate it, and freeze all other parameters.
-
-    Save adapters with `save_adapter`: `save_pretrained` refuses a model with adapters.
 
     Args:
         limit_rank: refuse a rank above that of a matrix. Published adapters may have one, where a matrix is narrow.

@@ -18,14 +18,12 @@ class LoraConfig:
         r: rank of the update; `rank_pattern` maps regular expressions for the ends of module names to other ranks.
         lora_alpha: the update is scaled by `lora_alpha / r`; `alpha_pattern` likewise.
         lora_dropout: dropout probability of the input of A.
-        target_modules: `"all-linear"` (all linear layers except the heads), a list of suffixes of module names, or a regular
-            expression for whole names.
+        target_modules: `"all-linear"` (without the heads), suffixes of module names, or a regular expression for whole names.
         exclude_modules: modules to leave out, in the same form.
         layers_to_transform: indices of the blocks to adapt (default: all); `layers_pattern` is the name of their list.
         use_rslora: scale by `lora_alpha / sqrt(r)`, which keeps high ranks learning.
         use_dora: also train the magnitude of each row of W, separately from its direction.
-        init_lora_weights: True: A uniform as in `nn.Linear`, B zero; `"gaussian"`: A normal, B zero; False: both uniform, so
-            that the adapter changes the model from the start.
+        init_lora_weights: True: A uniform as in `nn.Linear`, B zero; `"gaussian"`: A normal, B zero; False: both uniform.
         bias: biases to train: `"none"`, `"all"`, or `"lora_only"` (those of the adapted layers).
         modules_to_save: suffixes of the names of modules that are trained in full, such as a new head.
         ensure_weight_tying: keep tied weights tied where they are trained in full.

@@ -6,8 +6,6 @@
 Notable:
 - Features of PEFT that are not supported here are refused by the name of their field, never ignored.
 - The file holds a fingerprint of the base's weights, so an adapter is not loaded onto another base of the same shape.
-
-Format: https://github.com/huggingface/peft
 """
 
 import json
@@ -178,11 +176,8 @@ def _check_tensors(model: nn.Module, config: LoraConfig, tensors: dict[str, torc
 
 
 def _fingerprint(layers: dict[str, Any], replaced: dict[str, nn.Parameter]) -> dict[str, list[float]]:
-    """Identify weights by the first row of each layer: its sum with alternating signs, and its norm.
-
-    Args:
-        replaced: parameters of the base in whose place others are trained in full.
-    """
+    """Identify weights by the first row of each layer: its sum with alternating signs, and its norm. `replaced` are the
+    parameters of the base in whose place others are trained in full."""
     result = {}
     for name, layer in layers.items():
         base, unmerged = getattr(layer, "base_layer", layer), getattr(layer, "unmerged_weight", None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from training.cli import option
+from training.engine.launch import PRECISIONS
 from training.engine.optimizers import OptimizerArguments
 from training.errors import UserError
 
@@ -39,13 +40,9 @@ class EngineArguments(OptimizerArguments):
         0, "stop after N evaluations without a lower loss, and restore the model with the lowest; 0: never", minimum=0
     )
     precision: str = option(
-        "auto",
-        "of matrix products; auto: bfloat16 where the device is fast in it, else float32",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        "auto", "of matrix products; auto: bfloat16 where the device is fast in it, else float32", choices=["auto", *PRECISIONS]
     )
-    torch_compile: str = option(
-        "auto", "compile the model; auto: if the run is long enough to save time", choices=["auto", "true", "false"]
-    )
+    torch_compile: str = option("auto", "compile the model; auto: if that saves time", choices=["auto", "true", "false"])
     resume: bool = option(False, "resume the run in --output_dir from its latest valid checkpoint")
     prepare_only: bool = option(False, "prepare the data, print its report, and exit: the run finds it in the cache")
     report_to: str = option("auto", "a tracker of Accelerate, such as trackio or wandb; none; auto: tensorboard if installed")
@@ -72,10 +69,8 @@ def check_engine(arguments: EngineArguments, num_processes: int) -> None:
     """Validate what also depends on the launcher: the number of processes, and its own accumulation of gradients."""
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", str(arguments.gradient_accumulation_steps)):
-        raise UserError(
-            f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read: pass "
-            f"--gradient_accumulation_steps {launched}."
-        )
+        problem = f"gradient_accumulation_steps is {launched} in the Accelerate config, which the recipes do not read"
+        raise UserError(f"{problem}: pass --gradient_accumulation_steps {launched}.")
     if arguments.batch_size < num_processes:
         raise UserError(f"--batch_size {arguments.batch_size} must be at least the number of processes, {num_processes}.")
 

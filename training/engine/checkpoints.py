@@ -5,9 +5,8 @@ Notable:
 - Reading verifies digests: if one byte differs, the checkpoint before it is used.
 - A checkpoint is a model directory, which `from_pretrained` loads, with the optimizer's state beside the model. With LoRA the
   adapters are merged in that model, and saved once more as they are, to resume from.
-- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code. Tensors are full and
-  named by parameter, so the number of processes and the sharding may differ when the run is resumed.
-- The state of random number generators is not saved: it follows from the seed and the step (see `loop.py`), as the batches do.
+- Weights and optimizer state are safetensors, the rest is JSON: nothing in a checkpoint can run code.
+- Tensors are full and named by parameter, so the number of processes and the sharding may differ when the run is resumed.
 """
 
 import hashlib
@@ -25,12 +24,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 
 from modeling_scratchgpt.atomic import atomic_directory, remove_abandoned
 from modeling_scratchgpt.lora import lora_layers
@@ -39,7 +33,7 @@ from training.engine.run_folder import explain_full_disk
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 ADAPTERS = "trained.safetensors"
 NAME = re.compile(r"step-\d{8}")  # others, such as the user's copies, are never deleted
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = replace(FULL, ignore_frozen_params=True)
 
 
@@ -62,7 +56,7 @@ def save_checkpoint(
         save_model: writes a model directory, given its path and the full state dict.
     """
     weights = full_state_dict(model)
-    moments: Any = get_optimizer_state_dict(model, optimizers, options=TRAINED)
+    moments: Any = dcp.get_optimizer_state_dict(model, optimizers, options=TRAINED)
     if accelerator.is_main_process:
         path = directory / f"step-{state['step']:08d}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,9 +66,9 @@ def save_checkpoint(
             save_model(temporary, weights)
             digests = _start_digests(temporary, pool, {})  # while the optimizer is written
             if lora_layers(model):
-                trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-                adapters = {name: tensor for name, tensor in weights.items() if name in trained}
-                save_file(_without_ties(adapters), temporary / ADAPTERS)
+                # Tied parameters once, under the first of their names: safetensors refuses shared memory.
+                trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+                save_file({name: weights[name].contiguous() for name in trained}, temporary / ADAPTERS)
             flat = {f"{name}/{key}": value.contiguous() for name, own in moments["state"].items() for key, value in own.items()}
             save_file(flat, temporary / OPTIMIZER)
             (temporary / STATE).write_text(json.dumps({**state, "param_groups": moments["param_groups"]}))
@@ -90,7 +84,7 @@ def save_checkpoint(
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """All weights on the CPU, gathered from all processes if the model is sharded; every process calls it."""
-    return get_model_state_dict(model, options=FULL)
+    return dcp.get_model_state_dict(model, options=FULL)
 
 
 def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = False) -> tuple[Path, dict[str, Any]] | None:
@@ -114,36 +108,23 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
 
     The optimizers keep their hyperparameters, such as the learning rate: they are those of the arguments.
     """
-    hyperparameters = [
-        {name: value for name, value in group.items() if name != "params"}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
+    own: Any = dcp.get_optimizer_state_dict(model, optimizers, options=dcp.StateDictOptions(ignore_frozen_params=True))
     moments: dict[str, Any] = {}
     for name, tensor in load_file(path / OPTIMIZER).items():
         parameter, _, moment = name.rpartition("/")
         moments.setdefault(parameter, {})[moment] = tensor
-    set_state_dict(
+    dcp.set_state_dict(
         model,
         optimizers,
         model_state_dict=dict(load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else WEIGHTS))),
-        optim_state_dict={"state": moments, "param_groups": state["param_groups"]},
+        optim_state_dict={"state": moments, "param_groups": own["param_groups"]},
         options=replace(TRAINED, strict=False),  # of tied tensors only the first name was saved
     )
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    for group, values in zip(groups, hyperparameters, strict=True):
-        group.update(values)
 
 
 def _checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, by step."""
     return sorted(path for path in directory.glob("step-*") if NAME.fullmatch(path.name))
-
-
-def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once, under the first of its names: safetensors refuses shared memory."""
-    first = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}
-    return {name: weights[name].contiguous() for name in weights if first[weights[name].data_ptr()] == name}
 
 
 def _start_digests(directory: Path, pool: ThreadPoolExecutor, started: dict[str, Future[str]]) -> dict[str, Future[str]]:

@@ -16,33 +16,25 @@ from training.engine.checkpoints import find_checkpoint
 from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
-PACKAGES = ("modeling_scratchgpt", "training")
 LENGTH = {"max_steps", "num_train_epochs", "early_stopping_patience"}  # with others, a finished run continues
 PATHS = {"dataset", "base_model"}  # may differ between machines: data and weights are compared by content
 
 
 @dataclass(frozen=True)
 class Start:
-    """The beginning of a run: its first step, or a checkpoint.
+    """The beginning of a run: its first step, or a checkpoint."""
 
-    Attributes:
-        settings: the arguments that determine the final weights, and what Accelerate's launcher has chosen.
-        checkpoint: its directory and state.
-        changes: the settings that differ from those of the checkpoint, as text.
-        is_finished: True if the model is published, and no other length is requested.
-    """
-
-    settings: dict[str, Any]
-    checkpoint: tuple[Path, dict[str, Any]] | None = None
-    changes: list[str] = field(default_factory=list)
-    is_finished: bool = False
+    settings: dict[str, Any]  # the arguments that determine the final weights, and what Accelerate's launcher has chosen
+    checkpoint: tuple[Path, dict[str, Any]] | None = None  # its directory and state
+    changes: list[str] = field(default_factory=list)  # the settings that differ from those of the checkpoint, as text
+    is_finished: bool = False  # True if the model is published, and no other length is requested
 
 
 def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder: RunFolder) -> Start:
     """Find the checkpoint to resume from, and check that all processes and that run have the same settings and code.
 
     Raises:
-        UserError: they differ; it is raised on every process.
+        UserError: on every process: they differ, or there are fewer steps than are done.
     """
     names = {field.name for field in fields(arguments)} - arguments.WITHOUT_EFFECT
     settings = {name: getattr(arguments, name) for name in sorted(names)} | launcher_settings(accelerator)
@@ -54,7 +46,7 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     if not found:
         return Start(settings, is_finished=arguments.resume and model.exists())
     path, state = found
-    changed = compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
+    changed = _compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
     # A run that was extended, and then killed, has checkpoints that are newer than its model.
     is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
     values = ((name, *(_text(source[name]) for source in (state["settings"], settings))) for name in changed)
@@ -71,36 +63,21 @@ def launcher_settings(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
-    """The names of the settings that differ from those of a checkpoint.
-
-    Args:
-        state: of the checkpoint: with its `settings` and its `step`.
-        path: the directory of the run.
-        may_change: the settings that may differ, because they do not affect the steps that are done.
-
-    Raises:
-        UserError: a setting differs that may not; fewer steps than are done; a checkpoint of other settings.
-    """
+def _compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
+    """The names of the settings that differ from those of a checkpoint; those in `may_change` do not affect the steps done."""
     saved, step = state["settings"], state["step"]
     if now.keys() != saved.keys() or "notes" not in state:
-        raise UserError(
-            f"the run in {path} was started by another program, or by another version of this one: resume it with that, or "
-            "start a new run in another --output_dir."
-        )
+        problem = f"the run in {path} was started by another program, or by another version of this one"
+        raise UserError(f"{problem}: resume it with that, or start a new run in another --output_dir.")
     changed = [name for name in sorted(now) if now[name] != saved[name]]
     for name in changed:
         if name not in may_change:
-            raise UserError(
-                f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}: resume "
-                "it with that value, or start a new run in another --output_dir."
-            )
+            problem = f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}"
+            raise UserError(f"{problem}: resume it with that value, or start a new run in another --output_dir.")
     rows, saved_rows = (settings["batch_size"] * settings["gradient_accumulation_steps"] for settings in (now, saved))
     if rows != saved_rows:
-        raise UserError(
-            f"--batch_size times --gradient_accumulation_steps is {rows}, but {saved_rows} in the run in {path}: resume it "
-            "with the same product."
-        )
+        problem = f"--batch_size times --gradient_accumulation_steps is {rows}, but {saved_rows} in the run in {path}"
+        raise UserError(f"{problem}: resume it with the same product.")
     if 0 < now["max_steps"] < step:
         raise UserError(f"--max_steps is {now['max_steps']}, but the run in {path} has done {step}: pass at least as many.")
     return changed
@@ -113,10 +90,7 @@ def _text(value: Any) -> str:
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
-    """Refuse processes that do not agree, such as machines with other data; every process calls it.
-
-    Args:
-        facts: what must be the same everywhere, by name.
+    """Refuse processes whose facts, by name, differ, such as machines with other data; every process calls it.
 
     Raises:
         UserError: on all processes; it names the first process that differs from process 0, and the fact.
@@ -125,17 +99,15 @@ def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:
-                differ = f"({other[name]!s:.40} instead of {value!s:.40})"
-                raise UserError(
-                    f"process {rank} does not have the same {name} as process 0 {differ}: all machines need the same code, "
-                    "data and models, and, to resume, the same --output_dir."
-                )
+                values = f"({other[name]!s:.40} instead of {value!s:.40})"
+                remedy = "all machines need the same code, data and models, and, to resume, the same --output_dir"
+                raise UserError(f"process {rank} does not have the same {name} as process 0 {values}: {remedy}.")
 
 
 def code_version() -> str:
     """A digest of the programs, and the version of torch."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+    for path in sorted(path for package in ("modeling_scratchgpt", "training") for path in (root / package).rglob("*.py")):
         digest.update(path.read_bytes())
     return f"{digest.hexdigest()}, torch {torch.__version__}"
 

@@ -1,9 +1,6 @@
 """Parameters and FLOPs of a model, from its config alone; and the peak speed of the device.
 
-Notable:
-- Parameters are those of the real model class on the meta device, where tensors have shapes but no memory.
-- FLOPs are those of the matrix products, one multiplication and one addition per weight: 2 forward, 4 backward.
-- The peak is measured with large matrix products, so no table of devices is needed.
+FLOPs are those of the matrix products, one multiplication and one addition per weight: 2 forward, 4 backward.
 """
 
 import torch
@@ -22,16 +19,13 @@ SECONDS_PER_SIZE, MAX_PRODUCT_SECONDS = 0.02, 0.1  # of the measurement of a dev
 
 
 def meta_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
-    """The language model on the meta device."""
+    """The language model on the meta device, where tensors have shapes but no memory."""
     with torch.device("meta"):
         return ScratchGPTForCausalLM(config)
 
 
 def parameters_by_part(config: ScratchGPTConfig) -> dict[str, int]:
-    """Number of parameters of a `ScratchGPTForCausalLM` in each of its parts, all layers together: the values of `PARTS`.
-
-    They sum to `model.num_parameters()`: a tied head has none of its own, and rotary positions have none at all.
-    """
+    """Number of parameters of a `ScratchGPTForCausalLM` in each of its `PARTS`, all layers together; a tied head has none."""
     counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in meta_model(config).named_parameters():
         counts[next(PARTS[word] for word in reversed(PARTS) if word in name)] += parameter.numel()
@@ -75,9 +69,8 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
 def measured_peak(accelerator: Accelerator) -> float:
     """FLOP/s of all processes in the fastest matrix product found in about a quarter of a second: a utilization of 100 %.
 
-    The matrices grow while a product is quick: devices differ by a factor of a million, and a device that is slow in this
-    dtype (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements of each size is taken, since
-    any of them may have to wait on a busy machine.
+    The matrices grow while a product is quick: devices differ by a factor of a million, and one that is slow in this dtype
+    (bfloat16 on many CPUs) must not be busy for minutes. The best of several measurements counts, as others may have to wait.
     """
     dtype, best = autocast_dtype(accelerator), 0.0
     for side in (128, 256, 512, 1024, 2048, 4096, 8192):

@@ -10,16 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedType,
-    DynamoBackend,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-)
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcast_object_list
 
 from training.engine.flops import measured_peak
 from training.engine.machine import available_cores, has_fast_bfloat16, missing_compiler
@@ -45,17 +39,14 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
         precision: of the matrix products; see `choose_precision`.
 
     Raises:
-        UserError: an unknown tracker, or one that is not installed; several processes where Accelerate sees one; a precision
-            that the device or the launcher does not allow.
+        UserError: a tracker that is not installed; several processes where Accelerate sees one; see also `choose_precision`.
     """
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to == "auto":
         report_to = "tensorboard" if "tensorboard" in installed else "none"
     if report_to not in ("none", *installed):
-        available = f"installed: {', '.join(installed)}" if installed else "none is installed"
-        raise UserError(
-            f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({available})."
-        )
+        known = f"installed: {', '.join(installed)}" if installed else "none is installed"
+        raise UserError(f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({known}).")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
     cpu = started > 1 and not is_configured and not torch.accelerator.is_available()
@@ -73,10 +64,8 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
     keep_float32_sums(accelerator)
     if started > accelerator.num_processes:
         # Without GPUs, Accelerate treats each process as a run of its own: all would train the same, and write to one place.
-        raise UserError(
-            f"{started} processes were started for GPUs that this machine does not have: start one, or several on the CPU with "
-            f"`torchrun --nproc_per_node {started}`."
-        )
+        problem = f"{started} processes were started for GPUs that this machine does not have"
+        raise UserError(f"{problem}: start one, or several on the CPU with `torchrun --nproc_per_node {started}`.")
     is_launched = is_configured or "LOCAL_WORLD_SIZE" in os.environ
     if is_launched:
         stop_with_launcher()
@@ -104,9 +93,8 @@ def choose_precision(asked: str, device_type: str) -> str:
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher exports `no` if nobody chose
     if asked != "auto" and launched not in ("no", PRECISIONS[asked]):
-        raise UserError(
-            f"--precision {asked}: Accelerate's config or command line has chosen {launched}: change it, or pass auto."
-        )
+        chosen = f"Accelerate's config or command line has chosen {launched}"
+        raise UserError(f"--precision {asked}: {chosen}: change it, or pass auto.")
     precision = PRECISIONS.get(asked, launched)
     if precision == "fp16" and device_type == "cpu":
         raise UserError("float16 needs a GPU, and this run uses the CPU: pass --precision auto, float32 or bfloat16.")
@@ -114,34 +102,27 @@ def choose_precision(asked: str, device_type: str) -> str:
     return "bf16" if is_open and has_fast_bfloat16(device_type) else precision
 
 
-def choose_compiler(accelerator: Accelerator, asked: str, flops: float) -> None:
+def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:
     """Let Accelerate compile the model: if its config says so, with `--torch_compile true`, or with `auto` if it saves time.
-
-    Args:
-        flops: of the whole run.
 
     Raises:
         UserError: the option contradicts the config.
     """
     plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, flops))):
+    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
         plugin.backend = DynamoBackend.INDUCTOR
     elif plugin.backend != DynamoBackend.NO and asked == "false":
-        raise UserError(
-            f"--torch_compile false: Accelerate's config or command line has chosen dynamo_backend {plugin.backend.value}: "
-            "change it, or pass --torch_compile auto."
-        )
+        chosen = f"Accelerate's config or command line has chosen dynamo_backend {plugin.backend.value}"
+        raise UserError(f"--torch_compile false: {chosen}: change it, or pass --torch_compile auto.")
     if plugin.backend == DynamoBackend.INDUCTOR and (missing := missing_compiler(accelerator.device.type)):
         accelerator.print(f"The model is not compiled, since {missing} is missing")
         plugin.backend = DynamoBackend.NO
 
 
 def compiling_pays(accelerator: Accelerator, flops: float) -> bool:
-    """Estimate whether a compiled run of this many FLOPs ends earlier.
-
-    In float32 on a CPU it does not, since matrix products take most of a step. Sharded models are compiled only on request.
-    """
+    """Estimate whether a compiled run of this many FLOPs ends earlier. Sharded models are compiled only on request."""
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    # In float32 on a CPU matrix products take most of a step, and compiling does not make them faster.
     if is_sharded or (accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"):
         return False
     seconds = flops / (UTILIZATION * measured_peak(accelerator))
@@ -176,8 +157,6 @@ def stop_with_launcher() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-            print(
-                "Process 1 of a container ignores SIGTERM, and here it is `accelerate launch`: to save a checkpoint when the "
-                "container is stopped, start the program with `python`.",
-                file=sys.stderr,
-            )
+            problem = "Process 1 of a container ignores SIGTERM, and here it is `accelerate launch`"
+            remedy = "to save a checkpoint when the container is stopped, start the program with `python`"
+            print(f"{problem}: {remedy}.", file=sys.stderr)

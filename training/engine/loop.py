@@ -4,8 +4,7 @@ Notable:
 - The loss of a step is the sum over all scored items divided by their number, however they are split into micro-batches and
   processes: `num_items_in_batch` is counted before the first forward pass.
 - There are no callbacks: the caller writes `for step in training_steps(...)` and does what it likes between the steps.
-- The random numbers of a step (dropout) follow from the seed, the step and the process, so a resumed run continues as if it had
-  not been interrupted.
+- The random numbers of a step (dropout) follow from the seed, the step and the process, so resuming does not change them.
 """
 
 import itertools
@@ -84,10 +83,9 @@ def training_steps(
         step_all(accelerator, optimizers)
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         if not math.isfinite(mean_loss):
-            raise UserError(
-                f"the loss of step {number} is {mean_loss}: the run has diverged. Lower --learning_rate and "
-                "--muon_learning_rate, then --weight_decay. To resume it, delete the checkpoints of the steps with high losses."
-            )
+            remedy = "Lower --learning_rate and --muon_learning_rate, then --weight_decay."
+            resume = "To resume it, delete the checkpoints of the steps with high losses."
+            raise UserError(f"the loss of step {number} is {mean_loss}: the run has diverged. {remedy} {resume}")
         yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
 
 

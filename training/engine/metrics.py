@@ -81,8 +81,7 @@ def keeps_documents_apart(model: nn.Module) -> bool:
 
 
 def _sum_nats(model: nn.Module, batch: dict[str, torch.Tensor], has_logits_to_keep: bool) -> float:
-    """The sum of the negative log-likelihoods of all `shift_labels` (B, T) that are not ignored. Logits before the first label
-    of all rows are not computed, if the model accepts `logits_to_keep`."""
+    """Sum the negative log-likelihoods of the `shift_labels` (B, T); `logits_to_keep` skips the columns before the first."""
     labels = batch.pop("shift_labels")
     first = int((labels != IGNORE_INDEX).any(0).int().argmax())
     labels = labels[:, first:]

@@ -1,32 +1,27 @@
-"""Pretrained models: loading, attaching LoRA, saving."""
+"""Pretrained models: loading, and attaching LoRA."""
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTConfig
 from modeling_scratchgpt.hub import is_hub_id
-from modeling_scratchgpt.lora import LoraConfig, add_adapter, lora_layers, merge_and_unload, save_adapter
+from modeling_scratchgpt.lora import LoraConfig, add_adapter
 from modeling_scratchgpt.tokenization_scratchgpt import panics_as_errors
 from training.cli import option
-from training.engine.run_folder import ADAPTER, METRICS
+from training.engine.run_folder import METRICS
 from training.errors import UserError, explain_errors, quiet
 
 KINDS = {AutoModelForCausalLM: "causal language model", AutoModelForSequenceClassification: "text classifier"}
+REPORT: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name what does not fit
 
 
 @dataclass
@@ -78,15 +73,9 @@ def lora_config(arguments: LoraArguments, modules_to_save: list[str] | None = No
     if "all-linear" in targets and len(targets) > 1:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: pass all-linear alone, or names of layers.")
     try:
-        return LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            use_rslora=arguments.use_rslora,
-            use_dora=arguments.use_dora,
-            modules_to_save=modules_to_save or [],
-        )
+        same = {name: getattr(arguments, name) for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        modules = targets[0] if targets == ["all-linear"] else targets
+        return LoraConfig(r=arguments.lora_r, target_modules=modules, modules_to_save=modules_to_save or [], **same)
     except ValueError as error:
         raise UserError(f"LoRA: {error}") from error
 
@@ -110,9 +99,7 @@ def load_pretrained(
         UserError: the model cannot be loaded, lacks weights, or cannot have that adapter.
     """
     with explain_errors(f"--base_model {name} cannot be used"), quiet():  # the loading report is checked here
-        model, report = model_class.from_pretrained(
-            name, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True, **fields
-        )
+        model, report = model_class.from_pretrained(name, dtype=torch.float32, **REPORT, **fields)
         if missing := sorted(set(report["missing_keys"]) - new_parameters):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
         check_sizes(report, new_parameters)
@@ -143,16 +130,14 @@ def load_config_and_tokenizer(
     """Load and check the config and the tokenizer of a base model, before its weights are read.
 
     Raises:
-        UserError: a missing or unsupported model; too few positions or blocks; a tokenizer that cannot be loaded, or has more
-            tokens than the model.
+        UserError: a missing or unsupported model; too few positions or blocks; no tokenizer, or one of too many tokens.
     """
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} contains an adapter: merge it into its model, and pass the directory of that.")
     _check_place(name)
     with explain_errors(f"--base_model {name} cannot be loaded"):
         config = ScratchGPTConfig.from_pretrained(name)
-    if config.max_position_embeddings < context_length:
-        positions = config.max_position_embeddings
+    if (positions := config.max_position_embeddings) < context_length:
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: lower it.")
     if train_last_n_layers > (blocks := config.num_hidden_layers):
         raise UserError(f"--train_last_n_layers {train_last_n_layers} is more than the {blocks} blocks of the model.")
@@ -160,32 +145,6 @@ def load_config_and_tokenizer(
     if (needed := max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)) > config.vocab_size:
         raise UserError(f"--base_model {name} has a tokenizer of {needed:,} tokens, but embeddings for {config.vocab_size:,}.")
     return config, tokenizer
-
-
-def save_trained(
-    directory: Path,
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    build_model: Callable[[], Any],
-) -> None:
-    """Save model and tokenizer as transformers does. LoRA is merged into the model, and also saved alone, in `adapter/`.
-
-    Args:
-        model: as trained; it may be sharded.
-        weights: its full state dict.
-        build_model: builds the model as it was before the first step.
-    """
-    if lora_layers(model):
-        full_model = build_model()
-        full_model.load_state_dict(weights)
-        save_adapter(full_model, directory / ADAPTER)
-        tokenizer.save_pretrained(directory / ADAPTER)
-        merge_and_unload(full_model)
-        full_model.save_pretrained(directory)
-    else:
-        model.save_pretrained(directory, state_dict=weights)
-    tokenizer.save_pretrained(directory)
 
 
 def _check_place(name: str) -> None:
@@ -217,8 +176,7 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
 
 
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer without a padding token, such as GPT-2's, another special token to pad with: the attention mask, not the
-    token, says what is padding.
+    """Give a tokenizer without a padding token another special one to pad with: the attention mask marks what is padding.
 
     Raises:
         UserError: it has no special token.
@@ -237,8 +195,7 @@ def load_model_and_tokenizer(
     Code that comes with the model never runs for a ScratchGPT, whose code is in this package.
 
     Raises:
-        UserError: a missing model, one of another kind, with code that is not trusted, without all weights, or without a fast
-            tokenizer.
+        UserError: a missing model, one of another kind, with untrusted code, without all weights, or without a fast tokenizer.
     """
     _check_place(name)
     problem = "its config.json cannot be read" if os.path.isdir(name) else "no such directory, and not found on the Hub"
@@ -252,7 +209,7 @@ def load_model_and_tokenizer(
     kind, dtype = KINDS[auto_class], torch.float32 if device.type == "cpu" else "auto"
     with explain_errors(f"{name} cannot be loaded as a {kind}"), quiet():
         options = {"dtype": dtype, "trust_remote_code": trusted}
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, report = auto_class.from_pretrained(name, **REPORT, **options)
         check_sizes(report)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name} is not a {kind}, or incomplete (it lacks {', '.join(missing[:3])}): pass another model.")

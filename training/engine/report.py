@@ -21,8 +21,7 @@ PROMPT_CHARACTERS = 60
 
 
 class ProgressBar(tqdm):
-    """Steps and time left, the loss, tokens/s (excluding evaluation), model FLOPs utilization (MFU, Chowdhery et al., 2022)
-    and memory.
+    """Steps, time left, loss, tokens/s (excluding evaluation), model FLOPs utilization (Chowdhery et al., 2022) and memory.
 
     Args:
         num_steps, done: steps of the run, and those before this process started.
@@ -53,9 +52,8 @@ class ProgressBar(tqdm):
         mfu = self.speed * self.flops_per_token / self.peak
         # The peak on a GPU, the resident set on a CPU.
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-        self.set_postfix_str(
-            f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {mfu:.0%}, {memory / 2**30:.1f} GB", refresh=False
-        )
+        values = f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {mfu:.0%}, {memory / 2**30:.1f} GB"
+        self.set_postfix_str(values, refresh=False)
         self.update()
 
     def print(self, text: str) -> None:
@@ -66,11 +64,11 @@ class ProgressBar(tqdm):
 
 def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Prompts: the ids of the first lines of each text, after the BOS token, as in training."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = []
     for text in texts:
         head, newline, _ = text[:PROMPT_CHARACTERS].rpartition("\n")
         opening = head + newline if head else text[:PROMPT_CHARACTERS].rpartition(" ")[0]  # whole lines, or whole words
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         prompts.append([*bos, *tokenizer.backend_tokenizer.encode(opening).ids])
     return prompts
 
@@ -78,11 +76,7 @@ def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[l
 def sample(
     model: ScratchGPTForCausalLM, prompts: list[list[int]], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Continue each prompt with the model's generation config, from the same random numbers each time.
-
-    Returns:
-        The texts, each with its prompt in brackets, safe to print.
-    """
+    """Continue each prompt by the generation config, with the same random numbers each time; prompts are put in brackets."""
     model.eval()
     samples = []
     limit = model.config.max_position_embeddings
@@ -100,12 +94,7 @@ def sample(
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:
-    """Training and validation loss over steps, tokens and time, as a PNG.
-
-    Args:
-        history: the rows of metrics.jsonl (see `RunFolder`).
-        unit: of the loss.
-    """
+    """Draw the losses, in this unit, over steps, tokens and time as a PNG, from the rows of metrics.jsonl (see `RunFolder`)."""
     steps = [row for row in history if "loss" in row]
     evaluations = [row for row in history if "eval_loss" in row]
     whole = [row for row in history if "whole_eval_loss" in row][-1:]

@@ -31,15 +31,12 @@ RESPONSES, RESPONSES_PAGE = "responses.jsonl", "responses.md"  # of a model that
 
 
 class RunFolder:
-    """The output directory of one run.
+    """The output directory of one run, which `open` creates.
 
     Attributes:
-        path: the directory; it is created by `open`.
-        checkpoints: the directory of the checkpoints.
         history: the rows of metrics.jsonl: `step`, `loss`, `grad_norm`, `tokens`, `seconds`, `learning_rate` (AdamW's) and
             `muon_learning_rate` (with Muon) of an optimizer step; `step` and the metrics, with the prefix `eval_`, of an
-            evaluation; with `whole_eval_`, of one on all of the held-out data after others on a part. Empty on all processes
-            but the main one.
+            evaluation; with `whole_eval_`, of one on all of the held-out data after others on a part. Only on the main process.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
@@ -92,17 +89,12 @@ class RunFolder:
                 self.path.rmdir()  # it is created again with the first result
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(
-                f"--output_dir {self.path!s:.200} cannot be written ({reason}): pass the name of a new directory."
-            ) from error
+            problem = f"--output_dir {self.path!s:.200} cannot be written ({reason})"
+            raise UserError(f"{problem}: pass the name of a new directory.") from error
         return False
 
     def _acquire_lock(self, mode: str) -> Any:
-        """Open metrics.jsonl and lock it, on systems that have such locks, until the file is closed.
-
-        Raises:
-            UserError: another run holds the lock.
-        """
+        """Open metrics.jsonl and lock it, on systems that have such locks, until the file is closed."""
         file: Any = open(self.path / METRICS, mode)  # noqa: SIM115
         try:
             import fcntl
@@ -113,9 +105,8 @@ class RunFolder:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 file.close()
-                raise UserError(
-                    f"--output_dir {self.path}: another run is writing there. Wait for it to end, or pass another directory."
-                ) from error
+                problem = f"--output_dir {self.path}: another run is writing there"
+                raise UserError(f"{problem}. Wait for it to end, or pass another directory.") from error
             # Other errors: a file system without locks, where other runs cannot be detected.
         return file
 

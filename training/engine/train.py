@@ -1,8 +1,4 @@
-"""Training a model: resume or start, train until done, restore the best.
-
-A recipe brings the model, the batches, an evaluation and a preview; this module evaluates before the first step, trains, logs,
-evaluates, saves checkpoints, stops early or on a signal, and resumes a run that was interrupted.
-"""
+"""Training the model of a recipe: evaluate, train, log, save checkpoints, stop early or on a signal, resume."""
 
 import math
 import sys
@@ -37,19 +33,12 @@ WORSE = 1.01  # a final loss that is this many times the lowest is reported
 
 
 class Task(ABC, Generic[Metrics]):
-    """The part of a `Recipe` that `train` uses.
+    """The part of a `Recipe` that `train` uses."""
 
-    Attributes:
-        arguments: the parsed arguments; with the number of steps filled in once the data is known.
-        data_digest: a digest of the training and validation data; a run is resumed only with the same data.
-        flops_per_token: forward and backward, for each token that `Step` counts.
-        eval_split: the split for evaluations during training; that of the final model is "validation".
-    """
-
-    arguments: Any
-    data_digest: str
-    flops_per_token: float
-    eval_split: str = "validation"
+    arguments: Any  # parsed, with the number of steps filled in once the data is known
+    data_digest: str  # of the training and validation data; a run is resumed only with the same data
+    flops_per_token: float  # forward and backward, for each token that `Step` counts
+    eval_split: str = "validation"  # for evaluations during training; that of the final model is "validation"
 
     @abstractmethod
     def train_dataloader(self) -> DataLoader:
@@ -101,7 +90,9 @@ def train(
     run.train_until_done()
     after, preview_after = run.restore_best()
     if task.eval_split != "validation":
-        after = run.evaluate_whole()
+        after = task.evaluate(run.prepared_model)
+        run_folder.log_evaluation(run.step, after, "whole_eval_")
+        accelerator.print(f"On all of the held-out data: {after}\n")
     rows = [row for row in run_folder.history if "loss" in row]
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
     return TrainResult(before, after, preview_before, preview_after, run.step, tokens, seconds, run.notes)
@@ -194,10 +185,8 @@ class _Run(Generic[Metrics]):
                 if self.accelerator.num_processes > 1 or not should_reduce_batch_size(error):
                     raise
                 if arguments.batch_size == 1:
-                    raise UserError(
-                        f"out of memory with one row at a time ({one_line(error)}): lower --context_length, pass "
-                        "--gradient_checkpointing, or choose a smaller model."
-                    ) from error
+                    remedy = "lower --context_length, pass --gradient_checkpointing, or choose a smaller model"
+                    raise UserError(f"out of memory with one row at a time ({one_line(error)}): {remedy}.") from error
             rows = next(size for size in range(arguments.batch_size // 2, 0, -1) if arguments.batch_size % size == 0)
             accumulation = arguments.gradient_accumulation_steps * arguments.batch_size // rows
             self.task.arguments = replace(arguments, batch_size=rows, gradient_accumulation_steps=accumulation)
@@ -208,31 +197,18 @@ class _Run(Generic[Metrics]):
 
     def restore_best(self) -> tuple[Metrics, list[str]]:
         """With early stopping, load the checkpoint with the lowest held-out loss; return metrics and preview of the model."""
-        if self.losses and min(self.losses) < self.losses[-1]:
+        if self.losses and (lowest := min(self.losses)) < (last := self.losses[-1]):
             best = find_checkpoint(self.run_folder.checkpoints, self.accelerator.print, best=True)
-            if best and best[1]["eval_loss"] < self.losses[-1] and self.arguments.early_stopping_patience:
+            if best and best[1]["eval_loss"] < last and self.arguments.early_stopping_patience:
                 last_step = self.step
                 self._load(*best)
                 self._note(f"restored the model of step {self.step:,}, the saved one with the lowest held-out loss")
                 self.step, self.evaluated = last_step, None
-            elif WORSE * min(self.losses) < self.losses[-1]:
-                self._warn_of_better(best)
+            elif WORSE * lowest < last:
+                saved = f", whose model is in {best[0].name}" if best and best[1]["eval_loss"] == lowest else ""
+                losses = f"the final model has a held-out loss of {last:.3f}; the lowest was {lowest:.3f}{saved}"
+                self._note(f"{losses}: to keep the best model, pass --early_stopping_patience")
         return self._evaluate()
-
-    def evaluate_whole(self) -> Metrics:
-        """Metrics of the final model on all of the held-out data."""
-        metrics = self.task.evaluate(self.prepared_model)
-        self.run_folder.log_evaluation(self.step, metrics, "whole_eval_")
-        self.accelerator.print(f"On all of the held-out data: {metrics}\n")
-        return metrics
-
-    def _warn_of_better(self, best: tuple[Path, dict[str, Any]] | None) -> None:
-        """Say that the final model is not the best of the run, and where the best one is."""
-        saved = f", whose model is in {best[0].name}" if best and best[1]["eval_loss"] == min(self.losses) else ""
-        self._note(
-            f"the final model has a held-out loss of {self.losses[-1]:.3f}; the lowest was {min(self.losses):.3f}{saved}: to "
-            "keep the best model, pass --early_stopping_patience"
-        )
 
     def _evaluate(self) -> tuple[Metrics, list[str]]:
         """Metrics and preview of the current weights."""
@@ -242,8 +218,8 @@ class _Run(Generic[Metrics]):
 
     def _is_best(self) -> bool:
         """True after an evaluation with the lowest loss so far, if early stopping needs that model."""
-        patience = self.arguments.early_stopping_patience
-        return patience > 0 and self.evaluated is not None and self.losses[-1] < min(self.losses[:-1], default=math.inf)
+        is_new = self.arguments.early_stopping_patience > 0 and self.evaluated is not None
+        return is_new and self.losses[-1] < min(self.losses[:-1], default=math.inf)
 
     def _should_stop_early(self) -> bool:
         """True if the last `early_stopping_patience` evaluations brought no new lowest loss."""
