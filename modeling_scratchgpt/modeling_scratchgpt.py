@@ -232,7 +232,8 @@ def packed_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Select the hidden states (B, T, C) that get logits: the last N (0: all), or by indices (N,), (B, N) or a mask (B, T)."""
+    """Select the hidden states (of B, T, C) that get logits: the last N (0: all), those at indices (N,) or (B, N), or those
+    where a boolean mask (B, T) is true, as (N, C)."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.dtype == torch.bool:

@@ -218,8 +218,8 @@ class _Run(Generic[Metrics]):
 
     def _is_best(self) -> bool:
         """True after an evaluation with the lowest loss so far, if early stopping needs that model."""
-        is_new = self.arguments.early_stopping_patience > 0 and self.evaluated is not None
-        return is_new and self.losses[-1] < min(self.losses[:-1], default=math.inf)
+        is_candidate = self.arguments.early_stopping_patience > 0 and self.evaluated is not None
+        return is_candidate and self.losses[-1] < min(self.losses[:-1], default=math.inf)
 
     def _should_stop_early(self) -> bool:
         """True if the last `early_stopping_patience` evaluations brought no new lowest loss."""
