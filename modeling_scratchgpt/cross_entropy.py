@@ -118,7 +118,7 @@ def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor,
     with torch.autocast(device, enabled=False):
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return _loss_from_logits(hidden_states, weight, targets, divisor)
-        return _linear_cross_entropy(hidden_states, weight, targets, divisor, *needs_grad)[0]
+        return loss_and_gradients(hidden_states, weight, targets, divisor, *needs_grad)[0]
 
 
 def _loss_from_logits(hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
@@ -132,9 +132,17 @@ def chunk_rows(weight: Tensor) -> int:
     return rows // ALIGNMENT * ALIGNMENT or max(1, rows)
 
 
+def _operator_name() -> str:
+    """A name that is not taken: a model directory has its own copy of this file, and torch destroys what is defined again."""
+    name = "loss_and_gradients"
+    while hasattr(torch.ops.scratchgpt, name):
+        name += "_"
+    return f"scratchgpt::{name}"
+
+
 # A CUDA graph cannot contain the operator, because it waits for the number of targets that are not ignored.
-@torch.library.custom_op("scratchgpt::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _linear_cross_entropy(
+@torch.library.custom_op(_operator_name(), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def loss_and_gradients(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss () and its gradients with respect to hidden states (N, C) and weight (V, C), empty if not needed.
@@ -194,7 +202,7 @@ def _zero_gradients(
     return hidden_grad, torch.zeros_like(weight if needs_weight_grad else weight[:0], dtype=weight_dtype)
 
 
-@_linear_cross_entropy.register_fake
+@loss_and_gradients.register_fake
 def _(hidden_states, weight, targets, divisor, needs_hidden_grad, needs_weight_grad):
     loss = torch.empty((), dtype=torch.float32, device=hidden_states.device)
     return loss, *_zero_gradients(hidden_states, weight, needs_hidden_grad, needs_weight_grad)
@@ -229,4 +237,4 @@ def _scale_gradients(ctx, loss_grad, *_):
     return hidden_grad, weight_grad, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
+loss_and_gradients.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only_
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from modeling_scratchgpt.cross_entropy import chunk_rows
+from modeling_scratchgpt.cross_entropy import chunk_rows, loss_and_gradients
 from training.cli import parse_arguments, run_main
 from training.engine.arguments import check_engine
 from training.engine.flops import autocast_dtype, flops_per_token, measured_peak, parameters_by_part
@@ -122,7 +122,7 @@ def record_step(
             # Allocated inside the operator, where nothing is recorded; two of them only if the dtype differs.
             logits = torch.empty(min(len(states), chunk_rows(weight)), len(weight))
             casts = logits.to(dtype), weight.detach().to(dtype)
-            _, gradient, head_gradient = torch.ops.scratchgpt.linear_cross_entropy(*operands, True, True)
+            _, gradient, head_gradient = loss_and_gradients(*operands, True, True)
             del logits, casts
             if weight.grad is None:
                 weight.grad = head_gradient

@@ -250,7 +250,7 @@ def test_compiled_in_one_graph():
 
 def test_the_operator_is_well_formed():
     hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
-    torch.library.opcheck(module._linear_cross_entropy, (hidden_states, weight, targets, torch.tensor(3.0), True, True))
+    torch.library.opcheck(module.loss_and_gradients, (hidden_states, weight, targets, torch.tensor(3.0), True, True))
 
 
 def test_the_logits_are_never_materialized():
@@ -269,7 +269,7 @@ def test_the_logits_are_never_materialized():
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(module, "CHUNK_BYTES", 16 * 4 * 1000)
         # The operator's body, where the mode sees what it does.
-        module._linear_cross_entropy._init_fn(hidden_states.detach(), weight.detach(), targets, torch.tensor(512.0), True, True)
+        module.loss_and_gradients._init_fn(hidden_states.detach(), weight.detach(), targets, torch.tensor(512.0), True, True)
     assert largest == 16 * 1000
 
 
@@ -294,9 +294,9 @@ def test_a_gpu_waits_once(ignored, monkeypatch):
     hidden_states, weight, targets = inputs(512, 4, 100, ignored, seed=0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 4 * 100)
     with torch.no_grad(), Reads() as reads:
-        module._linear_cross_entropy._init_fn(hidden_states, weight, targets, torch.tensor(512.0), True, True)
+        module.loss_and_gradients._init_fn(hidden_states, weight, targets, torch.tensor(512.0), True, True)
     assert reads.names == ["aten.nonzero"]
-    assert torch.Tag.cudagraph_unsafe in module._linear_cross_entropy._opoverload.tags
+    assert torch.Tag.cudagraph_unsafe in module.loss_and_gradients._opoverload.tags
 
 
 @pytest.mark.parametrize(
@@ -310,12 +310,16 @@ def test_chunks_are_aligned(device, vocab_size, rows):
 
 
 def test_several_copies_of_the_file_can_be_imported():
-    """Two directories loaded as remote code in one process define the operator twice."""
+    """Two directories loaded as remote code in one process define the operator twice. Neither destroys that of the other."""
     hidden_states, weight, targets = inputs(12, 4, 9, 0.2, seed=0)
-    expected = linear_cross_entropy(hidden_states, weight, targets)
+    expected, copies = linear_cross_entropy(hidden_states, weight, targets), [module]
     for name in ("first_copy", "second_copy"):
         spec = importlib.util.spec_from_file_location(name, module.__file__)
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
         torch.testing.assert_close(copy.linear_cross_entropy(hidden_states, weight, targets), expected)
+        copies.append(copy)
+    for each in copies:
+        operator = each.loss_and_gradients._opoverload
+        assert getattr(torch.ops.scratchgpt, operator._schema.name.partition("::")[2]).default is operator
     torch.testing.assert_close(linear_cross_entropy(hidden_states, weight, targets), expected)
