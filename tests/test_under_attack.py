@@ -130,7 +130,8 @@ def test_conversion_from_gpt2(tmp_path, seeds):
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
 
     def use(directory: Path) -> None:
-        arguments = {"to": None, "type": None, "num_attention_heads": None, "hidden_act": None, "tokenizer": None}
+        names = ("to", "type", "num_attention_heads", "hidden_act", "tokenizer", "text", "attentions")
+        arguments = dict.fromkeys(names)
         convert(Namespace(source=str(directory), destination=tmp_path / "out", **arguments))
         shutil.rmtree(tmp_path / "out")
 

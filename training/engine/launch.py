@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
 
 from training.engine.flops import measured_peak
 from training.engine.machine import available_cores, has_fast_bfloat16, missing_compiler
@@ -49,7 +49,8 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
         raise UserError(f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({known}).")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
-    cpu = started > 1 and not is_configured and not torch.accelerator.is_available()
+    is_without_gpu = started > 1 and not is_configured and not torch.accelerator.is_available()
+    cpu = is_without_gpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state()  # an earlier run in this process, such as a notebook, may have had another precision
     chosen_precision = [choose_precision(precision, PartialState(cpu, timeout=TIMEOUT).device.type)]
     accelerator = Accelerator(
