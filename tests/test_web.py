@@ -1,10 +1,12 @@
 """The page that runs a model in its visitor's browser, driven in headless Chromium, and the program that serves it."""
 
 import base64
+import fcntl
 import functools
 import hashlib
 import importlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -82,11 +84,30 @@ def edit_json(path: Path, **changes: Any) -> None:
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory) -> dict[str, Path]:
     """ONNX exports: a chat and a completion model in 32 bits, which compute what Python computes, and an 8-bit classifier."""
-    directory = tmp_path_factory.mktemp("web")
-    for kind in ("chat", "classifier"):
-        save_model(kind, directory / f"{kind}-model")
-        export(directory / f"{kind}-model", directory / kind, "--attentions")
-    return finish_exports(directory)
+
+    def make(directory: Path) -> None:
+        for kind in ("chat", "classifier"):
+            save_model(kind, directory / f"{kind}-model")
+            export(directory / f"{kind}-model", directory / kind, "--attentions")
+        quantize(directory / "classifier")
+        edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
+        shutil.copytree(directory / "chat", directory / "completion")
+        edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
+
+    directory = made_once(tmp_path_factory, "exports", make)
+    return {kind: directory / kind for kind in ("chat", "completion", "classifier")}
+
+
+def made_once(tmp_path_factory, name: str, make: Any) -> Path:
+    """A directory that one of several test processes makes for all."""
+    common = tmp_path_factory.getbasetemp()
+    common = common.parent if "PYTEST_XDIST_WORKER" in os.environ else common
+    with open(common / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (common / name).exists():
+            make(temporary := tmp_path_factory.mktemp(name))
+            temporary.rename(common / name)
+    return common / name
 
 
 def export(source: Path, destination: Path, *options: str) -> None:
@@ -102,14 +123,6 @@ def quantize(directory: Path) -> None:
     model = directory / "onnx" / "model.onnx"
     quantize_dynamic(model, model.with_stem("model_quantized"), weight_type=QuantType.QUInt8)
     edit_json(directory / "config.json", **{"transformers.js_config": {"dtype": "q8"}})
-
-
-def finish_exports(directory: Path) -> dict[str, Path]:
-    quantize(directory / "classifier")
-    edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
-    shutil.copytree(directory / "chat", directory / "completion", dirs_exist_ok=True)
-    edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
-    return {kind: directory / kind for kind in ("chat", "completion", "classifier")}
 
 
 @contextmanager
@@ -182,14 +195,17 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
             outputfile.write(source.read(1000))
             self.close_connection = True
 
-    size = len(make_tokenizer()(TEXT)["input_ids"])
-    with ExitStack() as stack:
-        addresses: dict[str, Any] = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
-        addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
-        addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
-        addresses["cells"] = size * (size + 1) // 2
-        directory = tmp_path_factory.mktemp("driver")
-        return drive(node_modules, directory, addresses, "completion", "chat", "classifier", "failures") | {"cut": cut}
+    def make(directory: Path) -> None:
+        size = len(make_tokenizer()(TEXT)["input_ids"])
+        with ExitStack() as stack:
+            addresses: dict[str, Any] = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
+            addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
+            addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
+            addresses["cells"] = size * (size + 1) // 2
+            results = drive(node_modules, directory, addresses, "completion", "chat", "classifier", "failures")
+        (directory / "seen.json").write_text(json.dumps(results | {"cut": cut}))
+
+    return json.loads((made_once(tmp_path_factory, "driver", make) / "seen.json").read_text())
 
 
 def load_model(exports, kind: str = "chat") -> Any:
