@@ -26,7 +26,7 @@ from training.cli import parse_arguments
 from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
-from training.engine.launch import PRECISIONS, choose_compiler, start_accelerator, start_trackers
+from training.engine.launch import PRECISIONS, choose_attention, choose_compiler, start_accelerator, start_trackers
 from training.engine.report import draw_loss
 from training.engine.run_folder import ADAPTER, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
@@ -111,7 +111,9 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
         return
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
-    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe))
+    batch = next(iter(recipe.train_dataloader()))
+    choose_attention(accelerator, model, batch)
+    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch))
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
     with explain_out_of_memory():
         result = train(accelerator, recipe, model, run_folder, start)
@@ -175,10 +177,9 @@ def parameters(model: PreTrainedModel) -> str:
     return trainable_parameters(model) if is_frozen else f"{model.num_parameters():,} parameters"
 
 
-def run_flops(recipe: Recipe) -> float:
+def run_flops(recipe: Recipe, batch: dict[str, torch.Tensor]) -> float:
     """FLOPs of the whole run, estimated from the size of its first batch."""
-    arguments, batch = recipe.arguments, next(iter(recipe.train_dataloader()))
-    num_batches = arguments.max_steps * arguments.gradient_accumulation_steps
+    num_batches = recipe.arguments.max_steps * recipe.arguments.gradient_accumulation_steps
     return recipe.flops_per_token * batch["input_ids"].numel() * num_batches
 
 

@@ -5,15 +5,19 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
+from transformers import PreTrainedModel
 
 from training.engine.flops import measured_peak
 from training.engine.machine import available_cores, has_fast_bfloat16, missing_compiler
@@ -22,6 +26,7 @@ from training.errors import UserError, explain_errors
 
 RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and their names in Accelerate
+SMALLEST_FLEX_HEAD = 16  # dimensions, for its kernels
 COMPILE_SECONDS = 60  # of the graphs for training and evaluation
 COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
 UTILIZATION = 0.25  # of the device's peak, about, by a step that is not compiled
@@ -101,6 +106,25 @@ def choose_precision(asked: str, device_type: str) -> str:
         raise UserError("float16 needs a GPU, and this run uses the CPU: pass --precision auto, float32 or bfloat16.")
     is_open = asked == "auto" and launched == "no" and "ACCELERATE_USE_DEEPSPEED" not in os.environ  # it has its own setting
     return "bf16" if is_open and has_fast_bfloat16(device_type) else precision
+
+
+def choose_attention(accelerator: Accelerator, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    """On a GPU, let packed rows skip the blocks of other documents (flex attention) instead of computing and masking them."""
+    device, config = accelerator.device.type, model.config
+    is_supported = config.attention_dropout == 0 and config.head_dim >= SMALLEST_FLEX_HEAD
+    if "position_ids" in batch and device == "cuda" and is_supported and not missing_compiler(device):
+        model.set_attn_implementation("flex_attention")
+
+
+@contextmanager
+def without_flex_attention(model: Any) -> Iterator[None]:
+    """Generate with SDPA: flex attention would compile its kernels for each length of a growing text."""
+    is_flex = model.config._attn_implementation == "flex_attention"
+    if is_flex:
+        model.set_attn_implementation("sdpa")
+    yield
+    if is_flex:
+        model.set_attn_implementation("flex_attention")
 
 
 def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:

@@ -11,12 +11,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
+from transformers import masking_utils
+from transformers.integrations import flex_attention as integration
 
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.training.conftest import SMALL, rows, write_rows
-from training import classify, pretrain
+from training import classify, pretrain, recipe
 from training.engine import launch, machine
 from training.engine.arguments import EngineArguments
-from training.engine.launch import choose_compiler, choose_precision, start_accelerator
+from training.engine.launch import choose_attention, choose_compiler, choose_precision, start_accelerator
 from training.engine.loop import training_steps
 from training.engine.machine import has_fast_bfloat16
 from training.engine.optimizers import build_optimizers
@@ -95,6 +99,56 @@ def test_tf32_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(launch.Accelerator, "device", torch.device("cuda"))
     start_accelerator(precision="float32")
     assert chosen == ["high"]
+
+
+@pytest.mark.parametrize(
+    ("names", "device", "fields", "expected"),
+    [
+        (("input_ids", "position_ids"), "cuda", {}, "flex_attention"),
+        (("input_ids", "attention_mask"), "cuda", {}, "sdpa"),
+        (("input_ids", "position_ids"), "cpu", {}, "sdpa"),  # where flex attention has no backward pass
+        (("input_ids", "position_ids"), "cuda", {"attention_dropout": 0.1}, "sdpa"),
+        (("input_ids", "position_ids"), "cuda", {"head_dim": 8}, "sdpa"),
+    ],
+)
+def test_attention(monkeypatch, names, device, fields, expected):
+    monkeypatch.setattr(launch.Accelerator, "device", torch.device(device))
+    monkeypatch.setattr(launch, "missing_compiler", lambda device: "")
+    model = ScratchGPTForCausalLM(
+        ScratchGPTConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields)
+    )
+    choose_attention(start_accelerator(), model, dict.fromkeys(names))
+    assert model.config._attn_implementation == expected
+    monkeypatch.setattr(launch, "missing_compiler", lambda device: "triton")
+    model.set_attn_implementation("sdpa")
+    choose_attention(start_accelerator(), model, dict.fromkeys(names))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
+    """It trains as with a mask. On a CPU torch has no kernels for the backward pass: here flex attention is not compiled."""
+    used = set()
+
+    def flex_without_kernels(query, key, value, training, **options):
+        used.add((training, query.shape[2]))
+        return flex_attention.flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", flex_without_kernels)
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **sizes: flex_attention.create_block_mask(**sizes))
+    data = write_rows(tmp_path / "names.jsonl", [{"text": f"{number} is {number:b}"} for number in range(300)])
+    options = ["--dataset", data, *SMALL, "--windows", "packed", "--test_fraction", "0.1"]
+    losses = []
+    for implementation in ("sdpa", "flex_attention"):
+        assert not used
+        monkeypatch.setattr(
+            recipe, "choose_attention", lambda _, model, batch, it=implementation: model.set_attn_implementation(it)
+        )
+        pretrain.main([*options, "--output_dir", str(tmp_path / implementation)])
+        losses.append([row.get("loss", row.get("eval_loss")) for row in rows(tmp_path / implementation)])
+    assert used == {(True, 32), (False, 32)}  # the samples are generated without it
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize(
