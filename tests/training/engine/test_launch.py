@@ -138,7 +138,7 @@ def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", flex_without_kernels)
     monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **sizes: flex_attention.create_block_mask(**sizes))
     data = write_rows(tmp_path / "names.jsonl", [{"text": f"{number} is {number:b}"} for number in range(300)])
-    options = ["--dataset", data, *SMALL, "--windows", "packed", "--test_fraction", "0.1"]
+    options = ["--dataset", data, *SMALL, "--windows", "packed", "--max_steps", "4", "--eval_steps", "4"]
     losses = []
     for implementation in ("sdpa", "flex_attention"):
         assert not used
