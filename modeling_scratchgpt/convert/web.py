@@ -8,6 +8,7 @@ Notable:
 
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,22 +52,36 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     Raises:
         OSError, ValueError: the file cannot be read, or has other fields.
     """
-    content, is_causal = file.read_text("utf-8"), "Classification" not in config.architectures[0]
+    is_causal, length = "Classification" not in config.architectures[0], config.max_position_embeddings
     try:
-        rows = [json.loads(line) for line in content.splitlines()] if file.suffix == ".jsonl" else [{"text": content}]
+        content = file.read_text("utf-8-sig")
+        lines = filter(str.strip, content.split("\n"))
+        rows = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else [{"text": content}]
         texts = [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"] for row in rows
         ]
-        targets = [] if is_causal else [_target(row["label"], config) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("text must be a string")
+        if is_causal:
+            windows, num_bytes = _windows(texts, tokenizer, length)
+        else:
+            targets = [_target(row["label"], config) for row in rows]
+            ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+    except OSError:
+        raise
+    except Exception as error:  # of the encoding, of JSON, of the chat template, of the tokenizer
         needed = "text or messages" if is_causal else "text and label"
-        raise ValueError(f"{file} cannot be measured on ({error!r}): pass JSON lines with {needed}.") from error
-    if not any(texts):
+        problem = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise ValueError(f"{file} cannot be measured on ({problem}): pass JSON lines with {needed}.") from error
+    if not (windows if is_causal else ids and all(ids)):
         raise ValueError(f"{file} has no text to measure on: pass another --text.")
-    length = config.max_position_embeddings
-    if not is_causal:
-        ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
-        return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
+    if is_causal:
+        return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
+    return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
+
+
+def _windows(texts: list[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Token ids in windows, each but the first of a text beginning with the last id of the one before, and bytes of text."""
     windows: list[list[int]] = []
     num_bytes = 0
     for text in texts:
@@ -77,13 +92,16 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
         num_bytes += len(text.encode())
         if sum(map(len, windows)) > MAX_TOKENS:
             break
-    return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
+    return windows, num_bytes
 
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
     if config.problem_type == "regression":
-        return np.array(label, np.float32).reshape(config.num_labels)
-    names, known = [label] if isinstance(label, str) else label, [*config.id2label.values()]
+        values = np.array(label, np.float32).reshape(config.num_labels)
+        if not np.isfinite(values).all():
+            raise ValueError(f"label {label} is not finite")
+        return values
+    names, known = label if isinstance(label, list) else [str(label)], [*config.id2label.values()]
     if unknown := set(names) - set(known):
         raise ValueError(f"the model has no label {unknown.pop()}")
     return np.isin(known, names)
@@ -133,7 +151,7 @@ def write_smaller(
         if is_classifier and config.problem_type != "regression":
             cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
         else:
-            cost = after / before - 1
+            cost = (after - before) / (before or 1)
             values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
         small, large = (
             sum(each.stat().st_size for each in start.parent.glob(f"{start.name}*")) / 1e6 for start in (file, graph)
