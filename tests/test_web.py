@@ -11,11 +11,14 @@ import re
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -379,27 +382,47 @@ def test_the_server_shows_the_page_and_the_export_only(app, exports):
         with urllib.request.urlopen(address) as response:
             assert response.headers.get_content_type() == "text/html"
         paths = ["model/chat/", "model/chat/onnx/", "../app.py", "%2e%2e/app.py", "model/chat/../../app.py"]
-        for path in (*paths, "model/other/config.json"):
+        for path in (*paths, "model/other/config.json", "%00", "model/chat/config.json%00"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(address + path)
         with pytest.raises(urllib.error.HTTPError, match="403"):  # the name of another page that has this address
             urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "example.com"}))
 
 
+def test_a_reload_during_a_download_prints_nothing(app, exports, capfd):
+    settings = {"model": ".", "name": "chat", "revision": "chat", "path": ""}
+    with app.bind(functools.partial(app.Handler, model=exports["chat"], settings=settings), 0) as server:
+        server.daemon_threads = False  # closing the server waits for its threads
+        with socket.create_connection(server.server_address) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset when it is closed
+            client.sendall(b"GET /model/chat/onnx/model.onnx HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            server.handle_request()
+            client.recv(1000)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatch, capfd):
+    """Also by two servers that start at the same time; the second deletes what a killed one has left."""
     save_model("chat", tmp_path / "chat")
+    (tmp_path / "chat" / "onnx").mkdir()
+    (tmp_path / "chat" / app.EXPORT).touch()  # beside a ScratchGPT, which is not an export by that
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    abandoned = tmp_path / "cache" / "scratchgpt" / ".writing-0"
+    abandoned.mkdir(parents=True)
     commands = []
 
     def convert_quickly(command, env):
         commands.append(command)
+        time.sleep(0.2)
         (Path(command[4]) / "onnx").mkdir(parents=True)
         (Path(command[4]) / app.EXPORT).touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(app.subprocess, "run", convert_quickly)
-    first = app.export(tmp_path / "chat")
-    assert app.export(tmp_path / "chat") == first
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(app.export, [tmp_path / "chat"] * 2)
+    assert app.export(tmp_path / "chat") == first == second
+    assert not abandoned.exists()
     assert commands == [
         [sys.executable, "-m", "modeling_scratchgpt.convert", *commands[0][3:5], "--to", "onnx", "--attentions"]
     ]
@@ -407,9 +430,27 @@ def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatc
     assert app.export(tmp_path / "chat") != first
     assert len(commands) == 2
 
+    def interrupt(command, env):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.subprocess, "run", interrupt)
+    edit_json(tmp_path / "chat" / "config.json", changed=2)
+    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "chat")])
+    with pytest.raises(SystemExit, match="^130$"):
+        app.main()
+
+
+def test_another_graph_has_another_address(app, exports, tmp_path):
+    """The browser's cache must not show the model that was trained before."""
+    directory = shutil.copytree(exports["chat"], tmp_path / "chat")
+    first = app.export(directory)
+    assert first[0] == directory
+    (directory / app.EXPORT).write_bytes(b"retrained")
+    assert app.export(directory)[1] != first[1]
+
 
 def test_a_model_of_the_hub_is_downloaded(app, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"/snapshots/{name}")
+    monkeypatch.setattr(app, "snapshot_download", lambda name: f"/snapshots/{name}")
     assert app.locate("user/name") == Path("/snapshots/user/name")
 
 
@@ -438,11 +479,13 @@ def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, m
         return page.check_page(directory)
 
     flags = page.FLAGS
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked for the page or the browser's interface
     broken = shutil.copytree(exports["completion"], tmp_path / "broken")
+    works = shutil.copytree(exports["completion"], tmp_path / "<b>&amp;  é%20")
     for graph in (broken / "onnx").iterdir():
         graph.write_bytes(b"no graph")
     with serving_cdn(node_modules, tmp_path) as cdn:
-        assert check(exports["completion"], cdn) == "The page was started in chromium: it runs the model."
+        assert check(works, cdn) == "The page was started in chromium: it runs the model."
         with pytest.raises(UserError, match="the page does not run the model: The model cannot be run"):
             check(broken, cdn)
     assert "was not checked in chromium, which got no further than: The download of " in check(exports["chat"], "127.0.0.1:9")
