@@ -48,6 +48,7 @@ pytestmark = [pytest.mark.web, pytest.mark.skipif(bool(MISSING), reason=f"not in
 SPACE, WEB = ROOT / "space", ROOT / "space" / "web"
 TEXT = "to be, naïve 🙂"
 LABELS = ["ham", "<i>spam</i>", "eggs"]
+CLASSIFIERS = ("classifier", "regression", "multi_label_classification")
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +97,12 @@ def exports(tmp_path_factory) -> dict[str, Path]:
         edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
         shutil.copytree(directory / "chat", directory / "completion")
         edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
+        for kind in ("regression", "multi_label_classification"):
+            shutil.copytree(directory / "classifier", directory / kind)
+            edit_json(directory / kind / "config.json", problem_type=kind)
 
     directory = made_once(tmp_path_factory, "exports", make)
-    return {kind: directory / kind for kind in ("chat", "completion", "classifier")}
+    return {kind: directory / kind for kind in ("chat", "completion", *CLASSIFIERS)}
 
 
 def made_once(tmp_path_factory, name: str, make: Any) -> Path:
@@ -202,10 +206,10 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
         size = len(make_tokenizer()(TEXT)["input_ids"])
         with ExitStack() as stack:
             addresses: dict[str, Any] = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
-            addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
+            addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "memory-bot"))
             addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
             addresses["cells"] = size * (size + 1) // 2
-            results = drive(node_modules, directory, addresses, "completion", "chat", "classifier", "failures")
+            results = drive(node_modules, directory, addresses, "completion", "chat", *CLASSIFIERS, "failures")
         (directory / "seen.json").write_text(json.dumps(results | {"cut": cut}))
 
     return json.loads((made_once(tmp_path_factory, "driver", make) / "seen.json").read_text())
@@ -267,6 +271,7 @@ def test_markup_is_shown_as_text(seen):
     assert hostile["tokens"].replace("·", " ") == hostile["expected"]
     assert hostile["ran"] is None
     assert not seen["errors"]
+    assert seen["completion"]["margin"] < 30
 
 
 def test_other_hosts_are_blocked_and_not_contacted(seen):
@@ -310,15 +315,17 @@ def test_stop(seen):
     assert 1 <= int(count) < 50
 
 
-def test_class_probabilities(seen, exports):
-    """The 8-bit graph in the browser and in Python."""
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_scores_of_classes(kind, seen, exports):
+    """The 8-bit graph in the browser and in Python: what `pipeline` makes of its logits, the highest first."""
     session = onnxruntime.InferenceSession(exports["classifier"] / "onnx" / "model_quantized.onnx")
     logits = torch.tensor(session.run(["logits"], {**make_tokenizer()(TEXT, return_tensors="np")})[0][0])
-    shown = {label: float(percentage.removesuffix("%")) / 100 for label, percentage, _ in seen["classifier"]["rows"]}
-    assert list(shown.values()) == sorted(shown.values(), reverse=True)
-    assert [shown[label] for label in LABELS] == pytest.approx(logits.softmax(-1).tolist(), abs=0.005)
-    assert seen["classifier"]["empty"] == "Type something first."
-    assert seen["classifier"]["visible"] == ["Tokens", "Attention"]
+    expected = {"classifier": logits.softmax(-1), "regression": logits}.get(kind, logits.sigmoid())
+    shown = {label: float(value.removesuffix("%")) / (100 if "%" in value else 1) for label, value, _ in seen[kind]["rows"]}
+    assert [shown[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=0.005)
+    assert list(shown) == LABELS if kind == "regression" else list(shown.values()) == sorted(shown.values(), reverse=True)
+    assert seen[kind]["empty"] == "Type something first."
+    assert seen[kind]["visible"] == ["Tokens", "Attention"]
 
 
 def test_failures_are_explained_and_retried(seen):
@@ -328,6 +335,10 @@ def test_failures_are_explained_and_retried(seen):
     assert re.match(r"The download of model.onnx was interrupted. Check the connection, then retry", pages["cut"])
     assert pages["focused"] == "retry"
     assert pages["recovered"] == seen["completion"]["facts"]
+    assert pages["damaged"].startswith("The model cannot be run (")
+    assert pages["again"] == pages["recovered"]
+    assert pages["withoutWorker"] == "A part of this page cannot be loaded. Check the connection, then retry."
+    assert pages["unnamed"].startswith("model.json names no model")
     assert pages["withoutWebAssembly"].startswith("This browser has no WebAssembly, which runs the model. Use a current")
     assert seen["completion"]["tooLong"] == "The text has 70 tokens, but the context of the model holds 64: shorten it."
 
