@@ -162,7 +162,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.model} cannot be loaded ({' '.join(str(error).split()):.200}).")
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        sys.exit(130)
     settings = {"model": ".", "name": Path(arguments.model).resolve().name, "revision": revision, "path": ""}
     try:
         server = bind(functools.partial(Handler, model=model, settings=settings), arguments.port)

@@ -8,7 +8,6 @@ Notable:
 
 import json
 import math
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,8 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     """
     is_causal, length = "Classification" not in config.architectures[0], config.max_position_embeddings
     try:
-        content = file.read_text("utf-8-sig")
-        lines = filter(str.strip, content.split("\n"))
-        rows = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else [{"text": content}]
+        content, has_lines = file.read_text("utf-8-sig"), file.suffix == ".jsonl"
+        rows = [json.loads(line) for line in content.split("\n") if line.strip()] if has_lines else [{"text": content}]
         texts = [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"] for row in rows
         ]
@@ -71,8 +69,8 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
         raise
     except Exception as error:  # of the encoding, of JSON, of the chat template, of the tokenizer
         needed = "text or messages" if is_causal else "text and label"
-        problem = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise ValueError(f"{file} cannot be measured on ({problem}): pass JSON lines with {needed}.") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be measured on ({problem:.200}): pass JSON lines with {needed}.") from error
     if not (windows if is_causal else ids and all(ids)):
         raise ValueError(f"{file} has no text to measure on: pass another --text.")
     if is_causal:
@@ -82,10 +80,8 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
 
 def _windows(texts: list[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
     """Token ids in windows, each but the first of a text beginning with the last id of the one before, and bytes of text."""
-    windows: list[list[int]] = []
-    num_bytes = 0
-    for text in texts:
-        text = text[: 16 * MAX_TOKENS]
+    windows, num_bytes = list[list[int]](), 0
+    for text in (text[: 16 * MAX_TOKENS] for text in texts):
         start = tokenizer.bos_token or tokenizer.eos_token or ""
         ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
         windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
@@ -97,8 +93,7 @@ def _windows(texts: list[str], tokenizer: Any, length: int) -> tuple[list[list[i
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
     if config.problem_type == "regression":
-        values = np.array(label, np.float32).reshape(config.num_labels)
-        if not np.isfinite(values).all():
+        if not np.isfinite(values := np.array(label, np.float32).reshape(config.num_labels)).all():
             raise ValueError(f"label {label} is not finite")
         return values
     names, known = label if isinstance(label, list) else [str(label)], [*config.id2label.values()]
