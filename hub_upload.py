@@ -122,7 +122,7 @@ def add_export(files: Files, arguments: argparse.Namespace) -> Files:
     """
     directory, _ = export(arguments.directory)
     print(check_page(directory))
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    paths = sorted([directory / CARD, *directory.glob("*.json"), *directory.glob("onnx/*")])  # a user's directory may have more
     added: Files = {f"{EXPORT}/{path.relative_to(directory).as_posix()}": path for path in paths}
     check_leaks(added)
     usage = (directory / CARD).read_text(encoding="utf-8")

@@ -10,13 +10,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import WeakFileLock
 
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "space" / "web"
@@ -34,8 +39,6 @@ def locate(name: str) -> Path:
     """
     directory = Path(name).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.exists():  # else it is a mistyped directory
-        from huggingface_hub import snapshot_download
-
         return Path(snapshot_download(name))
     if not (directory / "config.json").is_file():
         raise ValueError("it has no config.json: pass the directory of a finished model, such as outputs/pretrain")
@@ -45,7 +48,7 @@ def locate(name: str) -> Path:
 def fingerprint(directory: Path) -> str:
     """Hash of a model's files, and of the code that converts them; it also names the export in the browser's cache."""
     digest = hashlib.sha256()
-    files = [path for pattern in ("*.json", "*.jinja", "*.safetensors") for path in directory.glob(pattern)]
+    files = [path for pattern in ("*.json", "*.jinja", "*.safetensors", "onnx/*") for path in directory.glob(pattern)]
     for path in sorted(files) + sorted(ROOT.glob("modeling_scratchgpt/**/*.py")):
         digest.update(f"{path.name}\0".encode())
         with open(path, "rb") as file:
@@ -58,17 +61,22 @@ def export(directory: Path) -> tuple[Path, str]:
 
     Raises:
         SystemExit: the model cannot be converted; the converter has printed why.
+        OSError, ValueError: a file cannot be read, or the cache not be written.
     """
-    revision = fingerprint(directory)
-    if (directory / EXPORT).is_file():
+    revision, config = fingerprint(directory), json.loads((directory / "config.json").read_text("utf-8"))
+    if (directory / EXPORT).is_file() and config.get("model_type") != "scratchgpt":
         return directory, revision
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scratchgpt" / revision
-    if not (cache / EXPORT).is_file():
-        print(f"Converting {directory} to ONNX, once for these weights", flush=True)
-        words = ["modeling_scratchgpt.convert", str(directory), str(cache), "--to", "onnx", "--attentions"]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        if code := subprocess.run([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path}).returncode:
-            raise SystemExit(code)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(cache.parent / ".lock"):  # of several processes, one converts
+        for abandoned in cache.parent.glob(".writing-*"):  # by a killed process
+            shutil.rmtree(abandoned, ignore_errors=True)
+        if not (cache / EXPORT).is_file():
+            print(f"Converting {directory} to ONNX, once for these weights", flush=True)
+            words = ["modeling_scratchgpt.convert", str(directory.absolute()), str(cache), "--to", "onnx", "--attentions"]
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            if code := subprocess.run([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path}).returncode:
+                raise SystemExit(code)
     return cache, revision
 
 
@@ -82,6 +90,10 @@ class Handler(SimpleHTTPRequestHandler):
         self.model, self.settings = model, settings
         super().__init__(*arguments, directory=str(WEB), **options)
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the page was closed or reloaded during a download
+            super().handle()
+
     def parse_request(self) -> bool:
         """Answer to names of this machine only: other pages could give their own name its address, and read the model."""
         is_valid = super().parse_request()
@@ -94,7 +106,11 @@ class Handler(SimpleHTTPRequestHandler):
         prefix = f"/model/{self.settings['revision']}/"
         is_model = urlsplit(path).path.startswith(prefix)
         self.directory = str(self.model if is_model else WEB)
-        return super().translate_path(path.removeprefix(prefix[:-1]) if is_model else path)
+        return (
+            super()
+            .translate_path(path.removeprefix(prefix[:-1]) if is_model else path)
+            .replace("\0", "\N{REPLACEMENT CHARACTER}")
+        )
 
     def do_GET(self) -> None:
         if unquote(urlsplit(self.path).path) != "/model.json":
@@ -142,10 +158,11 @@ def main() -> None:
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     arguments = parser.parse_args()
     try:
-        directory = locate(arguments.model)
+        model, revision = export(locate(arguments.model))
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.model} cannot be loaded ({' '.join(str(error).split()):.200}).")
-    model, revision = export(directory)
+    except KeyboardInterrupt:
+        sys.exit(130)
     settings = {"model": ".", "name": Path(arguments.model).resolve().name, "revision": revision, "path": ""}
     try:
         server = bind(functools.partial(Handler, model=model, settings=settings), arguments.port)

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ FLAGS = [
     *("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"),
     "--remote-debugging-port=0",
 ]
-LOADING = "Loading a model"  # the title of the page, until it has the name of the model or says what is wrong
+LOADING, LOADED = "Loading a model", "The model is loaded"  # titles of the page; another one says what is wrong
 SECONDS = 120
 
 
@@ -38,7 +38,7 @@ def check_page(directory: Path) -> str:
         return f"The page was not started: none of {', '.join(BROWSERS)} is installed."
     with _serving(directory) as address:
         title = _title_after_loading(browser, address)
-    if title == directory.name:
+    if title == LOADED:
         return f"The page was started in {Path(browser).name}: it runs the model."
     if title == LOADING or "download" in title:  # of the library, which comes from another server
         return f"The page was not checked in {Path(browser).name}, which got no further than: {title}"
@@ -47,7 +47,7 @@ def check_page(directory: Path) -> str:
 
 @contextmanager
 def _serving(directory: Path) -> Iterator[str]:
-    settings = {"model": ".", "name": directory.name, "revision": "checked", "path": ""}
+    settings = {"model": ".", "name": LOADED, "revision": "checked", "path": ""}
     with bind(functools.partial(Handler, model=directory, settings=settings), 0) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -57,6 +57,7 @@ def _serving(directory: Path) -> Iterator[str]:
 def _title_after_loading(browser: str, address: str) -> str:
     """The title of a page when it is no longer loading, or after two minutes, from the browser's interface for developers."""
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     title, end = LOADING, time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # the browser may still write to it
         command = [browser, *FLAGS, *["--no-sandbox"] * is_root, f"--user-data-dir={profile}", address]
@@ -65,7 +66,7 @@ def _title_after_loading(browser: str, address: str) -> str:
             while title in (LOADING, "", urlsplit(address).netloc) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
                 if port.exists() and (number := port.read_text().partition("\n")[0]):
-                    with urllib.request.urlopen(f"http://127.0.0.1:{number}/json/list") as response:
+                    with suppress(OSError), direct.open(f"http://127.0.0.1:{number}/json/list") as response:
                         title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)
             process.terminate()
     return title

@@ -11,11 +11,14 @@ import re
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,6 +48,7 @@ pytestmark = [pytest.mark.web, pytest.mark.skipif(bool(MISSING), reason=f"not in
 SPACE, WEB = ROOT / "space", ROOT / "space" / "web"
 TEXT = "to be, naïve 🙂"
 LABELS = ["ham", "<i>spam</i>", "eggs"]
+CLASSIFIERS = ("classifier", "regression", "multi_label_classification")
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +97,12 @@ def exports(tmp_path_factory) -> dict[str, Path]:
         edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
         shutil.copytree(directory / "chat", directory / "completion")
         edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
+        for kind in ("regression", "multi_label_classification"):
+            shutil.copytree(directory / "classifier", directory / kind)
+            edit_json(directory / kind / "config.json", problem_type=kind)
 
     directory = made_once(tmp_path_factory, "exports", make)
-    return {kind: directory / kind for kind in ("chat", "completion", "classifier")}
+    return {kind: directory / kind for kind in ("chat", "completion", *CLASSIFIERS)}
 
 
 def made_once(tmp_path_factory, name: str, make: Any) -> Path:
@@ -199,10 +206,10 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
         size = len(make_tokenizer()(TEXT)["input_ids"])
         with ExitStack() as stack:
             addresses: dict[str, Any] = {kind: stack.enter_context(serving(app, path, kind)) for kind, path in exports.items()}
-            addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "missing"))
+            addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "memory-bot"))
             addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
             addresses["cells"] = size * (size + 1) // 2
-            results = drive(node_modules, directory, addresses, "completion", "chat", "classifier", "failures")
+            results = drive(node_modules, directory, addresses, "completion", "chat", *CLASSIFIERS, "failures")
         (directory / "seen.json").write_text(json.dumps(results | {"cut": cut}))
 
     return json.loads((made_once(tmp_path_factory, "driver", make) / "seen.json").read_text())
@@ -264,6 +271,7 @@ def test_markup_is_shown_as_text(seen):
     assert hostile["tokens"].replace("·", " ") == hostile["expected"]
     assert hostile["ran"] is None
     assert not seen["errors"]
+    assert seen["completion"]["margin"] < 30
 
 
 def test_other_hosts_are_blocked_and_not_contacted(seen):
@@ -307,15 +315,17 @@ def test_stop(seen):
     assert 1 <= int(count) < 50
 
 
-def test_class_probabilities(seen, exports):
-    """The 8-bit graph in the browser and in Python."""
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_scores_of_classes(kind, seen, exports):
+    """The 8-bit graph in the browser and in Python: what `pipeline` makes of its logits, the highest first."""
     session = onnxruntime.InferenceSession(exports["classifier"] / "onnx" / "model_quantized.onnx")
     logits = torch.tensor(session.run(["logits"], {**make_tokenizer()(TEXT, return_tensors="np")})[0][0])
-    shown = {label: float(percentage.removesuffix("%")) / 100 for label, percentage, _ in seen["classifier"]["rows"]}
-    assert list(shown.values()) == sorted(shown.values(), reverse=True)
-    assert [shown[label] for label in LABELS] == pytest.approx(logits.softmax(-1).tolist(), abs=0.005)
-    assert seen["classifier"]["empty"] == "Type something first."
-    assert seen["classifier"]["visible"] == ["Tokens", "Attention"]
+    expected = {"classifier": logits.softmax(-1), "regression": logits}.get(kind, logits.sigmoid())
+    shown = {label: float(value.removesuffix("%")) / (100 if "%" in value else 1) for label, value, _ in seen[kind]["rows"]}
+    assert [shown[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=0.005)
+    assert list(shown) == LABELS if kind == "regression" else list(shown.values()) == sorted(shown.values(), reverse=True)
+    assert seen[kind]["empty"] == "Type something first."
+    assert seen[kind]["visible"] == ["Tokens", "Attention"]
 
 
 def test_failures_are_explained_and_retried(seen):
@@ -325,6 +335,10 @@ def test_failures_are_explained_and_retried(seen):
     assert re.match(r"The download of model.onnx was interrupted. Check the connection, then retry", pages["cut"])
     assert pages["focused"] == "retry"
     assert pages["recovered"] == seen["completion"]["facts"]
+    assert pages["damaged"].startswith("The model cannot be run (")
+    assert pages["again"] == pages["recovered"]
+    assert pages["withoutWorker"] == "A part of this page cannot be loaded. Check the connection, then retry."
+    assert pages["unnamed"].startswith("model.json names no model")
     assert pages["withoutWebAssembly"].startswith("This browser has no WebAssembly, which runs the model. Use a current")
     assert seen["completion"]["tooLong"] == "The text has 70 tokens, but the context of the model holds 64: shorten it."
 
@@ -379,27 +393,47 @@ def test_the_server_shows_the_page_and_the_export_only(app, exports):
         with urllib.request.urlopen(address) as response:
             assert response.headers.get_content_type() == "text/html"
         paths = ["model/chat/", "model/chat/onnx/", "../app.py", "%2e%2e/app.py", "model/chat/../../app.py"]
-        for path in (*paths, "model/other/config.json"):
+        for path in (*paths, "model/other/config.json", "%00", "model/chat/config.json%00"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(address + path)
         with pytest.raises(urllib.error.HTTPError, match="403"):  # the name of another page that has this address
             urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "example.com"}))
 
 
+def test_a_reload_during_a_download_prints_nothing(app, exports, capfd):
+    settings = {"model": ".", "name": "chat", "revision": "chat", "path": ""}
+    with app.bind(functools.partial(app.Handler, model=exports["chat"], settings=settings), 0) as server:
+        server.daemon_threads = False  # closing the server waits for its threads
+        with socket.create_connection(server.server_address) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset when it is closed
+            client.sendall(b"GET /model/chat/onnx/model.onnx HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            server.handle_request()
+            client.recv(1000)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatch, capfd):
+    """Also by two servers that start at the same time; the second deletes what a killed one has left."""
     save_model("chat", tmp_path / "chat")
+    (tmp_path / "chat" / "onnx").mkdir()
+    (tmp_path / "chat" / app.EXPORT).touch()  # beside a ScratchGPT, which is not an export by that
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    abandoned = tmp_path / "cache" / "scratchgpt" / ".writing-0"
+    abandoned.mkdir(parents=True)
     commands = []
 
     def convert_quickly(command, env):
         commands.append(command)
+        time.sleep(0.2)
         (Path(command[4]) / "onnx").mkdir(parents=True)
         (Path(command[4]) / app.EXPORT).touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(app.subprocess, "run", convert_quickly)
-    first = app.export(tmp_path / "chat")
-    assert app.export(tmp_path / "chat") == first
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(app.export, [tmp_path / "chat"] * 2)
+    assert app.export(tmp_path / "chat") == first == second
+    assert not abandoned.exists()
     assert commands == [
         [sys.executable, "-m", "modeling_scratchgpt.convert", *commands[0][3:5], "--to", "onnx", "--attentions"]
     ]
@@ -407,9 +441,27 @@ def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatc
     assert app.export(tmp_path / "chat") != first
     assert len(commands) == 2
 
+    def interrupt(command, env):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.subprocess, "run", interrupt)
+    edit_json(tmp_path / "chat" / "config.json", changed=2)
+    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "chat")])
+    with pytest.raises(SystemExit, match="^130$"):
+        app.main()
+
+
+def test_another_graph_has_another_address(app, exports, tmp_path):
+    """The browser's cache must not show the model that was trained before."""
+    directory = shutil.copytree(exports["chat"], tmp_path / "chat")
+    first = app.export(directory)
+    assert first[0] == directory
+    (directory / app.EXPORT).write_bytes(b"retrained")
+    assert app.export(directory)[1] != first[1]
+
 
 def test_a_model_of_the_hub_is_downloaded(app, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"/snapshots/{name}")
+    monkeypatch.setattr(app, "snapshot_download", lambda name: f"/snapshots/{name}")
     assert app.locate("user/name") == Path("/snapshots/user/name")
 
 
@@ -438,11 +490,13 @@ def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, m
         return page.check_page(directory)
 
     flags = page.FLAGS
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked for the page or the browser's interface
     broken = shutil.copytree(exports["completion"], tmp_path / "broken")
+    works = shutil.copytree(exports["completion"], tmp_path / "<b>&amp;  é%20")
     for graph in (broken / "onnx").iterdir():
         graph.write_bytes(b"no graph")
     with serving_cdn(node_modules, tmp_path) as cdn:
-        assert check(exports["completion"], cdn) == "The page was started in chromium: it runs the model."
+        assert check(works, cdn) == "The page was started in chromium: it runs the model."
         with pytest.raises(UserError, match="the page does not run the model: The model cannot be run"):
             check(broken, cdn)
     assert "was not checked in chromium, which got no further than: The download of " in check(exports["chat"], "127.0.0.1:9")

@@ -113,6 +113,8 @@ class PretrainRecipe(Recipe[LMMetrics]):
             raise UserError(f"--stride must be at most --context_length {arguments.context_length}, got {arguments.stride}.")
         if arguments.stride and arguments.windows != "ordered":
             raise UserError(f"--stride {arguments.stride} is for --windows ordered: omit it with {arguments.windows}.")
+        if arguments.eval_tokens == 1:
+            raise UserError("--eval_tokens must be 0 or at least 2, got 1: the first token is not predicted.")
         if arguments.vocab_size < (smallest := min_vocab_size(arguments.tokenizer)):
             kind = arguments.tokenizer
             raise UserError(f"--vocab_size must be at least {smallest} for --tokenizer {kind}, got {arguments.vocab_size}.")

@@ -51,39 +51,52 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
     Raises:
         OSError, ValueError: the file cannot be read, or has other fields.
     """
-    content, is_causal = file.read_text("utf-8"), "Classification" not in config.architectures[0]
+    is_causal, length = "Classification" not in config.architectures[0], config.max_position_embeddings
     try:
-        rows = [json.loads(line) for line in content.splitlines()] if file.suffix == ".jsonl" else [{"text": content}]
+        content, has_lines = file.read_text("utf-8-sig"), file.suffix == ".jsonl"
+        rows = [json.loads(line) for line in content.split("\n") if line.strip()] if has_lines else [{"text": content}]
         texts = [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"] for row in rows
         ]
-        targets = [] if is_causal else [_target(row["label"], config) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("text must be a string")
+        if is_causal:
+            windows, num_bytes = _windows(texts, tokenizer, length)
+        else:
+            targets = [_target(row["label"], config) for row in rows]
+            ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+    except OSError:
+        raise
+    except Exception as error:  # of the encoding, of JSON, of the chat template, of the tokenizer
         needed = "text or messages" if is_causal else "text and label"
-        raise ValueError(f"{file} cannot be measured on ({error!r}): pass JSON lines with {needed}.") from error
-    if not any(texts):
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be measured on ({problem:.200}): pass JSON lines with {needed}.") from error
+    if not (windows if is_causal else ids and all(ids)):
         raise ValueError(f"{file} has no text to measure on: pass another --text.")
-    length = config.max_position_embeddings
-    if not is_causal:
-        ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
-        return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
-    windows: list[list[int]] = []
-    num_bytes = 0
-    for text in texts:
-        text = text[: 16 * MAX_TOKENS]
+    if is_causal:
+        return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
+    return lambda graph: _classification_loss(OnnxModel(graph), ids, targets, config)
+
+
+def _windows(texts: list[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Token ids in windows, each but the first of a text beginning with the last id of the one before, and bytes of text."""
+    windows, num_bytes = list[list[int]](), 0
+    for text in (text[: 16 * MAX_TOKENS] for text in texts):
         start = tokenizer.bos_token or tokenizer.eos_token or ""
         ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
         windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
         num_bytes += len(text.encode())
         if sum(map(len, windows)) > MAX_TOKENS:
             break
-    return lambda graph: _bits(OnnxModel(graph), windows) / num_bytes
+    return windows, num_bytes
 
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
     if config.problem_type == "regression":
-        return np.array(label, np.float32).reshape(config.num_labels)
-    names, known = [label] if isinstance(label, str) else label, [*config.id2label.values()]
+        if not np.isfinite(values := np.array(label, np.float32).reshape(config.num_labels)).all():
+            raise ValueError(f"label {label} is not finite")
+        return values
+    names, known = label if isinstance(label, list) else [str(label)], [*config.id2label.values()]
     if unknown := set(names) - set(known):
         raise ValueError(f"the model has no label {unknown.pop()}")
     return np.isin(known, names)
@@ -133,7 +146,7 @@ def write_smaller(
         if is_classifier and config.problem_type != "regression":
             cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
         else:
-            cost = after / before - 1
+            cost = (after - before) / (before or 1)
             values = f"{'squared error' if is_classifier else 'bits per byte'} {before:.4f} -> {after:.4f} ({cost:+.2%})"
         small, large = (
             sum(each.stat().st_size for each in start.parent.glob(f"{start.name}*")) / 1e6 for start in (file, graph)

@@ -47,7 +47,8 @@ function ask(action, argument, report) {
 async function locateModel() {
     const response = await fetch("model.json", { cache: "no-cache" }).catch(() => ({ status: "no answer" }));
     if (!response.ok) throw new Error(`model.json cannot be read (${response.status}). Check the connection, then retry.`);
-    const { model, revision, path, name } = await response.json();
+    const { model, revision, path, name = "Model" } = (await response.json().catch(() => null)) ?? {};
+    if (typeof model !== "string") throw new Error("model.json names no model: upload the page again with hub_upload.py.");
     const folder = path ? `${path}/` : "";
     if (model === ".") return { name, base: new URL(`model/${revision}/${folder}`, location.href).href };
     // A commit in the address lets the browser keep the files and still notice a new version.
@@ -71,9 +72,9 @@ async function load() {
     $("main").hidden = $("retry").hidden = true;
     $("loading").hidden = $("progress").hidden = false;
     $("stage").textContent = "Loading the model into this browser. What you type stays here.";
-    startWorker();
     try {
         const { name, base } = await locateModel();
+        startWorker(); // and ask it at once: an error that it has before it is asked would be lost
         $("name").textContent = name.split("/").pop();
         showModel(await ask("load", { base, useWebGPU: $("engine").value === "WebGPU" }, makeProgress()));
         document.title = $("name").textContent;

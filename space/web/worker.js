@@ -237,15 +237,16 @@ async function attention({ text, layer, head }) {
 
 class Explained extends Error {} // its message is meant for the visitor
 // What happened and what to do, in plain sentences.
-function explain(error) {
+function explain(error, action) {
     const message = String(error?.message ?? error), isLost = /^\d+$/.test(message); // WebAssembly throws addresses
     if (error instanceof Explained) return message;
-    if (isLost || /memory|alloc/i.test(message)) return "There is not enough memory for this model. Close other tabs, then retry.";
     const [url, status] = [...refused].find(([url]) => message.includes(url)) ?? [...unfinished];
     const file = url && decodeURIComponent(new URL(url).pathname.split("/").pop());
     if (refused.has(url)) return `${file} cannot be downloaded (HTTP ${status}): the model was moved, renamed or made private, ` +
         "or its server has a problem. Retry later, or ask whoever sent you the link.";
+    if (isLost || /memory|alloc/i.test(message)) return "There is not enough memory for this model. Close other tabs, then retry.";
     if (url) return `The download of ${file} was interrupted. Check the connection, then retry: complete files are kept.`;
+    if (action === "load") globalThis.caches?.delete("transformers-cache"); // of the library: a file in it may be damaged
     return `The model cannot be run (${message.slice(0, 200)}). Retry, or use a current Firefox, Chrome, Edge or Safari.`;
 }
 
@@ -257,6 +258,6 @@ onmessage = async ({ data: { id, action, argument } }) => {
         postMessage({ id, result: await ACTIONS[action](argument, (progress) => postMessage({ id, progress })) });
     } catch (error) {
         console.error(error);
-        postMessage({ id, error: explain(error) });
+        postMessage({ id, error: explain(error, action) });
     }
 };

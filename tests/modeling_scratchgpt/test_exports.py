@@ -22,6 +22,7 @@ from modeling_scratchgpt import (
     ScratchGPTForTokenClassification,
     ScratchGPTTokenizer,
 )
+from modeling_scratchgpt.convert.web import read_held_out
 from tests.conftest import IS_CURRENT, MODERN, ROOT, TINY, shaken
 from tests.modeling_scratchgpt.test_interchange import difference
 
@@ -251,8 +252,11 @@ def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, c
     with torch.no_grad():
         ours.model.norm.weight[0], ours.lm_head.weight[299, 0] = 0, 2000
     ours.save_pretrained(tmp_path / "ours")
-    rows = [{"messages": [{"role": "user", "content": TEXT}]}, {"text": TEXT}]
-    (tmp_path / "ours" / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"messages": [{"role": "user", "content": TEXT}]}, {"text": TEXT, "title": "a\u2028b"}]
+    lines = [
+        json.dumps(row, ensure_ascii=False) for row in rows
+    ]  # with a byte-order mark and empty lines, as editors leave them
+    (tmp_path / "ours" / "held_out.jsonl").write_text("\n\n".join(lines) + "\n\n", encoding="utf-8-sig")
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path / "ours")
     output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
@@ -319,13 +323,46 @@ def test_models_that_onnx_cannot_express_are_refused(fields, change, expected, s
         (
             ["--to", "onnx"],
             '{"title": "a"}',
-            "text.jsonl cannot be measured on (KeyError('text')): pass JSON lines with text or",
+            "text.jsonl cannot be measured on (KeyError: 'text'): pass JSON lines with text or",
         ),
+        (["--to", "onnx"], '{"text": 5}', "text.jsonl cannot be measured on (TypeError: "),
+        (["--to", "onnx"], '{"text": "\\ud800"}', "text.jsonl cannot be measured on (TypeError: "),
+        (["--to", "onnx"], '{"messages": [{"role": "tool", "content": "a"}]}', "measured on (TemplateError: no tool)"),
+        (["--to", "onnx"], "[" * 5000, "text.jsonl cannot be measured on (RecursionError: "),
+        (["--to", "onnx"], "\xff", "text.jsonl cannot be measured on (UnicodeDecodeError: "),
         (["--to", "onnx"], "", "text.jsonl has no text to measure on: pass another --text"),
         (["--to", "gguf"], "", "--attentions and --text are for --to onnx: leave them out"),
     ],
 )
 def test_a_text_to_measure_on_is_checked_first(words, content, expected, save, tmp_path, refused):
-    save({})
-    (tmp_path / "text.jsonl").write_text(content)
+    _, tokenizer = save({})
+    tokenizer.chat_template = "{{ raise_exception('no tool') }}"
+    tokenizer.save_pretrained(tmp_path / "ours")
+    (tmp_path / "text.jsonl").write_text(content, encoding="latin-1")
     assert expected in refused(tmp_path / "ours", tmp_path / "out", *words, "--text", tmp_path / "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "row", "expected"),
+    [
+        ("regression", {"text": "a", "label": None}, "label None is not finite"),
+        ("single_label_classification", {"text": "a", "label": "2"}, "the model has no label 2"),
+        ("single_label_classification", {"text": "a", "label": 1}, None),  # a name, as in training
+        ("multi_label_classification", {"text": "a", "label": [0, 1]}, "the model has no label [01]"),  # not positions
+        ("single_label_classification", {"text": "", "label": "1"}, "has no text to measure on"),
+        (None, {"text": "b"}, "has no text to measure on"),  # one token, after which nothing is predicted
+    ],
+)
+def test_labels_and_texts_that_cannot_be_measured(problem_type, row, expected, tmp_path):
+    config = ScratchGPTConfig(**TINY, id2label={0: "0", 1: "1"}, problem_type=problem_type)
+    config.architectures = ["GPT2ForSequenceClassification" if problem_type else "GPT2LMHeadModel"]
+    if problem_type == "regression":
+        config.id2label = {0: "score"}
+    tokenizer = ScratchGPTTokenizer.train([TEXT] * 9, 290)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    (tmp_path / "text.jsonl").write_text(json.dumps(row))
+    if expected is None:
+        assert read_held_out(tmp_path / "text.jsonl", config, tokenizer)
+        return
+    with pytest.raises(ValueError, match=expected):
+        read_held_out(tmp_path / "text.jsonl", config, tokenizer)

@@ -246,6 +246,7 @@ def test_a_finished_run_is_trained_longer(run, book, tmp_path):
             ["--lr", "1", "--block-size=8"],
             "unrecognized arguments: --lr 1 --block-size=8: did you mean --learning_rate and --context_length?",
         ),
+        (["--eval_tokens", "1"], "--eval_tokens must be 0 or at least 2, got 1"),
         (["--stride", "33"], "--stride must be at most --context_length 32, got 33"),
         (["--dataset_weights", "1", "2"], "--dataset_weights has 2 weights for 1 sources: pass one per source"),
         (["--dataset_weights", "-1"], "--dataset_weights must be positive numbers, got -1.0"),

@@ -13,12 +13,13 @@ const HOSTILE = '<img src=x onerror="ran=1"><script>ran=1</script>';
 const TEXT = "to be, naïve 🙂";
 const results = { hosts: new Set(), errors: [] };
 
-async function openPage(browser, address, { width = 1280, colorScheme = "light", prelude } = {}) {
+async function openPage(browser, address, { width = 1280, colorScheme = "light", prelude, routes = {} } = {}) {
     const context = await browser.newContext({ viewport: { width, height: 844 }, colorScheme });
     if (prelude) await context.route("**/worker.js", async (route) => {
         const response = await route.fetch();
         await route.fulfill({ response, body: prelude + (await response.text()) });
     });
+    for (const [path, route] of Object.entries(routes)) await context.route(path, route);
     const page = await context.newPage();
     page.setDefaultTimeout(20000);
     page.on("request", (request) => results.hosts.add(new URL(request.url()).hostname));
@@ -66,6 +67,9 @@ async function completion(browser) {
         await run(page, "to be", `seed ${seed}`);
         seen.sampled.push(await page.locator("#output").textContent());
     }
+    await run(page, "שלום", "seed 2");
+    seen.margin = await page.locator(".prompt").evaluate((node) => // of a text that is written from right to left
+        node.parentElement.getBoundingClientRect().right - node.getClientRects()[0].right);
     await run(page, HOSTILE);
     seen.hostile = { expected: HOSTILE, shown: await page.locator("#output").textContent() };
     await set(page, "top_k", 5);
@@ -132,8 +136,8 @@ async function chat(browser) {
     return seen;
 }
 
-async function classifier(browser) {
-    const page = await openPage(browser, addresses.classifier);
+const classifier = (kind) => async (browser) => {
+    const page = await openPage(browser, addresses[kind]);
     const seen = { empty: await run(page, " ", "Type something first.") };
     await page.locator("#text").fill(TEXT);
     await page.locator("#run").click();
@@ -141,7 +145,7 @@ async function classifier(browser) {
     seen.rows = await page.locator("#output tr").evaluateAll((rows) => rows.map((row) => [...row.cells].map((cell) => cell.textContent)));
     seen.visible = await inner(page, "summary:visible");
     return seen;
-}
+};
 
 async function failures(browser) {
     const seen = {};
@@ -155,6 +159,21 @@ async function failures(browser) {
     await page.keyboard.press("Enter");
     await page.locator("#main").waitFor();
     seen.recovered = await page.locator("#facts").innerText();
+    await page.evaluate(async () => { // A file in the browser's cache is damaged
+        const cache = await caches.open("transformers-cache"), files = await cache.keys();
+        await cache.put(files.find(({ url }) => url.endsWith(".onnx")), new Response("half"));
+    });
+    await page.reload();
+    await page.locator("#retry").waitFor();
+    seen.damaged = await page.locator("#stage").innerText();
+    await page.locator("#retry").click();
+    await page.locator("#main").waitFor();
+    seen.again = await page.locator("#facts").innerText();
+    const late = (route) => setTimeout(() => route.continue(), 500); // the worker fails before the model is known
+    const routes = { "**/worker.js": (route) => route.abort(), "**/model.json": late };
+    seen.withoutWorker = await (await openPage(browser, addresses.chat, { routes })).locator("#stage").innerText();
+    const unnamed = { "**/model.json": (route) => route.fulfill({ body: "{}" }) };
+    seen.unnamed = await (await openPage(browser, addresses.chat, { routes: unnamed })).locator("#stage").innerText();
     return seen;
 }
 
@@ -168,7 +187,8 @@ async function speed(browser) {
 }
 
 const browser = await chromium.launch({ executablePath, args: FLAGS });
-const scenarios = { completion, chat, classifier, failures, speed };
+const classifiers = ["classifier", "regression", "multi_label_classification"].map((kind) => [kind, classifier(kind)]);
+const scenarios = { completion, chat, ...Object.fromEntries(classifiers), failures, speed };
 for (const name of addresses.scenarios) results[name] = await scenarios[name](browser);
 await browser.close();
 console.log(JSON.stringify({ ...results, hosts: [...results.hosts] }));

@@ -51,6 +51,8 @@ def upload(hub, tmp_path, monkeypatch, capsys):
     (export / "onnx").mkdir(parents=True)
     (export / "onnx" / "model.onnx").write_bytes(b"graph")
     (export / "README.md").write_text('# book\n\n```js\npipeline("PATH_OR_HUB_ID");\n```\n\n## Size\n\n- 8 bits: 7.0 MB\n')
+    (export / "held_out.jsonl").write_text("{}")  # must not be uploaded
+    (export / "config.json").write_text("{}")
     monkeypatch.setattr("hub_upload.export", lambda directory: (export, ""))
     monkeypatch.setattr("hub_upload.check_page", lambda directory: "The page was started.")
     changed = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}

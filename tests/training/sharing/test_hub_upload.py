@@ -261,6 +261,8 @@ def test_space(hub, model, upload):
     data = ModelCard(hub.content("ann/book", "README.md", kind="space").decode()).data.to_dict()
     assert (data["sdk"], data["models"]) == ("static", ["ann/book"])
     assert hub.content("ann/book", "web/onnx/model.onnx") == b"graph"
+    exported = {name for name in repository.files("main")[1] if name.startswith("web/")}
+    assert exported == {"web/README.md", "web/config.json", "web/onnx/model.onnx"}
 
     card = ModelCard(hub.content("ann/book", "README.md").decode())
     assert card.data.tags == ["scratchgpt", "transformers.js"]
@@ -268,7 +270,9 @@ def test_space(hub, model, upload):
     usage = 'env.remotePathTemplate = "{model}/resolve/{revision}/web/";\n\npipeline("ann/book");\n```\n\n### Size\n\n- 8 bits'
     assert usage in card.text
 
-    assert "deleting files of an earlier upload: web/README.md, web/onnx/model.onnx" in upload(model, "ann/book")
+    assert "deleting files of an earlier upload: web/README.md, web/config.json, web/onnx/model.onnx" in upload(
+        model, "ann/book"
+    )
     assert "transformers.js" not in hub.content("ann/book", "README.md").decode()
     assert json.loads(hub.content("ann/book", "model.json", kind="space"))["revision"] == first  # and there it stays
 
