@@ -106,11 +106,8 @@ class Handler(SimpleHTTPRequestHandler):
         prefix = f"/model/{self.settings['revision']}/"
         is_model = urlsplit(path).path.startswith(prefix)
         self.directory = str(self.model if is_model else WEB)
-        return (
-            super()
-            .translate_path(path.removeprefix(prefix[:-1]) if is_model else path)
-            .replace("\0", "\N{REPLACEMENT CHARACTER}")
-        )
+        found = super().translate_path(path.removeprefix(prefix[:-1]) if is_model else path)
+        return found.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
     def do_GET(self) -> None:
         if unquote(urlsplit(self.path).path) != "/model.json":

@@ -10,6 +10,10 @@ from typing import Any
 
 from transformers.utils import logging
 
+SMALLER_STEPS = (
+    "lower --batch_size, and raise --gradient_accumulation_steps as much, lower --context_length, or pass "
+    "--gradient_checkpointing"
+)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of GPUs; of CPUs; of CPUs on Windows
 
 
@@ -38,16 +42,14 @@ def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> It
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turn the errors of all devices that are out of memory into a `UserError` that says what to lower."""
+def explain_out_of_memory(remedy: str = SMALLER_STEPS) -> Iterator[None]:
+    """Turn the errors of all devices that are out of memory into a `UserError` with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(part in str(error) for part in OUT_OF_MEMORY):
             raise
-        batch = "lower --batch_size, and raise --gradient_accumulation_steps as much"
-        others = "lower --context_length, or pass --gradient_checkpointing"
-        raise UserError(f"out of memory ({one_line(error)}): {batch}, {others}.") from error
+        raise UserError(f"out of memory ({one_line(error)}): {remedy}.") from error
 
 
 @contextmanager

@@ -109,6 +109,20 @@ def test_a_batch_that_does_not_fit_is_divided(run, book, tmp_path, monkeypatch, 
     assert "; ".join(notes) in (tmp_path / "README.md").read_text()
 
 
+def test_optimizers_that_do_not_fit_are_not_stepped_again(book, tmp_path, monkeypatch):
+    """Smaller batches do not help, and Muon has changed the weights when the state of AdamW is allocated."""
+    steps = []
+
+    def step(self, closure=None):
+        steps.append(self)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(UserError, match=r"^out of memory \(CUDA .*\): choose a smaller model, or divide it over several GPUs"):
+        pretrain.main(["--dataset", book, *SMALL, "--output_dir", str(tmp_path)])
+    assert len(steps) == 1
+
+
 def test_the_training_of_a_tokenizer_ends_with_ctrl_c(book, tmp_path, monkeypatch):
     """At once: code in Rust would end first if Python handled the signal."""
     train, handlers = ScratchGPTTokenizer.train, []

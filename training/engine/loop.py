@@ -25,7 +25,7 @@ from torch import nn
 from modeling_scratchgpt.cross_entropy import IGNORE_INDEX
 from training.engine.arguments import EngineArguments
 from training.engine.optimizers import lr_factor, set_learning_rates
-from training.errors import UserError
+from training.errors import UserError, explain_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def training_steps(
         first_step: its number; above 1 for a resumed run, whose dataloader begins there.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or the optimizers are out of memory, which smaller batches do not change.
     """
     batches = iter(dataloader)
     for number in itertools.count(first_step):
@@ -80,7 +80,8 @@ def training_steps(
             step_loss += loss.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
         rates = set_learning_rates(optimizers, lr_factor(number - 1, arguments))
-        step_all(accelerator, optimizers)
+        with explain_out_of_memory("choose a smaller model, or divide it over several GPUs with FSDP2"):
+            step_all(accelerator, optimizers)
         mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
         if not math.isfinite(mean_loss):
             remedy = "Lower --learning_rate and --muon_learning_rate, then --weight_decay."
