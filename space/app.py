@@ -14,6 +14,7 @@ import subprocess
 import sys
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -126,13 +127,10 @@ def bind(handler: Callable[..., Handler], port: int | None) -> ThreadingHTTPServ
         OSError: the port is in use.
     """
     ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
-    for number in ports:
-        try:
+    for number in ports[:-1]:
+        with suppress(OSError):
             return ThreadingHTTPServer(("127.0.0.1", number), handler)
-        except OSError:
-            if number == ports[-1]:
-                raise
-    raise AssertionError
+    return ThreadingHTTPServer(("127.0.0.1", ports[-1]), handler)
 
 
 def main() -> None:
