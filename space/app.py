@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 WEB = ROOT / "space" / "web"
 EXPORT = Path("onnx", "model.onnx")
 FIRST_PORT, NUM_PORTS = 7860, 100
+# With these headers, WebAssembly may use all cores.
+HEADERS = {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"}
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".json": "application/json"}
 
 
@@ -109,8 +111,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # this and the next: WebAssembly may use all cores
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         super().end_headers()
 
     def list_directory(self, path):

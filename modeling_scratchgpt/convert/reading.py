@@ -85,9 +85,6 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# Other models to ScratchGPT -----------------------------------------------------------------------------------------------
-
-
 def _read_other(source: str, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     path = Path(source).expanduser()
     if not path.exists() and not is_hub_id(source):
@@ -124,7 +121,6 @@ def _read_transformers(source: str) -> LoadedModel:
 
 
 def _read_openai(directory: Path) -> LoadedModel:
-    """Read OpenAI's own files of GPT-2."""
     sizes = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer", "n_head": "n_head"}
     try:
         hparams = json.loads((directory / "hparams.json").read_text(encoding="utf-8"))
@@ -145,7 +141,13 @@ def _read_openai(directory: Path) -> LoadedModel:
         tensor = torch.from_numpy(array.copy())
         state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
     model, reference = _build_models(fields, state, str(indices[0]))
-    return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, *_openai_tokenizer(directory, model.config))
+    tokenizer, remark = None, ""
+    try:
+        tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
+        model.config.bos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    except (OSError, ValueError) as error:
+        remark = str(error)
+    return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, tokenizer, remark)
 
 
 def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
@@ -251,9 +253,6 @@ def _build_models(fields: dict[str, Any], state: State, file: str) -> tuple[PreT
     return _load(ScratchGPTForCausalLM, None, file, config=our_config, state_dict=state), reference.eval()
 
 
-# Loading and checking weights ---------------------------------------------------------------------------------------------
-
-
 def _load(model_class: Any, path: str | None, name: str | None = None, **options: Any) -> Any:
     """Load a model, all of whose weights must be in the source (called `name` in errors) and finite."""
     source = name or path
@@ -304,9 +303,6 @@ def _check_safetensors(directory: Path) -> None:
             if other := seen.get(key := name.removeprefix("transformer.")):
                 raise ValueError(f"{directory} has two tensors for one weight: {other} and {name}.")
             seen[key] = name
-
-
-# ScratchGPT to other models -----------------------------------------------------------------------------------------------
 
 
 def _read_scratchgpt(source: str, to: str) -> LoadedModel:
@@ -360,9 +356,6 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-# Tokenizers -----------------------------------------------------------------------------------------------------------
-
-
 def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
     """Load the tokenizer of a directory or repository as a ScratchGPTTokenizer, or say why there is none."""
     directory = Path(source)
@@ -393,15 +386,6 @@ def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
     settings |= {name: tokenizer.init_kwargs[name] for name in passed if name in tokenizer.init_kwargs}
     settings |= {"add_prefix_space": adds_prefix_space(tokenizer.backend_tokenizer), **tokenizer.special_tokens_map}
     return tokenizer_class(tokenizer_object=tokenizer.backend_tokenizer, **settings)
-
-
-def _openai_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
-    try:
-        tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
-    except (OSError, ValueError) as error:
-        return None, str(error)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    return tokenizer, ""
 
 
 def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:

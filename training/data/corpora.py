@@ -126,8 +126,6 @@ def split_documents(documents: Dataset, arguments: CorpusArguments) -> dict[str,
 
 
 def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: float) -> dict[str, Dataset]:
-    """Hold out the end of every document."""
-
     def parts(split: int) -> Iterator[bytes]:
         for text in encode_texts(documents):
             first = _find_word_boundary(text, 0, round(len(text) * (1 - validation_fraction - test_fraction)))
