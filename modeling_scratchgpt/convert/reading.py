@@ -306,11 +306,7 @@ def _check_safetensors(directory: Path) -> None:
 
 
 def _read_scratchgpt(source: str, to: str) -> LoadedModel:
-    """Read a ScratchGPT with its reference: GPT-2 or Qwen3; for GGUF, whichever fits; none for ONNX.
-
-    Raises:
-        ValueError: it is not a ScratchGPT, or cannot be converted; the message names the field of its config.
-    """
+    """Read a ScratchGPT with its reference: GPT-2 or Qwen3; for GGUF, whichever fits; none for ONNX."""
     if Path(source).is_file():
         raise ValueError(f"{source} is a file: --to takes the directory of a ScratchGPT.")
     fields, _ = PreTrainedConfig.get_config_dict(source)
@@ -318,7 +314,8 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
     architecture = (fields.get("architectures") or ["ScratchGPTForCausalLM"])[0]
     heads = ["ForCausalLM", *(["ForSequenceClassification"] if to == "onnx" else [])]
-    if not architecture.endswith(tuple(heads)):
+    head = next((head for head in heads if architecture.endswith(head)), None)
+    if not head:
         allowed = " or a ".join(f"ScratchGPT{head}" for head in heads)
         raise ValueError(f"{source} is a {architecture}: --to {to} takes a {allowed}.")
     if Path(source, "adapter_config.json").is_file():
@@ -327,32 +324,23 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
     our_config = ScratchGPTConfig.from_dict(fields)
     if to == "onnx":
         check_onnx(our_config)
-        as_transformers(our_config, stock_type(our_config))
-        head = next(head for head in heads if architecture.endswith(head))
-        model_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}")
-        return LoadedModel("ScratchGPT", _load(model_class, source), None, *tokenizer_of(source))
-    if to == "gguf":
-        to = stock_type(our_config)
-    as_transformers(our_config, to)  # raises its errors before the weights are loaded
-    model = _load(ScratchGPTForCausalLM, source)
-    config = as_transformers(model.config, to)
-    state = gpt2_state_dict(model.state_dict()) if to == "gpt2" else model.state_dict()
-    reference = REFERENCES[to].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    model_type = to if to in REFERENCES else None
+    as_transformers(our_config, model_type)  # raises its errors before the weights are loaded
+    model = _load(getattr(modeling_scratchgpt, f"ScratchGPT{head}"), source)
+    if to == "onnx":
+        return LoadedModel("ScratchGPT", model, None, *tokenizer_of(source))
+    config = as_transformers(model.config, model_type)
+    state = gpt2_state_dict(model.state_dict()) if config.model_type == "gpt2" else model.state_dict()
+    reference = REFERENCES[config.model_type].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     reference.generation_config = model.generation_config
     return LoadedModel("ScratchGPT", model, reference, *tokenizer_of(source))
 
 
-def stock_type(config: PreTrainedConfig) -> str:
-    """The model type of transformers that can be equivalent to a ScratchGPT."""
-    return "qwen3" if config.position_embedding_type == "rotary" else "gpt2"
-
-
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the equivalent language model or classifier of transformers."""
-    model_type = stock_type(model.config)
-    config = as_transformers(model.config, model_type)
+    config = as_transformers(model.config)
     table = CAUSAL_LM if hasattr(model, "lm_head") else CLASSIFIERS
-    config.architectures, config.problem_type = [table[model_type]], model.config.problem_type
+    config.architectures, config.problem_type = [table[config.model_type]], model.config.problem_type
     return config
 
 

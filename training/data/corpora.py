@@ -38,8 +38,6 @@ HEAD = 2**20  # bytes at the beginning of a text file that are checked before an
 
 @dataclass
 class CorpusArguments:
-    """Arguments about the corpora of a run."""
-
     dataset: list[str] = option(
         ["docs"],
         "`docs`; .txt, .md, .json, .jsonl, .parquet, .csv and .tsv files, also compressed, directories and globs of them; ids "
