@@ -35,9 +35,8 @@ def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
         ValueError: a file is of another format, incomplete or damaged; the message names file and tensor.
         OSError: a file is missing.
     """
-    table = index.read_bytes()
     try:
-        entries = dict(_iterate_table(table))
+        entries = dict(_iterate_table(index.read_bytes()))
         header = _parse_message(entries.pop(b""))
         num_shards = header.get(1, [1])[0]
     except (IndexError, KeyError, struct.error, ValueError) as error:
