@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from space.app import WEB, export
+from space.app import HEADERS, WEB, export
 from space.check import check_page
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
@@ -40,20 +39,6 @@ ATOMIC = "an upload changes all files or none"
 COMMIT_SUFFIX = "(hub_upload.py)"  # marks the commits made here: others are not overwritten
 GENERATED = "Blob of the generated card: "  # in the description of a commit: another card on the Hub was edited there
 EXPORT = "web"  # the directory of the ONNX export in the model's repository
-# The headers let WebAssembly use all cores.
-SPACE_CARD = """---
-title: "{name}"
-license: apache-2.0
-sdk: static
-models:
-- {repository}
-custom_headers:
-  cross-origin-embedder-policy: require-corp
-  cross-origin-opener-policy: same-origin
----
-
-A page that runs [{repository}](https://huggingface.co/{repository}) in its visitor's browser.
-"""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -146,8 +131,10 @@ def print_files(files: Files, arguments: argparse.Namespace) -> None:
 def space_files(repository: str, revision: str) -> Files:
     """The page, for this version of the model: visitors get old page and model, or new page and model."""
     settings = json.dumps({"model": repository, "revision": revision, "path": EXPORT}).encode()
-    card = SPACE_CARD.format(name=repository.partition("/")[2], repository=repository).encode()
-    return {CARD: card, "model.json": settings, **{path.name: path for path in sorted(WEB.iterdir())}}
+    title, link = repository.partition("/")[2], f"[{repository}](https://huggingface.co/{repository})"
+    metadata = SpaceCardData(title=title, sdk="static", license="apache-2.0", models=[repository], custom_headers=HEADERS)
+    card = f"---\n{metadata.to_yaml()}\n---\n\nA page that runs {link} in its visitor's browser.\n"
+    return {CARD: card.encode(), "model.json": settings, **{path.name: path for path in sorted(WEB.iterdir())}}
 
 
 @dataclass(frozen=True)
@@ -188,9 +175,7 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
         is_edited = CARD in files and not (last and GENERATED + files[CARD] in last.message)
         card = b""
         if is_edited and not arguments.overwrite:
-            with tempfile.TemporaryDirectory() as directory:
-                path = api.hf_hub_download(repository, CARD, revision=commits[0].commit_id, local_dir=directory, **options)
-                card = Path(path).read_bytes()
+            card = Path(api.hf_hub_download(repository, CARD, revision=commits[0].commit_id, **options)).read_bytes()
         return Branch(revision, commits[0].commit_id, {*files}, card)
 
 

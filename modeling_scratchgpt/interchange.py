@@ -141,12 +141,13 @@ def as_scratchgpt(fields: dict[str, Any], overrides: dict[str, Any] | None = Non
     return {**{name: value for name, value in fields.items() if name in common and name not in result}, **result}
 
 
-def as_transformers(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
-    """Convert a `ScratchGPTConfig` to the equivalent `GPT2Config` or `Qwen3Config`.
+def as_transformers(config: PreTrainedConfig, model_type: str | None = None) -> PreTrainedConfig:
+    """Convert a `ScratchGPTConfig` to the equivalent `GPT2Config` or `Qwen3Config`; by default, whichever has its positions.
 
     Raises:
         ValueError: there is none; the message names the field.
     """
+    model_type = model_type or ("qwen3" if config.position_embedding_type == "rotary" else "gpt2")
     required = {**ARCHITECTURE[model_type]}
     if model_type == "gpt2":
         del required["attention_bias"], required["mlp_bias"]  # a missing bias equals a bias of zero

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 WEB = ROOT / "space" / "web"
 EXPORT = Path("onnx", "model.onnx")
 FIRST_PORT, NUM_PORTS = 7860, 100
+# With these headers, WebAssembly may use all cores.
+HEADERS = {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"}
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".json": "application/json"}
 
 
@@ -121,8 +123,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # this and the next: WebAssembly may use all cores
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         super().end_headers()
 
     def list_directory(self, path):
@@ -139,13 +141,10 @@ def bind(handler: Callable[..., Handler], port: int | None) -> ThreadingHTTPServ
         OSError: the port is in use.
     """
     ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
-    for number in ports:
-        try:
+    for number in ports[:-1]:
+        with suppress(OSError):
             return ThreadingHTTPServer(("127.0.0.1", number), handler)
-        except OSError:
-            if number == ports[-1]:
-                raise
-    raise AssertionError
+    return ThreadingHTTPServer(("127.0.0.1", ports[-1]), handler)
 
 
 def main() -> None:

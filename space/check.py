@@ -9,8 +9,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -36,22 +35,16 @@ def check_page(directory: Path) -> str:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not browser:
         return f"The page was not started: none of {', '.join(BROWSERS)} is installed."
-    with _serving(directory) as address:
-        title = _title_after_loading(browser, address)
+    settings = {"model": ".", "name": LOADED, "revision": "checked", "path": ""}
+    with bind(functools.partial(Handler, model=directory, settings=settings), 0) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        title = _title_after_loading(browser, f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
     if title == LOADED:
         return f"The page was started in {Path(browser).name}: it runs the model."
     if title == LOADING or "download" in title:  # of the library, which comes from another server
         return f"The page was not checked in {Path(browser).name}, which got no further than: {title}"
     raise UserError(f"the page does not run the model: {html.unescape(title)}")
-
-
-@contextmanager
-def _serving(directory: Path) -> Iterator[str]:
-    settings = {"model": ".", "name": LOADED, "revision": "checked", "path": ""}
-    with bind(functools.partial(Handler, model=directory, settings=settings), 0) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
 
 
 def _title_after_loading(browser: str, address: str) -> str:

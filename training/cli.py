@@ -3,8 +3,6 @@
 Notable:
 - One parser for both: the YAML is parsed as if its lines had been typed, with the same errors; `--help` shows its values.
 - A range belongs to its option (`option(8, "...", minimum=1)`), and one function checks them all.
-- `--model` takes fields of `ScratchGPTConfig` as `name=value`; they override those of the file one by one.
-- An error of the user ends in one line and exit code 2, never in a traceback.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from training.cli import option, parse_arguments, run_main
-from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
+from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
 from training.data.datasets import evaluation_dataloader, evaluation_rows
 from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         corpora = read_corpora(arguments)
         documents = [corpus.documents for corpus in corpora]
         if arguments.split != "all":
-            documents = [split[arguments.split] for split in split_corpora(arguments, corpora)]
+            documents = [split_documents(corpus.documents, arguments)[arguments.split] for corpus in corpora]
         tokens = tokenize_documents(concatenate_datasets(documents), tokenizer, "the text")
     rows = evaluation_rows(tokens, windows, context_length, 0, stride)
     embedding: Any = model.get_input_embeddings()

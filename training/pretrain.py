@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.tokenization_scratchgpt import MAX_VOCAB_SIZE, TOKENIZERS, min_vocab_size, tokenizer_report
 from training.cli import model_config, model_option, option, run_main
-from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_corpora
+from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
 from training.data.datasets import PackedExamples, Windows, evaluation_dataloader, evaluation_rows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.data.splits import SPLITS
@@ -130,7 +130,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
         """Corpora -> splits -> tokenizer -> token files."""
         arguments = self.arguments
         corpora = read_corpora(arguments)
-        splits = split_corpora(arguments, corpora)
+        splits = [split_documents(corpus.documents, arguments) for corpus in corpora]
         self.texts = {name: concatenate_datasets([split[name] for split in splits]) for name in SPLITS}
         self.num_duplicates = sum(corpus.duplicates + corpus.near_duplicates for corpus in corpora)
         size, length = arguments.vocab_size, arguments.context_length

@@ -1,14 +1,14 @@
 """Read models in other formats, as ScratchGPT and as the reference model of transformers to compare with.
 
 Notable:
-- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl is parsed instruction by instruction.
+- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl may contain only plain data.
 - The tensors of the source must match those of the model exactly: in names, shapes and kind.
 - Every error caused by a damaged file becomes one line that names the file.
 """
 
+import io
 import json
 import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -40,6 +40,11 @@ from .tensorflow import read_tensorflow_checkpoint
 State = dict[str, torch.Tensor]
 REFERENCES: dict[str, Any] = {"gpt2": transformers.GPT2LMHeadModel, "qwen3": transformers.Qwen3ForCausalLM}
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
+PLAIN_INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BININT, pickle.BININT1, pickle.BININT2),
+    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+)
 
 
 @dataclass
@@ -80,9 +85,6 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# Other models to ScratchGPT -----------------------------------------------------------------------------------------------
-
-
 def _read_other(source: str, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     path = Path(source).expanduser()
     if not path.exists() and not is_hub_id(source):
@@ -119,7 +121,6 @@ def _read_transformers(source: str) -> LoadedModel:
 
 
 def _read_openai(directory: Path) -> LoadedModel:
-    """Read OpenAI's own files of GPT-2."""
     sizes = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_layer": "n_layer", "n_head": "n_head"}
     try:
         hparams = json.loads((directory / "hparams.json").read_text(encoding="utf-8"))
@@ -140,7 +141,13 @@ def _read_openai(directory: Path) -> LoadedModel:
         tensor = torch.from_numpy(array.copy())
         state[".".join(["transformer", *parts])] = tensor.squeeze(0) if parts[-1] == "weight" and tensor.ndim == 3 else tensor
     model, reference = _build_models(fields, state, str(indices[0]))
-    return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, *_openai_tokenizer(directory, model.config))
+    tokenizer, remark = None, ""
+    try:
+        tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
+        model.config.bos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    except (OSError, ValueError) as error:
+        remark = str(error)
+    return LoadedModel("OpenAI's checkpoint for TensorFlow", model, reference, tokenizer, remark)
 
 
 def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
@@ -246,9 +253,6 @@ def _build_models(fields: dict[str, Any], state: State, file: str) -> tuple[PreT
     return _load(ScratchGPTForCausalLM, None, file, config=our_config, state_dict=state), reference.eval()
 
 
-# Loading and checking weights ---------------------------------------------------------------------------------------------
-
-
 def _load(model_class: Any, path: str | None, name: str | None = None, **options: Any) -> Any:
     """Load a model, all of whose weights must be in the source (called `name` in errors) and finite."""
     source = name or path
@@ -301,15 +305,8 @@ def _check_safetensors(directory: Path) -> None:
             seen[key] = name
 
 
-# ScratchGPT to other models -----------------------------------------------------------------------------------------------
-
-
 def _read_scratchgpt(source: str, to: str) -> LoadedModel:
-    """Read a ScratchGPT with its reference: GPT-2 or Qwen3; for GGUF, whichever fits; none for ONNX.
-
-    Raises:
-        ValueError: it is not a ScratchGPT, or cannot be converted; the message names the field of its config.
-    """
+    """Read a ScratchGPT with its reference: GPT-2 or Qwen3; for GGUF, whichever fits; none for ONNX."""
     if Path(source).is_file():
         raise ValueError(f"{source} is a file: --to takes the directory of a ScratchGPT.")
     fields, _ = PreTrainedConfig.get_config_dict(source)
@@ -317,7 +314,8 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
         raise ValueError(f"{source} is a {fields.get('model_type')} model: --to takes a ScratchGPT.")
     architecture = (fields.get("architectures") or ["ScratchGPTForCausalLM"])[0]
     heads = ["ForCausalLM", *(["ForSequenceClassification"] if to == "onnx" else [])]
-    if not architecture.endswith(tuple(heads)):
+    head = next((head for head in heads if architecture.endswith(head)), None)
+    if not head:
         allowed = " or a ".join(f"ScratchGPT{head}" for head in heads)
         raise ValueError(f"{source} is a {architecture}: --to {to} takes a {allowed}.")
     if Path(source, "adapter_config.json").is_file():
@@ -326,36 +324,24 @@ def _read_scratchgpt(source: str, to: str) -> LoadedModel:
     our_config = ScratchGPTConfig.from_dict(fields)
     if to == "onnx":
         check_onnx(our_config)
-        as_transformers(our_config, stock_type(our_config))
-        head = next(head for head in heads if architecture.endswith(head))
-        model_class = getattr(modeling_scratchgpt, f"ScratchGPT{head}")
-        return LoadedModel("ScratchGPT", _load(model_class, source), None, *tokenizer_of(source))
-    if to == "gguf":
-        to = stock_type(our_config)
-    as_transformers(our_config, to)  # raises its errors before the weights are loaded
-    model = _load(ScratchGPTForCausalLM, source)
-    config = as_transformers(model.config, to)
-    state = gpt2_state_dict(model.state_dict()) if to == "gpt2" else model.state_dict()
-    reference = REFERENCES[to].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    model_type = to if to in REFERENCES else None
+    as_transformers(our_config, model_type)  # raises its errors before the weights are loaded
+    model = _load(getattr(modeling_scratchgpt, f"ScratchGPT{head}"), source)
+    if to == "onnx":
+        return LoadedModel("ScratchGPT", model, None, *tokenizer_of(source))
+    config = as_transformers(model.config, model_type)
+    state = gpt2_state_dict(model.state_dict()) if config.model_type == "gpt2" else model.state_dict()
+    reference = REFERENCES[config.model_type].from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     reference.generation_config = model.generation_config
     return LoadedModel("ScratchGPT", model, reference, *tokenizer_of(source))
 
 
-def stock_type(config: PreTrainedConfig) -> str:
-    """The model type of transformers that can be equivalent to a ScratchGPT."""
-    return "qwen3" if config.position_embedding_type == "rotary" else "gpt2"
-
-
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the equivalent language model or classifier of transformers."""
-    model_type = stock_type(model.config)
-    config = as_transformers(model.config, model_type)
+    config = as_transformers(model.config)
     table = CAUSAL_LM if hasattr(model, "lm_head") else CLASSIFIERS
-    config.architectures, config.problem_type = [table[model_type]], model.config.problem_type
+    config.architectures, config.problem_type = [table[config.model_type]], model.config.problem_type
     return config
-
-
-# Tokenizers -----------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
@@ -390,15 +376,6 @@ def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
     return tokenizer_class(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 
 
-def _openai_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[ScratchGPTTokenizer | None, str]:
-    try:
-        tokenizer = ScratchGPTTokenizer.from_gpt2_files(directory / "encoder.json", directory / "vocab.bpe")
-    except (OSError, ValueError) as error:
-        return None, str(error)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    return tokenizer, ""
-
-
 def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
     """Read nanoGPT's table of characters, if it is in the directory of the checkpoint."""
     if not file.is_file():
@@ -416,38 +393,20 @@ def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 
 
+class _PlainUnpickler(pickle._Unpickler):
+    """Knows only the instructions of dictionaries, strings and integers: none that imports, calls or builds anything else."""
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in PLAIN_INSTRUCTIONS}
+
+
 def parse_plain_pickle(content: bytes) -> Any:
-    """Parse a pickle of dictionaries, strings and integers from its instructions, without unpickling.
+    """Parse a pickle of dictionaries, strings and integers.
 
     Raises:
-        ValueError: it has an instruction that would import, call or build anything else.
+        ValueError: it has another instruction.
+        EOFError: it has no end.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    for instruction, argument, _ in pickletools.genops(content):
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                continue
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2":
-                stack.append(argument)
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "SETITEM" | "SETITEMS" as name:
-                start = marks.pop() if name == "SETITEMS" else len(stack) - 2
-                items = stack[start:]
-                del stack[start:]
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case name:
-                raise ValueError(f"it contains more than dictionaries, strings and integers: {name}")
-    raise ValueError("it has no end")
+    try:
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except KeyError as error:
+        raise ValueError(f"it contains more than dictionaries, strings and integers: instruction {error}") from error

@@ -9,9 +9,11 @@ Notable:
 Format: LevelDB's doc/table_format.md; tensorflow/core/protobuf/tensor_bundle.proto.
 """
 
+import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -33,9 +35,8 @@ def read_tensorflow_checkpoint(index: Path) -> dict[str, np.ndarray]:
         ValueError: a file is of another format, incomplete or damaged; the message names file and tensor.
         OSError: a file is missing.
     """
-    table = index.read_bytes()
     try:
-        entries = dict(_iterate_table(table))
+        entries = dict(_iterate_table(index.read_bytes()))
         header = _parse_message(entries.pop(b""))
         num_shards = header.get(1, [1])[0]
     except (IndexError, KeyError, struct.error, ValueError) as error:
@@ -70,65 +71,56 @@ def _iterate_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = table[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
         raise ValueError("it has no valid footer")
-    _, position = _parse_handle(footer, 0)
-    (offset, size), _ = _parse_handle(footer, position)
-    for _, value in _iterate_block(table, offset, size):
-        (offset, size), _ = _parse_handle(value, 0)
-        yield from _iterate_block(table, offset, size)
+    handles = io.BytesIO(footer)
+    _read_varint(handles), _read_varint(handles)  # of a block that is not used
+    for _, value in _iterate_block(table, handles):
+        yield from _iterate_block(table, io.BytesIO(value))
 
 
-def _parse_handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-    offset, position = _parse_varint(data, position)
-    size, position = _parse_varint(data, position)
-    return (offset, size), position
-
-
-def _iterate_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+def _iterate_block(table: bytes, handle: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """Iterate over the keys and values of the block whose offset and size are next in `handle`."""
+    offset, size = _read_varint(handle), _read_varint(handle)
     block, trailer = table[offset : offset + size + 1], table[offset + size + 1 : offset + size + 5]
     if _mask(crc32c(np.frombuffer(block, np.uint8))) != struct.unpack("<I", trailer)[0]:
         raise ValueError("the checksum of a block is wrong")
     if block[-1] != 0:
         raise ValueError("it is compressed, unlike TensorFlow's checkpoints")
     (num_restarts,) = struct.unpack("<I", block[-5:-1])
-    end, position, key = len(block) - 5 - 4 * num_restarts, 0, b""
-    while position < end:
-        shared, position = _parse_varint(block, position)
-        unshared, position = _parse_varint(block, position)
-        length, position = _parse_varint(block, position)
-        key = key[:shared] + block[position : position + unshared]
-        position += unshared + length
-        yield key, block[position - length : position]
+    entries, end, key = io.BytesIO(block), len(block) - 5 - 4 * num_restarts, b""
+    while entries.tell() < end:
+        shared, unshared, length = (_read_varint(entries) for _ in range(3))
+        key = key[:shared] + entries.read(unshared)
+        yield key, entries.read(length)
 
 
 def _parse_message(data: bytes) -> dict[int, list]:
     """Parse a protocol buffer into its fields by number: integers, or bytes for fields with a length."""
     fields: dict[int, list] = {}
-    position = 0
-    while position < len(data):
-        tag, position = _parse_varint(data, position)
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        tag = _read_varint(stream)
         value: int | bytes
         if tag & 7 == 0:
-            value, position = _parse_varint(data, position)
+            value = _read_varint(stream)
         elif tag & 7 == 2:
-            length, position = _parse_varint(data, position)
-            value, position = data[position : position + length], position + length
+            value = stream.read(_read_varint(stream))
         elif tag & 7 == 5:
-            value, position = struct.unpack("<I", data[position : position + 4])[0], position + 4
+            value = struct.unpack("<I", stream.read(4))[0]
         else:
             raise ValueError("it has a field of an unexpected wire type")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
-def _parse_varint(data: bytes, position: int) -> tuple[int, int]:
-    """Decode a varint (seven bits per byte; the high bit says that more follow); also return the offset after it."""
+def _read_varint(stream: BinaryIO) -> int:
+    """Read a varint: seven bits per byte; the high bit says that more follow."""
     value = shift = 0
     while True:
-        value |= (data[position] & 127) << shift
+        byte = stream.read(1)[0]
+        value |= (byte & 127) << shift
         shift += 7
-        position += 1
-        if data[position - 1] < 128:
-            return value, position
+        if byte < 128:
+            return value
 
 
 def _mask(checksum: int) -> int:

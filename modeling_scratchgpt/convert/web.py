@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import ModelCard, ModelCardData
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..interchange import SPECIAL_IDS
@@ -106,26 +108,20 @@ def _bits(model: OnnxModel, windows: list[list[int]]) -> float:
     """The information in the tokens of all windows, excluding the first of each."""
     nats = 0.0
     for window in windows:
-        logits = model(np.array([window]))[0][0, :-1].astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), window[1:]]).sum()
+        logits = torch.from_numpy(model(np.array([window]))[0][0, :-1]).double()
+        nats += cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
     return nats / math.log(2)
 
 
 def _classification_loss(
     model: OnnxModel, texts: list[list[int]], targets: list[np.ndarray], config: PreTrainedConfig
 ) -> float:
-    losses = []
-    for ids, target in zip(texts, targets, strict=True):
-        logits = model(np.array([ids]))[0][0]
-        match config.problem_type:
-            case "regression":
-                losses.append(np.square(logits - target).mean())
-            case "multi_label_classification":
-                losses.append(((logits > 0) != target).mean())
-            case _:
-                losses.append(not target[logits.argmax()])
-    return float(np.mean(losses))
+    logits, labels = np.stack([model(np.array([ids]))[0][0] for ids in texts]), np.stack(targets)
+    if config.problem_type == "regression":
+        return float(np.square(logits - labels).mean())
+    if config.problem_type == "multi_label_classification":
+        return float(((logits > 0) != labels).mean())
+    return float((~labels[range(len(labels)), logits.argmax(-1)]).mean())
 
 
 def write_smaller(

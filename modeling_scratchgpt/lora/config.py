@@ -109,9 +109,6 @@ def _check_expressions(name: str, patterns: Iterable[str]) -> None:
             raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}.") from error
 
 
-# The selected layers and parameters --------------------------------------------------------------------------------------
-
-
 def targets_of(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     """Select the layers to adapt, by name, including those that already have an adapter."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "lora_A"))

@@ -41,7 +41,6 @@ class LoraLinear(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The bias of the base layer."""
         return self.base_layer.bias
 
     def update_layer(self, adapter_name: str, rank: int, scaling: float, config: LoraConfig) -> None:

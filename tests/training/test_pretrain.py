@@ -23,7 +23,7 @@ from tests.conftest import Processes
 from tests.training.conftest import PRETRAIN, SMALL, evaluations, rows, run_module, write_rows
 from training import evaluate, pretrain
 from training.data import docstrings
-from training.data.corpora import split_documents
+from training.data.corpora import CorpusArguments, split_documents
 from training.errors import UserError
 
 
@@ -173,7 +173,8 @@ def test_a_packed_run_is_scored_as_it_is_trained(tmp_path, capsys):
     tokenizer = ScratchGPTTokenizer.from_pretrained(folder)
     model = ScratchGPTForCausalLM.from_pretrained(folder).eval()
     losses, longest = {}, 0
-    for split, part in split_documents(Dataset.from_dict({"text": texts}), 0.3, 0.2, seed=0).items():
+    arguments = CorpusArguments(validation_fraction=0.3, test_fraction=0.2)
+    for split, part in split_documents(Dataset.from_dict({"text": texts}), arguments).items():
         nats, count = 0.0, 0
         for text in part["text"]:
             ids = [tokenizer.bos_token_id, *tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]

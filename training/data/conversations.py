@@ -46,8 +46,6 @@ Message = dict[str, str]
 
 @dataclass
 class ConversationArguments(SplitArguments):
-    """Arguments about the conversations of a run."""
-
     dataset: list[str] = option(
         ["docs"],
         "`docs` (describe a function by its signature); .json, .jsonl and .parquet files, directories and globs of them; ids "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets import Dataset, load_dataset_builder
 from tqdm.auto import tqdm
 
 from training.cli import option
@@ -27,17 +27,17 @@ from training.data import sources
 from training.data.cache import BATCH_BYTES, BATCH_ROWS, cached_file, digest_texts, encode_texts
 from training.data.docstrings import TEXT, read_docs
 from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
-from training.data.files import check_columns, check_file, digest_of, ending, get_text, read_file
+from training.data.files import check_columns, digest_of, ending, get_text, read_file
 from training.data.near_duplicates import drop_near_duplicates, import_datasketch
 from training.data.splits import SPLITS, check_fractions, split_indices, split_seed_option
 from training.errors import UserError
 from training.progress import bar_options
 
+HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
+
 
 @dataclass
 class CorpusArguments:
-    """Arguments about the corpora of a run."""
-
     dataset: list[str] = option(
         ["docs"],
         "`docs`; .txt, .md, .json, .jsonl, .parquet, .csv and .tsv files, also compressed, directories and globs of them; ids "
@@ -91,12 +91,6 @@ def read_corpora(arguments: CorpusArguments) -> list[Corpus]:
     return corpora
 
 
-def split_corpora(arguments: CorpusArguments, corpora: list[Corpus]) -> list[dict[str, Dataset]]:
-    """Split each corpus of a run by its arguments: see `split_documents`."""
-    how = arguments.validation_fraction, arguments.test_fraction, arguments.split_seed
-    return [split_documents(corpus.documents, *how) for corpus in corpora]
-
-
 def check_corpora(arguments: CorpusArguments) -> None:
     """Validate the arguments and the beginning of every file before any long work, without network access.
 
@@ -106,10 +100,10 @@ def check_corpora(arguments: CorpusArguments) -> None:
     check_fractions({"validation": arguments.validation_fraction, "test": arguments.test_fraction})
     encoding = encoding_of(arguments)
     for path in sources.check_sources(arguments.dataset):
-        check_file(path, arguments.text_column, encoding)
+        next(read_file(path, arguments.text_column, encoding, HEAD), None)
 
 
-def split_documents(documents: Dataset, validation_fraction: float, test_fraction: float, seed: int) -> dict[str, Dataset]:
+def split_documents(documents: Dataset, arguments: CorpusArguments) -> dict[str, Dataset]:
     """Split documents without duplicates into train, validation and test, in the order of the corpus; test may be empty.
 
     Whole documents are held out. If there are too few, as with a single book, the end of each is held out instead, cut between
@@ -118,20 +112,18 @@ def split_documents(documents: Dataset, validation_fraction: float, test_fractio
     Raises:
         UserError: a split would be empty, except for the test split if its fraction is 0.
     """
-    fractions = {"validation": validation_fraction, "test": test_fraction}
+    fractions = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     sizes = {name: len(documents) * fraction for name, fraction in fractions.items()}
     if sizes["validation"] < 1 or 0 < sizes["test"] < 1:
-        return _split_ends(documents, validation_fraction, test_fraction)
+        return _split_ends(documents, arguments.validation_fraction, arguments.test_fraction)
     if sum(map(round, sizes.values())) >= len(documents):
-        given = f"--validation_fraction {validation_fraction} and --test_fraction {test_fraction}"
+        given = f"--validation_fraction {arguments.validation_fraction} and --test_fraction {arguments.test_fraction}"
         raise UserError(f"{given} of {len(documents)} documents leave none to train on: lower one of them.")
-    indices = split_indices(encode_texts(documents), fractions, seed)
+    indices = split_indices(encode_texts(documents), fractions, arguments.split_seed)
     return {name: documents.select(indices[name]) for name in SPLITS}
 
 
 def _split_ends(documents: Dataset, validation_fraction: float, test_fraction: float) -> dict[str, Dataset]:
-    """Hold out the end of every document."""
-
     def parts(split: int) -> Iterator[bytes]:
         for text in encode_texts(documents):
             first = _find_word_boundary(text, 0, round(len(text) * (1 - validation_fraction - test_fraction)))
@@ -212,11 +204,7 @@ def _standard_input() -> Iterator[list[Path]]:
 
 
 def _download(source: str, text_column: str, max_documents: int) -> Dataset:
-    with sources.hub_errors(source):
-        if sources.is_saved(source):
-            dataset = sources.hub_splits(source)["train"]
-        else:
-            dataset = load_dataset(*sources.parse_hub_id(source), split="train")
+    dataset = sources.hub_splits(source)["train"]
     check_columns(source, {text_column: "text_column"}, dataset.column_names)
     documents = dataset.select_columns(text_column).rename_columns({text_column: "text"})
     documents = documents.take(max_documents or len(documents))

@@ -34,8 +34,6 @@ MIN_EXAMPLES = 20  # from which on there should be several examples per label
 
 @dataclass
 class ExampleArguments(SplitArguments):
-    """Arguments about the labelled examples of a run."""
-
     dataset: list[str] = option(
         ["docs"],
         "`docs` (docstrings labelled by their library); .csv, .tsv, .json, .jsonl and .parquet files, directories and globs of "

@@ -39,7 +39,6 @@ Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]  # each with its location, with which errors about it begin
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first, since UTF-16's begins the same
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
-HEAD = 2**20  # bytes at the beginning of a text file that are checked before any long work
 LONGEST_DOCUMENT = 2**31 - 2  # bytes; Arrow's offsets have 32 bits
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # the first line of the file that stands for one that is not there
 DAMAGED = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # of compressed files
@@ -159,11 +158,6 @@ def read_lines(path: Path | str, encoding: Encoding) -> Iterator[tuple[int, str]
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             yield number, _decoded(line, path, number, encoding.errors)
-
-
-def check_file(path: Path, text_column: str, encoding: Encoding) -> None:
-    """Check the beginning of a file, with the errors of `read_file`."""
-    next(read_file(path, text_column, encoding, HEAD), None)
 
 
 def digest_of(path: Path) -> str:

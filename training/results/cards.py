@@ -58,6 +58,9 @@ class CardContent:
 def write_card(directory: Path, arguments: Any, content: CardContent, facts: dict[str, str]) -> None:
     """Write the card of a model, and that of its adapter if there is one; `facts` are rows of its table about the training."""
     training = table("| | |", ((name, value.replace("|", r"\|")) for name, value in {**content.data, **facts}.items()))
+    unused = set() if arguments.lora_r else {field.name for field in fields(LoraArguments)}
+    settings = {name: value for name, value in asdict(arguments).items() if name not in unused} | content.settings
+    settings_yaml = yaml.safe_dump(without_directories(settings), sort_keys=False, allow_unicode=True)
     for location, library in {directory: "transformers", directory / ADAPTER: "peft"}.items():
         if location.is_dir():
             program = content.usage if location == directory else _adapter_usage(arguments.base_model, content)
@@ -71,7 +74,7 @@ def write_card(directory: Path, arguments: Any, content: CardContent, facts: dic
                 *([f"![Loss over steps]({CURVE})", content.examples] if location == directory else []),
                 f"## Limitations\n\n{LIMITATIONS}",
                 f"## Training\n\n{training}",
-                f"<details><summary>All settings</summary>\n\n{block(_settings(arguments, content), 'yaml')}\n\n</details>",
+                f"<details><summary>All settings</summary>\n\n{block(settings_yaml, 'yaml')}\n\n</details>",
             ]
             ModelCard("\n\n".join(sections) + "\n").save(location / CARD)
 
@@ -117,12 +120,6 @@ def losses_table(metrics: dict[str, dict[str, float]]) -> str:
 def format_command(program: str, argv: Sequence[str]) -> str:
     """The command line of a run as inline code, without the directories of this machine."""
     return code(f"accelerate launch training/{shlex.join([program, *map(without_directories, argv)])}", 2000)
-
-
-def _settings(arguments: Any, content: CardContent) -> str:
-    unused = set() if arguments.lora_r else {field.name for field in fields(LoraArguments)}
-    settings = {name: value for name, value in asdict(arguments).items() if name not in unused} | content.settings
-    return yaml.safe_dump(without_directories(settings), sort_keys=False, allow_unicode=True)
 
 
 def describe_base(base_model: str) -> str:

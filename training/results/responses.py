@@ -37,8 +37,6 @@ TRUNCATED = " *(truncated)*"
 
 @dataclass(frozen=True)
 class Response:
-    """An answer of a model."""
-
     text: str
     finished: bool  # by the model's stop token, not by the maximum length
 
@@ -198,7 +196,6 @@ def responses_page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _list_item(name: str, text: str, remark: str = "") -> str:
-    """An item of a Markdown list: a name, and a text shown verbatim."""
     if "\n" not in text:
         return f"- **{name}**{remark}: {code(text) if text else '*(empty)*'}"
     shown = block(printable(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."), "")

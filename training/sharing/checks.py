@@ -244,7 +244,6 @@ def _read_text(path: Path) -> str:
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
-    """Explain the errors of reading a file."""
     return explain_errors(f"{path} cannot be read", (OSError, ValueError, SafetensorError))
 
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data import corpora, docstrings
+from training.data import corpora, docstrings, sources
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
 from training.errors import UserError
 
@@ -57,8 +57,9 @@ def texts(source, **options):
     return corpus.documents["text"][:]
 
 
-def documents(texts):
-    return Dataset.from_dict({"text": list(texts)})
+def split(texts, validation, test, seed=0):
+    arguments = CorpusArguments(validation_fraction=validation, test_fraction=test, split_seed=seed)
+    return split_documents(Dataset.from_dict({"text": list(texts)}), arguments)
 
 
 # Reading
@@ -344,7 +345,7 @@ def hub(tmp_path, monkeypatch):
 
         return loaded
 
-    monkeypatch.setattr(corpora, "load_dataset", load(datasets.load_dataset))
+    monkeypatch.setattr(sources, "load_dataset", load(datasets.load_dataset))
     monkeypatch.setattr(corpora, "load_dataset_builder", load(datasets.load_dataset_builder))
     return requests
 
@@ -401,9 +402,9 @@ def test_splits_are_disjoint_and_complete(count, validation, test, seed):
     by_document = count * validation >= 1 and (not test or count * test >= 1)
     if by_document and round(count * validation) + round(count * test) >= count:
         with pytest.raises(UserError, match="leave none to train on"):
-            split_documents(documents(whole), validation, test, seed)
+            split(whole, validation, test, seed)
         return
-    splits = split_documents(documents(whole), validation, test, seed)
+    splits = split(whole, validation, test, seed)
     sides = [side["text"][:] for side in splits.values()]
     if by_document:
         assert [len(side) for side in sides[1:]] == [round(count * validation), round(count * test)]
@@ -416,9 +417,9 @@ def test_splits_are_disjoint_and_complete(count, validation, test, seed):
 
 
 def test_the_end_of_a_single_book_is_held_out():
-    splits = split_documents(documents(["x" * 70 + "y" * 20 + "z" * 10]), 0.2, 0.1, seed=0)
+    splits = split(["x" * 70 + "y" * 20 + "z" * 10], 0.2, 0.1)
     assert [side["text"][:] for side in splits.values()] == [["x" * 70], ["y" * 20], ["z" * 10]]
-    splits = split_documents(documents(["one two three\nfour five six"]), 0.4, 0.0, seed=0)
+    splits = split(["one two three\nfour five six"], 0.4, 0.0)
     assert (splits["train"]["text"][:], splits["validation"]["text"][:]) == (["one two three\n"], ["four five six"])
     assert (len(splits["test"]), splits["test"].features) == (0, splits["train"].features)
 
@@ -427,7 +428,7 @@ def test_the_end_of_a_single_book_is_held_out():
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=300), test=st.sampled_from([0.0, 0.2]))
 def test_the_splits_of_any_book_add_up_to_it(text, test):
     try:
-        splits = split_documents(documents([text]), 0.3, test, seed=0)
+        splits = split([text], 0.3, test)
     except UserError:
         return
     sides = [side["text"][0] for side in splits.values() if len(side)]
@@ -451,7 +452,7 @@ def test_fractions_must_leave_something_to_train_on(tmp_path):
 )
 def test_empty_splits_are_rejected(count, validation, test, message):
     with pytest.raises(UserError, match=message):
-        split_documents(documents(f"ab{index}"[:2] + " " * index for index in range(count)), validation, test, seed=0)
+        split((f"ab{index}"[:2] + " " * index for index in range(count)), validation, test)
 
 
 def test_docs_as_a_source(tmp_path, monkeypatch):
