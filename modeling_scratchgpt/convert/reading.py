@@ -1,14 +1,14 @@
 """Read models in other formats, as ScratchGPT and as the reference model of transformers to compare with.
 
 Notable:
-- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl may contain only plain data.
+- No pickle is executed: torch loads weights only, and nanoGPT's meta.pkl is parsed instruction by instruction.
 - The tensors of the source must match those of the model exactly: in names, shapes and kind.
 - Every error caused by a damaged file becomes one line that names the file.
 """
 
-import io
 import json
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -40,11 +40,6 @@ from .tensorflow import read_tensorflow_checkpoint
 State = dict[str, torch.Tensor]
 REFERENCES: dict[str, Any] = {"gpt2": transformers.GPT2LMHeadModel, "qwen3": transformers.Qwen3ForCausalLM}
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
-PLAIN_INSTRUCTIONS = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BININT, pickle.BININT1, pickle.BININT2),
-    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-)
 
 
 @dataclass
@@ -393,20 +388,38 @@ def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    """Knows only the instructions of dictionaries, strings and integers: none that imports, calls or builds anything else."""
-
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in PLAIN_INSTRUCTIONS}
-
-
 def parse_plain_pickle(content: bytes) -> Any:
-    """Parse a pickle of dictionaries, strings and integers.
+    """Parse a pickle of dictionaries, strings and integers from its instructions, without unpickling.
 
     Raises:
-        ValueError: it has another instruction.
-        EOFError: it has no end.
+        ValueError: it has an instruction that would import, call or build anything else.
     """
-    try:
-        return _PlainUnpickler(io.BytesIO(content)).load()
-    except KeyError as error:
-        raise ValueError(f"it contains more than dictionaries, strings and integers: instruction {error}") from error
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    for instruction, argument, _ in pickletools.genops(content):
+        match instruction.name:
+            case "PROTO" | "FRAME":
+                continue
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2":
+                stack.append(argument)
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "SETITEM" | "SETITEMS" as name:
+                start = marks.pop() if name == "SETITEMS" else len(stack) - 2
+                items = stack[start:]
+                del stack[start:]
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case name:
+                raise ValueError(f"it contains more than dictionaries, strings and integers: {name}")
+    raise ValueError("it has no end")

@@ -149,7 +149,7 @@ def test_nanogpts_checkpoint(bias, tmp_path, convert):
     assert ours.config.attention_bias == ours.config.mlp_bias == bias
 
 
-def test_nanogpts_characters_become_the_tokenizer_without_running_code(tmp_path, convert, refused):
+def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, convert, refused):
     characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
     content, _ = nanogpt(False)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -175,7 +175,7 @@ def test_nanogpts_characters_become_the_tokenizer_without_running_code(tmp_path,
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_plain_pickle_is_read_without_running_code(protocol):
+def test_a_plain_pickle_is_read_without_unpickling(protocol):
     stoi = {chr(index): index for index in range(70_000) if not 0xD800 <= index < 0xE000}
     table = {"vocab_size": len(stoi), "itos": {index: text for text, index in stoi.items()}, "stoi": stoi, "empty": {}}
     assert reading.parse_plain_pickle(pickle.dumps(table, protocol)) == table
