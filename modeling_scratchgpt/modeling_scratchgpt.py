@@ -40,6 +40,7 @@ from .cross_entropy import IGNORE_INDEX, classification_loss, cross_entropy, is_
 from .interchange import InterchangeModel
 from .packed_linear import PackedGenerationMixin
 
+create_block_mask = torch.compiler.disable(create_causal_mask)  # for flex attention; torch compiles it by itself
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
@@ -168,7 +169,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if is_plain and position_ids is None and implementation == "sdpa":
             # While compiling, some versions of transformers make a mask of this, which rules out SDPA's fast kernels.
             return {"attention_mask": None}
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        create_mask = create_block_mask if implementation == "flex_attention" else create_causal_mask
+        mask = create_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         is_packed = is_plain and position_ids is not None and "flash" in implementation
         return {"attention_mask": mask, **(packed_lengths(position_ids.expand(inputs_embeds.shape[:2])) if is_packed else {})}
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from transformers import masking_utils
 from transformers.integrations import flex_attention as integration
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from modeling_scratchgpt.interchange import ARCHITECTURE
 from tests.training.conftest import SMALL, rows, write_rows
 from training import classify, pretrain, recipe
 from training.engine import launch, machine
@@ -125,7 +127,35 @@ def test_attention(monkeypatch, names, device, fields, expected):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.fixture
+def flex_without_compilation(monkeypatch):
+    """Torch has no kernels for its backward pass on a CPU, and refuses it, but can calculate it."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **sizes: flex_attention.create_block_mask(**sizes))
+
+
+@pytest.mark.usefixtures("flex_without_compilation")
+def test_compiled_flex_attention():
+    """Graphs before the mask, after it, and of the loss: the same three for all documents."""
+    fields = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**fields, **ARCHITECTURE["qwen3"]))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for length in (20, 30, 11):
+        batch = {name: torch.randint(300, (2, 32)) for name in ("input_ids", "shift_labels")}
+        batch["position_ids"] = torch.cat([torch.arange(length), torch.arange(32 - length)]).repeat(2, 1)
+        gradients = {}
+        for implementation, function in (("sdpa", model), ("flex_attention", compiled)):
+            model.set_attn_implementation(implementation)
+            function(**batch, skip_logits=True, use_cache=False).loss.backward()
+            gradients[implementation] = [parameter.grad for parameter in model.parameters()]
+            model.zero_grad()
+        torch.testing.assert_close(gradients["sdpa"], gradients["flex_attention"], atol=1e-6, rtol=1e-4)
+    assert counter.frame_count == 3
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("flex_without_compilation")
 def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
     """It trains as with a mask. On a CPU torch has no kernels for the backward pass: here flex attention is not compiled."""
     used = set()
@@ -134,9 +164,7 @@ def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
         used.add((training, query.shape[2]))
         return flex_attention.flex_attention(query, key, value, **options)
 
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", flex_without_kernels)
-    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **sizes: flex_attention.create_block_mask(**sizes))
     data = write_rows(tmp_path / "names.jsonl", [{"text": f"{number} is {number:b}"} for number in range(300)])
     options = ["--dataset", data, *SMALL, "--windows", "packed", "--max_steps", "4", "--eval_steps", "4"]
     losses = []
