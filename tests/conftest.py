@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import re
@@ -201,6 +202,26 @@ def tiny_model(tiny_config):
     from modeling_scratchgpt import ScratchGPTForCausalLM
 
     return shaken(ScratchGPTForCausalLM(tiny_config), 0.2)
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that one of several test processes makes for all."""
+    common = tmp_path_factory.getbasetemp()
+    common = common.parent if "PYTEST_XDIST_WORKER" in os.environ else common
+    with open(common / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (common / name).exists():
+            make(temporary := tmp_path_factory.mktemp("made"))
+            temporary.rename(common / name)
+    return common / name
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Callable[[str], Path]:
+    """The directory with a model of `exported.py` and its export."""
+    from tests.exported import make_export
+
+    return lambda kind: made_once(tmp_path_factory, kind, functools.partial(make_export, kind))
 
 
 def server_program() -> str:
