@@ -60,9 +60,18 @@ FORKSERVER.set_forkserver_preload([
 ])  # fmt: skip
 
 
+@pytest.hookimpl(trylast=True)  # when the slow tests have been deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest tests, so that no process works on one of them alone at the end."""
-    items.sort(key=lambda item: item.path.stem not in ("test_surviving", "test_walkthrough", "test_hub_upload"))
+    # Two processes get one half of the list each, and the first to finish takes tests from the end of the other half.
+    long = (
+        ("test_surviving", "test_accelerate_configs", "test_launch"),
+        ("test_exports", "test_web", "test_hub_upload", "test_walkthrough"),
+    )
+    first, second = ([item for item in items if item.path.stem in stems] for stems in long)
+    others = [item for item in items if item.path.stem not in (*long[0], *long[1])]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
