@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the recipes use all cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import re
@@ -59,9 +60,18 @@ FORKSERVER.set_forkserver_preload([
 ])  # fmt: skip
 
 
+@pytest.hookimpl(trylast=True)  # when the slow tests have been deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest tests, so that no process works on one of them alone at the end."""
-    items.sort(key=lambda item: item.path.stem not in ("test_surviving", "test_walkthrough", "test_hub_upload"))
+    # Two processes get one half of the list each, and the first to finish takes tests from the end of the other half.
+    long = (
+        ("test_surviving", "test_accelerate_configs", "test_launch"),
+        ("test_exports", "test_web", "test_hub_upload", "test_walkthrough"),
+    )
+    first, second = ([item for item in items if item.path.stem in stems] for stems in long)
+    others = [item for item in items if item.path.stem not in (*long[0], *long[1])]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -201,6 +211,26 @@ def tiny_model(tiny_config):
     from modeling_scratchgpt import ScratchGPTForCausalLM
 
     return shaken(ScratchGPTForCausalLM(tiny_config), 0.2)
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that one of several test processes makes for all."""
+    common = tmp_path_factory.getbasetemp()
+    common = common.parent if "PYTEST_XDIST_WORKER" in os.environ else common
+    with open(common / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (common / name).exists():
+            make(temporary := tmp_path_factory.mktemp("made"))
+            temporary.rename(common / name)
+    return common / name
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Callable[[str], Path]:
+    """The directory with a model of `exported.py` and its export."""
+    from tests.exported import make_export
+
+    return lambda kind: made_once(tmp_path_factory, kind, functools.partial(make_export, kind))
 
 
 def server_program() -> str:

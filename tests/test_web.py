@@ -1,12 +1,10 @@
 """The page that runs a model in its visitor's browser, driven in headless Chromium, and the program that serves it."""
 
 import base64
-import fcntl
 import functools
 import hashlib
 import importlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -37,7 +35,7 @@ from modeling_scratchgpt import (
 )
 from modeling_scratchgpt.convert import __main__ as convert
 from space import check as page
-from tests.conftest import MODERN, TINY, shaken
+from tests.conftest import MODERN, TINY, made_once, shaken
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
 from training.errors import UserError
 
@@ -73,7 +71,8 @@ def save_model(kind: str, directory: Path) -> None:
         model: Any = ScratchGPTForCausalLM(ScratchGPTConfig(**shape))
         model.generation_config.update(max_new_tokens=24, do_sample=False)
     else:
-        config = ScratchGPTConfig(**shape, id2label=dict(enumerate(LABELS)), problem_type="single_label_classification")
+        shape |= {"num_hidden_layers": 1, "id2label": dict(enumerate(LABELS)), "problem_type": "single_label_classification"}
+        config = ScratchGPTConfig(**shape)
         model = ScratchGPTForSequenceClassification(config)
     shaken(model, 0.2).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -103,18 +102,6 @@ def exports(tmp_path_factory) -> dict[str, Path]:
 
     directory = made_once(tmp_path_factory, "exports", make)
     return {kind: directory / kind for kind in ("chat", "completion", *CLASSIFIERS)}
-
-
-def made_once(tmp_path_factory, name: str, make: Any) -> Path:
-    """A directory that one of several test processes makes for all."""
-    common = tmp_path_factory.getbasetemp()
-    common = common.parent if "PYTEST_XDIST_WORKER" in os.environ else common
-    with open(common / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (common / name).exists():
-            make(temporary := tmp_path_factory.mktemp(name))
-            temporary.rename(common / name)
-    return common / name
 
 
 def export(source: Path, destination: Path, *options: str) -> None:

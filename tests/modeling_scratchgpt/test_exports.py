@@ -24,11 +24,10 @@ from modeling_scratchgpt import (
 )
 from modeling_scratchgpt.convert.web import read_held_out
 from tests.conftest import IS_CURRENT, MODERN, ROOT, TINY, shaken
+from tests.exported import CLASSIFIED, CLASSIFIERS, DROPOUT, LABELS, LANGUAGE_MODELS, MEASURED, TEXT
 from tests.modeling_scratchgpt.test_interchange import difference
 
-TEXT = "to be, or not to be, that is the question 12"
 SCALED = {"factor": 2.0, "rope_theta": 1e4}
-DROPOUT = dict.fromkeys(("hidden_dropout", "embedding_dropout", "attention_dropout"), 0.1)  # affects only training
 
 
 @pytest.fixture
@@ -179,8 +178,9 @@ GRAPH = "onnx/model.onnx"
 def bits_per_byte(model: Any, tokenizer: ScratchGPTTokenizer, text: str) -> float:
     """By hand: windows of all positions, each but the first beginning with the last token of the one before."""
     ids, nats = tokenizer(f"<|bos|>{text}", return_tensors="pt")["input_ids"], 0.0
-    for start in range(0, ids.shape[1] - 1, 63):
-        window = ids[:, start : start + 64]
+    size = model.config.max_position_embeddings
+    for start in range(0, ids.shape[1] - 1, size - 1):
+        window = ids[:, start : start + size]
         with torch.no_grad():
             logits = model(window).logits[0, :-1]
         nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
@@ -188,47 +188,49 @@ def bits_per_byte(model: Any, tokenizer: ScratchGPTTokenizer, text: str) -> floa
 
 
 @can_write_onnx
-@pytest.mark.parametrize(("fields", "dtype"), [({}, torch.bfloat16), (MODERN, torch.float32)], ids=["gpt2 in bf16", "qwen3"])
-def test_onnxruntime_generates_the_same(fields, dtype, save, tmp_path, convert):
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_onnxruntime_generates_the_same(kind, exported):
     """With padding, a cache, the attention of all heads, and 8 bits whose cost is measured."""
-    ours, tokenizer = save(fields, dtype)
-    ours.float().set_attn_implementation("eager")
-    text = f"{TEXT}, naïve 🙂 " * 9
-    (tmp_path / "text.txt").write_text(text)
-    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx", "--attentions", "--text", tmp_path / "text.txt")
+    directory = exported(kind)
+    out, output = directory / "export", (directory / "printed").read_text()
+    ours = ScratchGPTForCausalLM.from_pretrained(directory / "model", dtype=torch.float32, attn_implementation="eager")
+    tokenizer = ScratchGPTTokenizer.from_pretrained(directory / "model")
     assert "Largest difference from onnxruntime: " in output
     assert "torch.onnx" not in output
     size, full, before, after = re.search(r"8 bits: (\S+) MB instead of (\S+); bits per byte (\S+) -> (\S+) ", output).groups()
-    assert float(before) == pytest.approx(bits_per_byte(ours, tokenizer, text), abs=2e-4)
+    assert float(before) == pytest.approx(bits_per_byte(ours, tokenizer, MEASURED), abs=2e-4)
     assert float(before) * 0.9 < float(after) < float(before) * 1.01
-    sizes = [round((tmp_path / "out" / name).stat().st_size / 1e6, 1) for name in (GRAPH, "onnx/model_quantized.onnx")]
+    sizes = [round((out / name).stat().st_size / 1e6, 1) for name in (GRAPH, "onnx/model_quantized.onnx")]
     assert [float(full), float(size)] == sizes
-    assert re.search("^8 bits.*", output, re.MULTILINE)[0] in (tmp_path / "out" / "README.md").read_text()
-    for file in filter(Path.is_file, (tmp_path / "out").rglob("*")):  # no path of this machine
+    assert re.search("^8 bits.*", output, re.MULTILINE)[0] in (out / "README.md").read_text()
+    for file in filter(Path.is_file, out.rglob("*")):  # no path of this machine
         assert str(ROOT).encode() not in file.read_bytes(), file.name
         assert b"site-packages" not in file.read_bytes(), file.name
 
-    session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH)
+    session = onnxruntime.InferenceSession(out / GRAPH)
     past, present = (
         [f"{name}.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")] for name in ("past_key_values", "present")
     )
+    attentions = ["attentions.0", "attentions.1"] if "--attentions" in LANGUAGE_MODELS[kind][2] else []
     assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask", "position_ids", *past]
-    assert [value.name for value in session.get_outputs()] == ["logits", *present, "attentions.0", "attentions.1"]
-    heads = ours.config.num_key_value_heads
+    assert [value.name for value in session.get_outputs()] == ["logits", *present, *attentions]
+    heads, size = ours.config.num_key_value_heads, ours.config.vocab_size
     assert session.get_inputs()[1].shape == ["batch_size", "total_sequence_length"]
     assert session.get_inputs()[3].shape == ["batch_size", heads, "past_sequence_length", 8]
-    assert session.get_outputs()[0].shape == ["batch_size", "sequence_length", 300]
-    assert session.get_outputs()[-1].shape == ["batch_size", 4, "sequence_length", "total_sequence_length"]
+    assert session.get_outputs()[0].shape == ["batch_size", "sequence_length", size]
+    for value in session.get_outputs()[5:]:
+        assert value.shape == ["batch_size", 4, "sequence_length", "total_sequence_length"]
 
     batch = tokenizer(["to be, or not", "the question 12 that is"], return_tensors="pt", padding=True, padding_side="left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    expected = ours.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.0}
+    expected = ours.generate(**batch, **options)[:, ids.shape[1] :]
     cache = {name: np.zeros((2, heads, 0, 8), np.float32) for name in past}
     positions, made = (mask.cumsum(1) - 1).clamp(min=0), []
     for _ in range(8):
         tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits, *states = session.run(None, {name: tensor.numpy() for name, tensor in tokens.items()} | cache)
-        if not made:
+        if attentions and not made:
             attention = ours(**batch, output_attentions=True).attentions[1].detach().numpy()
             np.testing.assert_allclose(states[-1][0], attention[0], atol=1e-5)
         cache = dict(zip(past, states, strict=False))
@@ -243,7 +245,7 @@ def test_onnxruntime_generates_the_same(fields, dtype, save, tmp_path, convert):
 @can_write_onnx
 def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, convert):
     """One weight of the head is so large that 8 bits have no room for the others. What it is multiplied by is always zero."""
-    ours, tokenizer = save({**MODERN, "tie_word_embeddings": False})
+    ours, tokenizer = save({**MODERN, "tie_word_embeddings": False, "num_hidden_layers": 1})
     ids, optimizer = tokenizer(TEXT, return_tensors="pt")["input_ids"], torch.optim.AdamW(ours.parameters(), lr=0.01)
     for _ in range(30):
         ours(ids, labels=ids).loss.backward()
@@ -272,29 +274,21 @@ def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, c
 
 
 @can_write_onnx
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_classifier_is_exported_with_its_pooling(pooling, tmp_path, convert):
-    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "single_label_classification"}
-    ours = ScratchGPTForSequenceClassification(ScratchGPTConfig(**TINY, **labels, classifier_pooling=pooling))
-    shaken(ours, 0.3).save_pretrained(tmp_path / "ours")
-    tokenizer = ScratchGPTTokenizer.train([TEXT] * 9, 290)
-    tokenizer.save_pretrained(tmp_path / "ours")
-    texts = ["to be", "the question 12 that is", "not", "or 1"]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_is_exported_with_its_pooling(kind, exported):
+    directory = exported(kind)
+    ours = ScratchGPTForSequenceClassification.from_pretrained(directory / "model").eval()
+    batch = ScratchGPTTokenizer.from_pretrained(directory / "model")(CLASSIFIED, return_tensors="pt", padding=True)
     with torch.no_grad():
         expected = ours(**batch).logits
-    predicted = [ours.config.id2label[index] for index in expected.argmax(-1).tolist()]
-    labels_given = ["b" if predicted[0] == "a" else "a", *predicted[1:]]  # the first is wrong
-    rows = [{"text": text, "label": label} for text, label in zip(texts, labels_given, strict=True)]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx", "--text", tmp_path / "text.jsonl")
-    assert "accuracy 75.00% -> " in output
-    session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH)
+    assert "accuracy 75.00% -> " in (directory / "printed").read_text()
+    session = onnxruntime.InferenceSession(directory / "export" / GRAPH)
     assert [value.name for value in session.get_outputs()] == ["logits"]
     (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert (config.architectures, config.id2label) == (["GPT2ForSequenceClassification"], labels["id2label"])
+    config = transformers.AutoConfig.from_pretrained(directory / "export")
+    architecture = {"gpt2 classifier": "GPT2", "qwen3 classifier": "Qwen3"}[kind] + "ForSequenceClassification"
+    assert (config.architectures, config.id2label) == ([architecture], LABELS["id2label"])
 
 
 @can_write_onnx

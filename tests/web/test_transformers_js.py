@@ -11,22 +11,14 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoTokenizer, TokenizersBackend
 
-from modeling_scratchgpt import (
-    ScratchGPTConfig,
-    ScratchGPTForCausalLM,
-    ScratchGPTForSequenceClassification,
-    ScratchGPTTokenizer,
-)
-from modeling_scratchgpt.convert.__main__ import main as convert
+from modeling_scratchgpt import ScratchGPTForCausalLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 from modeling_scratchgpt.convert.reading import tokenizer_as
 from modeling_scratchgpt.convert.tokenizer_js import as_tokenizer_js, check_tokenizer_js
 from modeling_scratchgpt.tokenization_scratchgpt import TOKENIZERS
-from tests.conftest import IS_CURRENT, MODERN, TINY, shaken
-from tests.web.strings import make_strings
-from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
+from tests.conftest import IS_CURRENT
+from tests.exported import CLASSIFIERS, LANGUAGE_MODELS, STRINGS
 
 pytestmark = [pytest.mark.web, pytest.mark.skipif(not IS_CURRENT, reason="takes transformers 5.23")]
-STRINGS = make_strings()
 
 
 @pytest.fixture
@@ -66,16 +58,12 @@ def test_all_kinds_of_tokenizers_compute_the_same_ids(in_node, tmp_path):
         assert [text for text, a, b in zip(STRINGS, ids, found, strict=True) if a != b] == [], kind
 
 
-@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "qwen3"])
-def test_text_and_a_chat_are_generated_the_same(fields, in_node, tmp_path):
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_text_and_a_chat_are_generated_the_same(kind, exported, in_node):
     """Twenty prompts, and a chat of three turns."""
-    tokenizer = ScratchGPTTokenizer.train([*STRINGS[:40], "to be, or not to be, that is the question"], 340)
-    set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 512)
-    shape = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
-    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**shape, **fields)), 0.2)
-    model.generation_config.update(repetition_penalty=1.1)
-    for each in (model, tokenizer):
-        each.save_pretrained(tmp_path / "model")
+    directory = exported(kind)
+    model = ScratchGPTForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
 
     def generate(**inputs: Any) -> list[int]:
         return model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
@@ -90,23 +78,17 @@ def test_text_and_a_chat_are_generated_the_same(fields, in_node, tmp_path):
         chats.append(messages)
         answer = tokenizer.decode(answers[-1][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages = [*messages, {"role": "assistant", "content": answer}]
-    convert([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "onnx"])
-    case = {"task": "generate", "model": str(tmp_path / "out"), "dtype": "fp32", "max_new_tokens": 12}
+    case = {"task": "generate", "model": str(directory / "export"), "dtype": "fp32", "max_new_tokens": 12}
     assert in_node({**case, "prompts": prompts}, {**case, "chats": chats}) == [texts, answers]
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_classifier_computes_the_same_scores(pooling, in_node, tmp_path):
-    config = ScratchGPTConfig(**TINY, **MODERN, num_labels=3, classifier_pooling=pooling)
-    model = shaken(ScratchGPTForSequenceClassification(config), 0.3)
-    tokenizer = ScratchGPTTokenizer.train(STRINGS[:40], 290)
-    tokenizer.add_bos_token = tokenizer.add_eos_token = True
-    tokenizer.model_max_length = 64
-    for each in (model, tokenizer):
-        each.save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_computes_the_same_scores(kind, exported, in_node):
+    directory = exported(kind)
+    model = ScratchGPTForSequenceClassification.from_pretrained(directory / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     texts = STRINGS[:20]
     with torch.no_grad():
         expected = [model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0].tolist() for text in texts]
-    convert([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "onnx"])
-    (found,) = in_node({"task": "classify", "model": str(tmp_path / "out"), "texts": texts, "dtype": "fp32"})
+    (found,) = in_node({"task": "classify", "model": str(directory / "export"), "texts": texts, "dtype": "fp32"})
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -240,7 +240,8 @@ def test_the_loss_scale_of_float16_with_two_optimizers(tiny_model):
 
 def test_a_compiled_run_is_the_same_run(book, tmp_path, monkeypatch, capsys):
     """With one graph for training and one for evaluation. The card names the compiler."""
-    words = ["--dataset", book, *SMALL, "--max_steps", "2", "--eval_steps", "1", "--precision", "float32", "--output_dir"]
+    words = ["--dataset", book, *SMALL, "--model", "num_hidden_layers=1", "--max_steps", "2", "--eval_steps", "1"]
+    words += ["--precision", "float32", "--output_dir"]
     pretrain.main([*words, str(tmp_path / "eager")])
     torch.compiler.reset()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
@@ -255,13 +256,16 @@ def test_a_compiled_run_is_the_same_run(book, tmp_path, monkeypatch, capsys):
     assert "float32, compiled by aot_eager |" in (tmp_path / "compiled" / "README.md").read_text()
 
 
-def test_batches_of_many_lengths_settle_at_three_graphs(tune, tmp_path, monkeypatch):
+def test_batches_of_many_lengths_settle_at_three_graphs(run, tune, tmp_path, monkeypatch):
     """One for the first length, one for all others, one for evaluation; none is broken."""
+    shutil.copytree(run, tmp_path / "base", ignore=shutil.ignore_patterns("checkpoints"))
+    ScratchGPTForCausalLM.from_pretrained(run, num_hidden_layers=1).save_pretrained(tmp_path / "base")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
     torch.compiler.reset()
     counters.clear()
     texts = [f"{'ab'[number % 2]}{' night' * (number * 7 % 24)} {number}" for number in range(60)]
     dataset = write_rows(tmp_path / "texts.jsonl", [{"text": text, "label": text[0]} for text in texts])
-    tune(classify, "--dataset", dataset, "--max_steps", "8", "--eval_steps", "4", "--batch_size", "4", "--context_length", "32")
+    options = ["--max_steps", "8", "--eval_steps", "4", "--batch_size", "4", "--context_length", "32"]
+    tune(classify, "--dataset", dataset, *options, base=tmp_path / "base")
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
