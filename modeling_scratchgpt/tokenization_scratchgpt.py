@@ -206,6 +206,12 @@ def _train(texts: Iterable[str], vocab_size: int, kind: str, show_progress: bool
         tokenizer.train_from_iterator(pieces(), trainer)
     finally:  # some trainers raise a bare exception for too small a vocabulary, others exceed it
         _check_room(kind, len(seen), vocab_size)
+    if kind == "unigram":
+        model = json.loads(tokenizer.to_str())["model"]
+        # Sums of multiples of 1/1024 have no rounding errors, which would choose among equally likely splits of a word, and
+        # differently in other programs that read the file.
+        scores = [(token, round(1024 * score) / 1024) for token, score in model["vocab"]]
+        tokenizer.model = models.Unigram(scores, model["unk_id"], model["byte_fallback"])
     return tokenizer
 
 
