@@ -160,8 +160,7 @@ async function generate(text) {
         $("inspected").value = result.whole;
         $("note").textContent = describe(result, settings);
     } catch (error) {
-        prompt.remove();
-        written.remove();
+        for (const node of [prompt, written]) node.remove();
         $("text").value = text;
         throw error;
     }
@@ -230,8 +229,7 @@ const VIEWS = {
             return node;
         };
         const head = (name) => element("th", { scope: "col" }, element("span", {}, name));
-        const row = (values, index) =>
-            element("tr", {}, element("th", { scope: "row" }, names[index]), ...values.map(cell(index)));
+        const row = (values, index) => element("tr", {}, element("th", { scope: "row" }, names[index]), ...values.map(cell(index)));
         const table = element("table", {}, element("tr", {}, element("td"), ...names.map(head)), ...weights.map(row));
         return [paragraph(note), table];
     },

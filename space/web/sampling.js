@@ -2,8 +2,7 @@
 const descending = (logits) => logits.slice().sort().reverse(); // without a comparator, which would take ten times as long
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const toWeights = (logits, largest, temperature) => logits.map((logit) => Math.exp((logit - largest) / (temperature || 1)));
-const idsAbove = (logits, threshold) =>
-    logits.reduce((ids, logit, id) => (logit >= threshold && ids.push(id), ids), []);
+const idsAbove = (logits, threshold) => logits.reduce((ids, logit, id) => (logit >= threshold && ids.push(id), ids), []);
 
 // Count the tokens that temperature, top-k and top-p leave, in the order of transformers.
 function countKept(sorted, { temperature, top_k, top_p }) {
