@@ -188,6 +188,7 @@ def _write_web(loaded: LoadedModel, directory: Path, arguments: argparse.Namespa
     loss = None
     if tokenizer and (arguments.text or held_out.is_file()):
         loss = read_held_out(held_out, config, tokenizer)  # raises its errors before any work
+    print("Writing the ONNX graph, which takes about a minute", flush=True)
     write_onnx(directory / GRAPH, model, arguments.attentions)
     ids = _random_ids(model.config)
     with torch.no_grad():

@@ -134,6 +134,7 @@ def write_smaller(
     """
     graph, lines, chosen = directory / GRAPH, [], "fp32"
     before, is_classifier = loss(graph), "Classification" in config.architectures[0]
+    source = source if is_classifier else f"at most {MAX_TOKENS:,} tokens of {source}"
     files = {directory / f"{name}.onnx": name for name in FORMATS}
     for file, name in files.items():
         _write_format(graph, file, name)

@@ -50,6 +50,7 @@ class ProgressBar(tqdm):
         weight = max(0.1, 1 / self.count)
         self.loss += weight * (step.loss - self.loss)
         self.speed += weight * (step.tokens / step.seconds - self.speed)
+        self.peak = max(self.peak, self.speed * self.flops_per_token)  # a busy machine measures too low a peak
         mfu = self.speed * self.flops_per_token / self.peak
         # The peak on a GPU, the resident set on a CPU.
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

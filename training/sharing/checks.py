@@ -272,7 +272,8 @@ def _code_files(directory: Path, trust_remote_code: bool, config: str) -> dict[s
     changed = sorted(differing + unknown)
     if changed and not trust_remote_code:
         raise UserError(
-            f"{directory}: {', '.join(changed)} differs from the code of this package: load model and tokenizer without "
-            "trust_remote_code and save both again or, if you have read the code and trust it, pass --trust_remote_code."
+            f"{directory}: not the code of this package, but of another version, or changed: {', '.join(changed)}. Load model "
+            "and tokenizer without trust_remote_code and save both again or, if you have read the code and trust it, pass "
+            "--trust_remote_code."
         )
     return {path.name: path for path in found}

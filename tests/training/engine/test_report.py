@@ -25,6 +25,10 @@ def test_progress_bar_shows_loss_speed_and_mfu():
         # The mean of both steps: (4 + 2) / 2 = 3; (400 + 1,200) / 2 = 800 tokens/s; 800 x 3,000 / 6,000,000 = 40 %
         assert "2/10" in str(bar)
         assert "loss 3.000, 800 tokens/s, MFU 40%, " in str(bar)
+        bar.log(
+            Step(3, loss=3.0, grad_norm=1.0, learning_rate=0.1, tokens=60_000, seconds=1.0)
+        )  # the peak was measured too low
+        assert "MFU 100%, " in str(bar)
 
 
 def test_a_file_gets_whole_lines_instead_of_a_bar(monkeypatch):

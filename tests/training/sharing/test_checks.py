@@ -40,7 +40,10 @@ def write_nan(directory: Path) -> None:
     [
         (remove("config.json"), "holds an unfinished run: pass the directory of a finished"),
         (remove("cross_entropy.py"), "cross_entropy.py is missing, although the config"),
-        (append("cross_entropy.py", "# 1\n"), "cross_entropy.py differs from .*load model and tokenizer without trust_"),
+        (
+            append("cross_entropy.py", "# 1\n"),
+            "not the code of this package, .*: cross_entropy.py. Load model and tokenizer without trust_",
+        ),
         (remove("model.safetensors"), "has no safetensors weights"),
         (write("model.safetensors", "x"), "model.safetensors cannot be read"),
         (write_nan, "model.norm.weight has values that are not finite"),
