@@ -112,8 +112,8 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
     batch = next(iter(recipe.train_dataloader()))
-    choose_attention(accelerator, model, batch)
     choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch))
+    choose_attention(accelerator, model, batch)
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
     with explain_out_of_memory():
         result = train(accelerator, recipe, model, run_folder, start)

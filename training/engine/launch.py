@@ -27,6 +27,7 @@ from training.errors import UserError, explain_errors
 RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and their names in Accelerate
 SMALLEST_FLEX_HEAD = 16  # dimensions, for its kernels
+SHORT = 256  # positions, with which the attention on CPUs was measured
 COMPILE_SECONDS = 60  # of the graphs for training and evaluation
 COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
 UTILIZATION = 0.25  # of the device's peak, about, by a step that is not compiled
@@ -109,22 +110,30 @@ def choose_precision(asked: str, device_type: str) -> str:
 
 
 def choose_attention(accelerator: Accelerator, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
-    """On a GPU, let packed rows skip the blocks of other documents (flex attention) instead of computing and masking them."""
+    """Choose another attention than SDPA where it is faster, once the compiler is chosen.
+
+    - Packed rows on a GPU: flex attention skips the blocks of other documents, which a mask would have computed.
+    - Short rows on a CPU, compiled in bfloat16: SDPA's backward pass takes six times as long as its forward pass, while the
+      compiler fuses plain products with what is between them.
+    """
     device, config = accelerator.device.type, model.config
-    is_supported = config.attention_dropout == 0 and config.head_dim >= SMALLEST_FLEX_HEAD
-    if "position_ids" in batch and device == "cuda" and is_supported and not missing_compiler(device):
+    is_compiled = accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
+    has_kernels = config.attention_dropout == 0 and config.head_dim >= SMALLEST_FLEX_HEAD
+    if device == "cuda" and "position_ids" in batch and has_kernels and not missing_compiler(device):
         model.set_attn_implementation("flex_attention")
+    if device == "cpu" and is_compiled and accelerator.mixed_precision == "bf16" and config.max_position_embeddings <= SHORT:
+        model.set_attn_implementation("eager")
 
 
 @contextmanager
-def without_flex_attention(model: Any) -> Iterator[None]:
-    """Generate with SDPA: flex attention would compile its kernels for each length of a growing text."""
-    is_flex = model.config._attn_implementation == "flex_attention"
-    if is_flex:
+def sdpa_attention(model: Any) -> Iterator[None]:
+    """Generate with SDPA, whatever was chosen for training: flex attention would be compiled for each length of the text."""
+    chosen = model.config._attn_implementation
+    if chosen in ("eager", "flex_attention"):
         model.set_attn_implementation("sdpa")
     yield
-    if is_flex:
-        model.set_attn_implementation("flex_attention")
+    if chosen in ("eager", "flex_attention"):
+        model.set_attn_implementation(chosen)
 
 
 def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
-from training.engine.launch import without_flex_attention
+from training.engine.launch import sdpa_attention
 from training.engine.loop import Step
 from training.errors import printable
 from training.progress import bar_options, is_interactive
@@ -86,7 +86,7 @@ def sample(
         prompt = prompt[: limit // 2]
         ids = torch.tensor([prompt], device=model.device)
         new_tokens = min(max_new_tokens, limit - len(prompt))
-        with torch.random.fork_rng(), torch.no_grad(), without_flex_attention(model):
+        with torch.random.fork_rng(), torch.no_grad(), sdpa_attention(model):
             torch.manual_seed(seed)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[arg-type]
         parts = [prompt, output[0, len(prompt) :].tolist()]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from modeling_scratchgpt.atomic import atomic_file
 from training.data.conversations import Conversation, Message
-from training.engine.launch import without_flex_attention
+from training.engine.launch import sdpa_attention
 from training.engine.run_folder import RESPONSES, RESPONSES_PAGE
 from training.errors import printable
 from training.progress import bar_options
@@ -111,7 +111,7 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens:
     padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     width = padded["input_ids"].shape[1]
     room = min(max_new_tokens, model.config.max_position_embeddings - width)
-    with without_flex_attention(model):
+    with sdpa_attention(model):
         output = model.generate(**padded.to(model.device), max_new_tokens=room)[:, width:].tolist()
     stop = model.generation_config.eos_token_id
     return [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in output]

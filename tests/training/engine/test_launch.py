@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
@@ -21,7 +22,7 @@ from tests.training.conftest import SMALL, rows, write_rows
 from training import classify, pretrain, recipe
 from training.engine import launch, machine
 from training.engine.arguments import EngineArguments
-from training.engine.launch import choose_attention, choose_compiler, choose_precision, start_accelerator
+from training.engine.launch import choose_attention, choose_compiler, choose_precision, sdpa_attention, start_accelerator
 from training.engine.loop import training_steps
 from training.engine.machine import has_fast_bfloat16
 from training.engine.optimizers import build_optimizers
@@ -102,28 +103,42 @@ def test_tf32_on_a_gpu_only(monkeypatch):
     assert chosen == ["high"]
 
 
+PACKED, PADDED = {"input_ids", "position_ids"}, {"input_ids", "attention_mask"}
+
+
 @pytest.mark.parametrize(
-    ("names", "device", "fields", "expected"),
+    ("names", "device", "precision", "backend", "fields", "expected"),
     [
-        (("input_ids", "position_ids"), "cuda", {}, "flex_attention"),
-        (("input_ids", "attention_mask"), "cuda", {}, "sdpa"),
-        (("input_ids", "position_ids"), "cpu", {}, "sdpa"),  # where flex attention has no backward pass
-        (("input_ids", "position_ids"), "cuda", {"attention_dropout": 0.1}, "sdpa"),
-        (("input_ids", "position_ids"), "cuda", {"head_dim": 8}, "sdpa"),
+        (PACKED, "cuda", "float32", "NO", {}, "flex_attention"),
+        (PADDED, "cuda", "float32", "NO", {}, "sdpa"),
+        (PACKED, "cuda", "float32", "NO", {"attention_dropout": 0.1}, "sdpa"),
+        (PACKED, "cuda", "float32", "NO", {"head_dim": 8}, "sdpa"),
+        (PACKED, "cpu", "float32", "NO", {}, "sdpa"),  # flex attention has no backward pass there
+        (PADDED, "cpu", "bfloat16", "INDUCTOR", {}, "eager"),
+        (PADDED, "cpu", "bfloat16", "NO", {}, "sdpa"),
+        (PADDED, "cpu", "float32", "INDUCTOR", {}, "sdpa"),
+        (PADDED, "cpu", "bfloat16", "INDUCTOR", {"max_position_embeddings": 512}, "sdpa"),
     ],
 )
-def test_attention(monkeypatch, names, device, fields, expected):
+def test_attention(monkeypatch, names, device, precision, backend, fields, expected):
     monkeypatch.setattr(launch.Accelerator, "device", torch.device(device))
     monkeypatch.setattr(launch, "missing_compiler", lambda device: "")
+    fields = {"max_position_embeddings": 256, **fields}
     model = ScratchGPTForCausalLM(
         ScratchGPTConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields)
     )
-    choose_attention(start_accelerator(), model, dict.fromkeys(names))
+    accelerator = start_accelerator(precision=precision)
+    accelerator.state.dynamo_plugin.backend = DynamoBackend[backend]
+    choose_attention(accelerator, model, dict.fromkeys(names))
     assert model.config._attn_implementation == expected
-    monkeypatch.setattr(launch, "missing_compiler", lambda device: "triton")
-    model.set_attn_implementation("sdpa")
-    choose_attention(start_accelerator(), model, dict.fromkeys(names))
-    assert model.config._attn_implementation == "sdpa"
+    with sdpa_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == expected
+    if device == "cuda":
+        monkeypatch.setattr(launch, "missing_compiler", lambda device: "triton")
+        model.set_attn_implementation("sdpa")
+        choose_attention(accelerator, model, dict.fromkeys(names))
+        assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.fixture
