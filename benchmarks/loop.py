@@ -22,7 +22,7 @@ from training.cli import model_config, parse_arguments
 from training.data.datasets import TokenizedExamples, Windows, train_dataloader
 from training.data.samplers import MixtureBatchSampler
 from training.engine.flops import flops_per_token
-from training.engine.launch import choose_compiler, start_accelerator
+from training.engine.launch import choose_attention, choose_compiler, start_accelerator
 from training.engine.loop import training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar
@@ -63,6 +63,7 @@ def measure(options: str, num_steps: int, directory: Path) -> list[float]:
     optimizers = build_optimizers(arguments, model)
     prepared_model, *prepared = accelerator.prepare(model, *optimizers)
     windows = random_windows(directory / "tokens", config.vocab_size, arguments.context_length)
+    choose_attention(accelerator, model, windows[0])
     sampler = MixtureBatchSampler([len(windows)], arguments.batch_size, num_steps, seed=0)
     waiting = list[float]()
     dataloader = timed(accelerator.prepare(train_dataloader([windows], sampler)), waiting)
