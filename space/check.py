@@ -58,6 +58,7 @@ def _title_after_loading(browser: str, address: str) -> str:
             port = Path(profile, "DevToolsActivePort")
             while title in (LOADING, "", urlsplit(address).netloc) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
+                # The browser writes its port before it answers there.
                 if port.exists() and (number := port.read_text().partition("\n")[0]):
                     with suppress(OSError), direct.open(f"http://127.0.0.1:{number}/json/list") as response:
                         title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)

@@ -131,9 +131,11 @@ def sdpa_attention(model: Any) -> Iterator[None]:
     chosen = model.config._attn_implementation
     if chosen in ("eager", "flex_attention"):
         model.set_attn_implementation("sdpa")
-    yield
-    if chosen in ("eager", "flex_attention"):
-        model.set_attn_implementation(chosen)
+    try:
+        yield
+    finally:
+        if chosen in ("eager", "flex_attention"):
+            model.set_attn_implementation(chosen)
 
 
 def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:

@@ -37,6 +37,8 @@ TRUNCATED = " *(truncated)*"
 
 @dataclass(frozen=True)
 class Response:
+    """An answer of a model."""
+
     text: str
     finished: bool  # by the model's stop token, not by the maximum length
 

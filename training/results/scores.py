@@ -26,6 +26,8 @@ NUM_BINS = 15  # of the calibration error, as in Guo et al., 2017
 
 @dataclass(frozen=True)
 class ClassificationScores:
+    """Metrics of a classifier at an evaluation."""
+
     loss: float  # nats per text, or per label if a text has several
     accuracy: float  # share of the texts with all labels right
     macro_f1: float  # mean over the labels; with one per text, over those that occur or are predicted
@@ -36,6 +38,8 @@ class ClassificationScores:
 
 @dataclass(frozen=True)
 class RegressionScores:
+    """Metrics of a regression at an evaluation."""
+
     loss: float  # mean squared error
     mean_absolute_error: float
     r2: float  # share of the variance explained
