@@ -1,11 +1,14 @@
 """The memory-efficient loss, compared with torch's, which materializes the logits."""
 
 import importlib.util
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -246,6 +249,37 @@ def test_compiled_in_one_graph():
         loss_and_gradients(compiled, hidden_states, weight, targets),
         loss_and_gradients(torchs_own, hidden_states, weight, targets),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_softmax(dtype, monkeypatch):
+    """As in a compiled model on a GPU: the same results, and two graphs, for the first chunk and for any number of rows."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 4 * 90)
+    compiled = partial(module.loss_and_gradients, is_compiled=True)
+    for tokens in (40, 41, 43, 60):
+        hidden_states, weight, targets = (each.detach() for each in inputs(tokens, 8, 90, 0.2, seed=tokens))
+        arguments = hidden_states.to(dtype), weight, targets, torch.tensor(3.0), True, True
+        for ours, eager in zip(compiled(*arguments), module.loss_and_gradients(*arguments), strict=True):
+            tolerance = 1e-5 if ours.dtype == torch.float32 == dtype else 1e-2
+            torch.testing.assert_close(ours, eager, rtol=tolerance, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    for label in (-1, 90):
+        targets[2] = label
+        with pytest.raises(ValueError, match=r"labels must be ids \(0 to 89\) or -100"):
+            compiled(*arguments)
+
+
+@pytest.mark.parametrize(("device", "is_compiling"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_the_softmax_is_compiled_in_a_compiled_model_on_a_gpu(device, is_compiling, monkeypatch):
+    operator = Mock(return_value=[None])
+    monkeypatch.setattr(module, "loss_and_gradients", operator)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    with FakeTensorMode():
+        hidden_states, weight = torch.empty(6, 8, device=device), torch.empty(9, 8, device=device)
+        linear_cross_entropy(hidden_states, weight, torch.zeros(6, dtype=torch.long, device=device))
+    assert operator.call_args.args[-1] == (device == "cuda" and is_compiling)
 
 
 def test_the_operator_is_well_formed():
