@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from huggingface_hub.utils import WeakFileLock
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "space" / "web"
 EXPORT = Path("onnx", "model.onnx")
+UNUSED_SECONDS = 30 * 24 * 3600  # after which an export is deleted
 FIRST_PORT, NUM_PORTS = 7860, 100
 # With these headers, WebAssembly may use all cores.
 HEADERS = {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"}
@@ -71,14 +73,17 @@ def export(directory: Path) -> tuple[Path, str]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scratchgpt" / revision
     cache.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(cache.parent / ".lock"):  # of several processes, one converts
-        for abandoned in cache.parent.glob(".writing-*"):  # by a killed process
-            shutil.rmtree(abandoned, ignore_errors=True)
+        since = time.time() - UNUSED_SECONDS
+        unused = [path for path in cache.parent.glob("*/") if path != cache and path.stat().st_mtime < since]
+        for path in (*cache.parent.glob(".writing-*"), *unused):  # left by a killed process, or for earlier weights
+            shutil.rmtree(path, ignore_errors=True)
         if not (cache / EXPORT).is_file():
             print(f"Converting {directory} to ONNX, once for these weights", flush=True)
             words = ["modeling_scratchgpt.convert", str(directory.absolute()), str(cache), "--to", "onnx", "--attentions"]
             path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             if code := subprocess.run([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path}).returncode:
                 raise SystemExit(code)
+        os.utime(cache)
     return cache, revision
 
 

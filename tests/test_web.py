@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -372,13 +373,16 @@ def test_a_reload_during_a_download_prints_nothing(app, exports, capfd):
 
 
 def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatch, capfd):
-    """Also by two servers that start at the same time; the second deletes what a killed one has left."""
+    """Also by two servers that start at the same time; what a killed one has left, and what is not used, is deleted."""
     save_model("chat", tmp_path / "chat")
     (tmp_path / "chat" / "onnx").mkdir()
     (tmp_path / "chat" / app.EXPORT).touch()  # beside a ScratchGPT, which is not an export by that
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    abandoned = tmp_path / "cache" / "scratchgpt" / ".writing-0"
-    abandoned.mkdir(parents=True)
+    cache = tmp_path / "cache" / "scratchgpt"
+    abandoned, unused = cache / ".writing-0", cache / "0123456789abcdef"
+    for directory in (abandoned, unused):
+        directory.mkdir(parents=True)
+    os.utime(unused, (0, 0))
     commands = []
 
     def convert_quickly(command, env):
@@ -391,14 +395,16 @@ def test_a_directory_is_converted_once_for_its_weights(app, tmp_path, monkeypatc
     monkeypatch.setattr(app.subprocess, "run", convert_quickly)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(app.export, [tmp_path / "chat"] * 2)
+    os.utime(first[0], (0, 0))  # old, but in use
     assert app.export(tmp_path / "chat") == first == second
-    assert not abandoned.exists()
+    assert [path for path in cache.iterdir() if path.is_dir()] == [first[0]]
     assert commands == [
         [sys.executable, "-m", "modeling_scratchgpt.convert", *commands[0][3:5], "--to", "onnx", "--attentions"]
     ]
     edit_json(tmp_path / "chat" / "config.json", changed=1)
     assert app.export(tmp_path / "chat") != first
     assert len(commands) == 2
+    assert first[0].exists()
 
     def interrupt(command, env):
         raise KeyboardInterrupt

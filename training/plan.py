@@ -207,7 +207,7 @@ def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config
         memory["DDP buckets"] = memory["weights"]  # the copies of gradients that are sent
     peak = sum(memory.values())
     name = str(dtype).removeprefix("torch.")
-    title = f"Peak memory, predicted for {name}: {peak / 1e9:.2f} GB of this {device.type}'s {total / 1e9:.1f} GB"
+    title = f"Peak memory, predicted for {name}: {peak / 1e9:.2f} of {total / 1e9:.1f} GB ({device.type})"
     accelerator.print(table(title, {name: f"{size / 1e6:,.0f} MB" for name, size in memory.items() if size}))
     if peak * (processes if device.type == "cpu" else 1) > total:
         raise UserError("it does not fit: lower --batch_size, pass --gradient_checkpointing, or choose a smaller model.")

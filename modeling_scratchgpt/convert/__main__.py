@@ -18,6 +18,7 @@ is refused. DESTINATION is a new directory, which is written completely or not a
 import argparse
 import contextlib
 import io
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -74,22 +75,28 @@ def _verify(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, referenc
     return f"Largest difference from {reference}: {difference:.1e}"
 
 
+def expanded_path(name: str) -> Path:
+    return Path(name).expanduser()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modeling_scratchgpt.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SOURCE", help="model to convert: a file, a directory or a Hub id")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path, help="directory to create")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=os.path.expanduser, help="model to convert: a file, a directory or a Hub id"
+    )
+    parser.add_argument("destination", metavar="DESTINATION", type=expanded_path, help="directory to create")
     parser.add_argument("--to", choices=("gpt2", "qwen3", "gguf", "onnx"), help="target format of a ScratchGPT")
     parser.add_argument("--type", choices=TYPES, help="data type of the matrices in a GGUF file (default: f16)")
     parser.add_argument("--num_attention_heads", type=int, help="number of heads, if SOURCE is a bare state dict")
     parser.add_argument(
         "--hidden_act", help="activation, if SOURCE is a bare state dict (default: gelu_new, GPT-2's; gelu for nanoGPT)"
     )
-    parser.add_argument("--tokenizer", help="directory or Hub id of a tokenizer, if SOURCE has none")
+    parser.add_argument("--tokenizer", type=os.path.expanduser, help="directory or Hub id of a tokenizer, if SOURCE has none")
     parser.add_argument("--attentions", action="store_true", help="ONNX: also return the weights of all attention heads")
     parser.add_argument(
         "--text",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="ONNX: measure what 8 bits cost on this text, or JSON lines with text or messages, and label "
         "(default: what the training run of SOURCE has held out)",
@@ -112,7 +119,7 @@ def convert(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the model cannot be converted or written; nothing is left at the destination.
     """
-    destination = arguments.destination.expanduser()
+    destination = arguments.destination
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"DESTINATION {destination} exists: pass the name of a new directory.")
     if arguments.type and arguments.to != "gguf":

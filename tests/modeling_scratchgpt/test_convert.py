@@ -262,7 +262,7 @@ def test_a_damaged_tensorflow_checkpoint_is_named(tensor_file, real_data, tmp_pa
     refused(source, tmp_path / "ours")
 
 
-def test_a_damaged_gpt2_folder_is_named(tmp_path, refused):
+def test_a_damaged_gpt2_folder_is_named(tmp_path, refused, monkeypatch):
     shaken(GPT2LMHeadModel(GPT2Config(**GPT2))).save_pretrained(tmp_path / "gpt2")
     file = tmp_path / "gpt2" / "model.safetensors"
     state = load_file(file)
@@ -278,6 +278,8 @@ def test_a_damaged_gpt2_folder_is_named(tmp_path, refused):
     os.truncate(file, 5000)
     assert "model.safetensors is damaged" in refused(tmp_path / "gpt2", tmp_path / "ours")
     assert "exists: pass" in refused(tmp_path / "gpt2", tmp_path / "gpt2")
+    monkeypatch.setenv("HOME", str(tmp_path))  # a quoted ~ or --tokenizer=~/gpt2, which a shell leaves as it is
+    assert f"{tmp_path}/gpt2/model.safetensors is damaged" in refused("~/gpt2", Path("~/ours"))
 
 
 def test_missing_sources_and_other_files_are_refused(tmp_path, refused):

@@ -121,11 +121,11 @@ class _Run(Generic[Metrics]):
         arguments, run_folder, found = self.arguments, self.run_folder, self.start.checkpoint
         if found:
             self._check_content(found[1])
+            self.accelerator.print(f"Resuming from step {found[1]['step']:,}: {found[0]}")
         before = self._evaluate()
         self.accelerator.print(f"\nBefore training: {before[0]}\n\n{_lines(before[1])}")
         if found:
             self._load(*found)
-            self.accelerator.print(f"Resuming from step {self.step:,}: {found[0]}")
             if self.start.changes:
                 self._note(f"from step {self.step:,} with {', '.join(self.start.changes)}")
         elif arguments.resume:

@@ -183,6 +183,8 @@ def check_weights(directory: Path, files: Files) -> None:
         UserError: weights are missing, unreadable or not finite.
     """
     weights = [directory / name for name in files if name.endswith(".safetensors")]
+    if not weights and (directory / "onnx").is_dir():
+        raise UserError(f"{directory} is an ONNX export: pass the directory of its model, with --space to upload both.")
     if not weights:
         raise UserError(f"{directory} has no safetensors weights: save the model again, with `save_pretrained`.")
     for path in weights:

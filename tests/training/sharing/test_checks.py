@@ -29,6 +29,11 @@ def append(name: str, text: str) -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_text((directory / name).read_text() + text)
 
 
+def export(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "onnx").mkdir()
+
+
 def write_nan(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
@@ -45,6 +50,7 @@ def write_nan(directory: Path) -> None:
             "not the code of this package, .*: cross_entropy.py. Load model and tokenizer without trust_",
         ),
         (remove("model.safetensors"), "has no safetensors weights"),
+        (export, "is an ONNX export: pass the directory of its model, with --space to upload both"),
         (write("model.safetensors", "x"), "model.safetensors cannot be read"),
         (write_nan, "model.norm.weight has values that are not finite"),
         (remove("README.md"), "README.md is missing: write a model card"),
