@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from modeling_scratchgpt.interchange import ARCHITECTURE, as_transformers
+from training.engine.launch import choose_attention, choose_compiler, start_accelerator
 
 
 def measure(is_ours: bool, arguments: argparse.Namespace) -> dict[str, float]:
@@ -29,8 +30,11 @@ def measure(is_ours: bool, arguments: argparse.Namespace) -> dict[str, float]:
         skip_logits=True,  # as the recipes do
         **ARCHITECTURE[arguments.peer],
     )
+    accelerator = start_accelerator(precision=arguments.precision)
+    choose_compiler(accelerator, arguments.compile, 0)
     if is_ours:
         model = ScratchGPTForCausalLM(config)
+        choose_attention(accelerator, model, {})  # as the recipes do
     else:
         model = AutoModelForCausalLM.from_config(as_transformers(config, arguments.peer), dtype=torch.float32)
     step = training_step(model, arguments.batch, arguments.context, arguments.compile == "true", arguments.precision)
