@@ -34,6 +34,7 @@ from modeling_scratchgpt import (
     ScratchGPTTokenizer,
 )
 from modeling_scratchgpt.convert import __main__ as convert
+from modeling_scratchgpt.convert.web import write_format
 from space import check as page
 from tests.conftest import MODERN, TINY, made_once, shaken
 from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
@@ -112,10 +113,8 @@ def export(source: Path, destination: Path, *options: str) -> None:
 
 def quantize(directory: Path) -> None:
     """Add a graph with 8-bit weights to an export, and make it the one that is run."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     model = directory / "onnx" / "model.onnx"
-    quantize_dynamic(model, model.with_stem("model_quantized"), weight_type=QuantType.QUInt8)
+    write_format(model, model.with_stem("model_quantized"), "q8")
     edit_json(directory / "config.json", **{"transformers.js_config": {"dtype": "q8"}})
 
 

@@ -51,7 +51,8 @@ async function loadLibrary(runtime, report) {
 // Load a model and run it on a few tokens, which also shows errors that come with the first step only.
 async function open(device, dtype) {
     const Model = isClassifier ? library.AutoModel : library.AutoModelForCausalLM;
-    const opened = await Model.from_pretrained("model", { config, device, dtype });
+    const session_options = { graphOptimizationLevel: dtype === "q8" ? "disabled" : "all" }; // convert has optimized q8
+    const opened = await Model.from_pretrained("model", { config, device, dtype, session_options });
     const run = opened.forward.bind(opened);
     opened.forward = async (inputs) => {
         await nextTask(); // WebAssembly never yields by itself: "stop" would wait for the end
@@ -66,8 +67,7 @@ async function load({ base, useWebGPU }, report) {
     await loadLibrary(useWebGPU ? "webgpu" : "wasm", report);
     const { origin, pathname } = new URL(base);
     Object.assign(library.env, { remoteHost: origin, remotePathTemplate: pathname.slice(1) });
-    config = await library.AutoConfig.from_pretrained("model");
-    tokenizer = await library.AutoTokenizer.from_pretrained("model");
+    [config, tokenizer] = await Promise.all(["Config", "Tokenizer"].map((kind) => library[`Auto${kind}`].from_pretrained("model")));
     isClassifier = config.architectures[0].endsWith("ForSequenceClassification");
     isChat = !isClassifier && Boolean(tokenizer.chat_template);
     contextLength = Math.min(config.max_position_embeddings ?? config.n_positions, tokenizer.model_max_length);
