@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from training.engine.loop import GracefulShutdown, Step, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
 from training.engine.run_folder import RunFolder
-from training.errors import UserError, one_line
+from training.errors import UserError, is_out_of_memory, one_line
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 WORSE = 1.01  # a final loss that is this many times the lowest is reported
@@ -182,7 +182,7 @@ class _Run(Generic[Metrics]):
                 return
             except RuntimeError as error:
                 # The other processes of a run would wait for this one.
-                if self.accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
                     raise
                 if arguments.batch_size == 1:
                     remedy = "lower --context_length, pass --gradient_checkpointing, or choose a smaller model"
