@@ -241,6 +241,7 @@ class _Run(Generic[Metrics]):
             "notes": self.notes,
             "frozen": self.frozen,
             "data": self.task.data_digest,
+            "loss_scale": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # of float16
         }
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
         save_model = partial(self.task.save_model, self.model)
@@ -249,6 +250,8 @@ class _Run(Generic[Metrics]):
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
+        if self.accelerator.scaler and state.get("loss_scale"):  # none if the run had another precision
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
         self.step, self.evaluated = state["step"], None
         self.losses, self.notes = self.losses or state["eval_losses"], self.notes or state["notes"]
 
