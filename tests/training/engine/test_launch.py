@@ -113,6 +113,8 @@ PACKED, PADDED = {"input_ids", "position_ids"}, {"input_ids", "attention_mask"}
         (PADDED, "cuda", "float32", "NO", {}, "sdpa"),
         (PACKED, "cuda", "float32", "NO", {"attention_dropout": 0.1}, "sdpa"),
         (PACKED, "cuda", "float32", "NO", {"head_dim": 8}, "sdpa"),
+        (PACKED, "cuda", "bfloat16", "NO", {"head_dim": 128}, "flex_attention"),
+        (PACKED, "cuda", "bfloat16", "NO", {"head_dim": 160}, "sdpa"),  # too much shared memory for most GPUs
         (PACKED, "cpu", "float32", "NO", {}, "sdpa"),  # flex attention has no backward pass there
         (PADDED, "cpu", "bfloat16", "INDUCTOR", {}, "eager"),
         (PADDED, "cpu", "bfloat16", "NO", {}, "sdpa"),
