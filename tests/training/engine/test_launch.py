@@ -231,6 +231,21 @@ def test_no_compilation_against_the_config(monkeypatch):
 def test_what_compiling_needs(monkeypatch):
     monkeypatch.setattr(machine, "has_triton", lambda: False)
     assert machine.missing_compiler("cuda") == "triton"
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    with monkeypatch.context() as patch:
+        found = list[str]()
+        patch.setattr(machine.shutil, "which", lambda name: name if name in found else None)
+        patch.setattr(machine.sys, "platform", "win32")
+        for name in ("CC", "CXX"):
+            patch.delenv(name, raising=False)
+        assert machine.missing_compiler("cuda") == ""  # Triton brings its own
+        assert machine.missing_compiler("cpu") == "the C++ compiler cl"
+        patch.setattr(machine.sys, "platform", "linux")
+        for name, missing in {"g++": "the C compiler gcc", "clang": ""}.items():  # which Triton looks for, after gcc
+            found.append(name)
+            assert machine.missing_compiler("cuda") == missing
+        patch.setenv("CC", "missing-cc")
+        assert machine.missing_compiler("cuda") == "the C compiler missing-cc"
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: "/missing")
     monkeypatch.setenv("CXX", shutil.which("python3"))
     assert machine.missing_compiler("cpu") == "Python.h, of the package python3-dev"
