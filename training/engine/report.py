@@ -86,7 +86,8 @@ def sample(
         prompt = prompt[: limit // 2]
         ids = torch.tensor([prompt], device=model.device)
         new_tokens = min(max_new_tokens, limit - len(prompt))
-        with torch.random.fork_rng(), torch.no_grad(), sdpa_attention(model):
+        # Without the GPUs: by default the state of all of them is saved, with a warning; each training step sets its own.
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_attention(model):
             torch.manual_seed(seed)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[arg-type]
         parts = [prompt, output[0, len(prompt) :].tolist()]
