@@ -59,6 +59,12 @@ def _bfloat16_speedup(side: int) -> float:
     return seconds[0] / seconds[1]
 
 
+def float32_name(device_type: str) -> str:
+    """`float32`, or `float32 (TF32)` if the device rounds the factors of matrix products."""
+    is_exact = device_type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    return "float32" if is_exact or not torch.cuda.is_tf32_supported() else "float32 (TF32)"
+
+
 def missing_compiler(device_type: str) -> str:
     """The name of what `torch.compile` needs and does not find; empty if everything is installed."""
     language, compilers = "C++", [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
