@@ -14,7 +14,8 @@ SMALLER_STEPS = (
     "lower --batch_size, and raise --gradient_accumulation_steps as much, lower --context_length, or pass "
     "--gradient_checkpointing"
 )
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of GPUs; of CPUs; of CPUs on Windows
+# Of GPUs; of cuBLAS, when the first backward pass has filled the GPU; of CPUs; of CPUs on Windows.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 class UserError(Exception):
@@ -41,13 +42,18 @@ def explain_errors(problem: str, types: Any = Exception, remedy: str = "") -> It
         raise UserError(f"{problem} ({one_line(error)}){remedy}.") from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """True if a device is out of memory; also for messages that Accelerate's `should_reduce_batch_size` does not know."""
+    return isinstance(error, MemoryError) or any(part in str(error) for part in OUT_OF_MEMORY)
+
+
 @contextmanager
 def explain_out_of_memory(remedy: str = SMALLER_STEPS) -> Iterator[None]:
     """Turn the errors of all devices that are out of memory into a `UserError` with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(part in str(error) for part in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory ({one_line(error)}): {remedy}.") from error
 

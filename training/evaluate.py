@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
@@ -35,6 +34,7 @@ from training.data.splits import SPLITS
 from training.data.tokens import tokenize_documents
 from training.engine.checkpoints import STATE
 from training.engine.launch import start_accelerator
+from training.engine.machine import float32_name
 from training.engine.metrics import evaluate, keeps_documents_apart
 from training.engine.pretrained import load_model_and_tokenizer
 from training.engine.run_folder import CARD
@@ -90,8 +90,7 @@ def describe_precision(accelerator: Accelerator, model: PreTrainedModel) -> str:
     """The dtype of the matrix products: that of the weights, unless Accelerate's launcher has chosen another."""
     launched = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
     dtype = launched or str(model.dtype).removeprefix("torch.")
-    uses_tf32 = accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return "float32 (TF32)" if dtype == "float32" and uses_tf32 else dtype
+    return float32_name(accelerator.device.type) if dtype == "float32" else dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.launch import PRECISIONS, choose_attention, choose_compiler, start_accelerator, start_trackers
+from training.engine.machine import float32_name
 from training.engine.report import draw_loss
 from training.engine.run_folder import ADAPTER, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
@@ -185,10 +186,12 @@ def run_flops(recipe: Recipe, batch: dict[str, torch.Tensor]) -> float:
 
 def hardware(accelerator: Accelerator, precision: str) -> str:
     """The device, the processes and threads, the precision and why it was chosen, and the compiler, for people."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    kind = accelerator.device.type
+    device = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()} {kind.upper()}"
     settings = launcher_settings(accelerator)
     mixed = settings["mixed_precision"]
-    name = {value: name for name, value in PRECISIONS.items()}.get(mixed, "float8")
+    names = {value: name for name, value in PRECISIONS.items()} | {"no": float32_name(kind)}
+    name = names.get(mixed, "float8")
     if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         name += f" (auto: the device is {'not ' if mixed == 'no' else ''}fast in bfloat16)"
     compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"

@@ -1,5 +1,7 @@
 """The program around a run: trackers, memory, notebooks, and the positions of a base model."""
 
+import platform
+import re
 import signal
 import socket
 import subprocess
@@ -9,11 +11,11 @@ from types import SimpleNamespace
 import accelerate.tracking
 import pytest
 import torch
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedType, DynamoBackend, LoggerType
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTTokenizer
 from tests.training.conftest import SMALL, TUNING, interrupted_after, rows, write_rows
-from training import classify, instruct, pretrain
+from training import classify, instruct, pretrain, recipe
 from training.cli import parse_arguments
 from training.engine import loop
 from training.engine.flops import flops_per_token
@@ -87,9 +89,14 @@ def test_a_run_that_is_out_of_memory_says_what_to_lower_and_starts_again(book, t
 def test_a_batch_that_does_not_fit_is_divided(run, book, tmp_path, monkeypatch, capsys):
     """The run is the one whose batches fit, and its card says so."""
 
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ]
+
     def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(batch["input_ids"]) > 1 + (len(sizes) < 12):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise errors.pop(0)
         sizes.append(len(batch["input_ids"]))
         return counted(batch)
 
@@ -121,6 +128,29 @@ def test_optimizers_that_do_not_fit_are_not_stepped_again(book, tmp_path, monkey
     with pytest.raises(UserError, match=r"^out of memory \(CUDA .*\): choose a smaller model, or divide it over several GPUs"):
         pretrain.main(["--dataset", book, *SMALL, "--output_dir", str(tmp_path)])
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "has_tf32", "expected"),
+    [
+        ("cuda", "float32", True, "A100, processes: 1, .*, float32 \\(TF32\\)"),
+        ("cuda", "float32", False, "A100, .*, float32"),
+        ("cuda", "bfloat16", True, "A100, .*, bfloat16"),
+        ("cpu", "float32", True, f"{platform.machine()} CPU, .*, float32"),  # beside a GPU
+        ("mps", "auto", False, f"{platform.machine()} MPS, .*, float32 \\(auto: the device is not fast in bfloat16\\)"),
+    ],
+)
+def test_the_device_that_a_card_names(monkeypatch, device, precision, has_tf32, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, value in (("is_available", True), ("get_device_name", "A100"), ("is_tf32_supported", has_tf32)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
+    accelerator = SimpleNamespace(
+        device=torch.device(device), distributed_type=DistributedType.NO, num_processes=1, state=state,
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+    )  # fmt: skip
+    assert re.fullmatch(expected, recipe.hardware(accelerator, precision))
 
 
 def test_the_training_of_a_tokenizer_ends_with_ctrl_c(book, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from training.errors import UserError, explain_errors
 
 RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of their `init` that names a run
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and their names in Accelerate
-SMALLEST_FLEX_HEAD = 16  # dimensions, for its kernels
+FLEX_HEADS = range(16, 129)  # dimensions, for its kernels; larger ones do not fit into the shared memory of many GPUs
 SHORT = 256  # positions, with which the attention on CPUs was measured
 COMPILE_SECONDS = 60  # of the graphs for training and evaluation
 COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
@@ -118,7 +118,7 @@ def choose_attention(accelerator: Accelerator, model: PreTrainedModel, batch: di
     """
     device, config = accelerator.device.type, model.config
     is_compiled = accelerator.state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
-    has_kernels = config.attention_dropout == 0 and config.head_dim >= SMALLEST_FLEX_HEAD
+    has_kernels = config.attention_dropout == 0 and config.head_dim in FLEX_HEADS
     if device == "cuda" and "position_ids" in batch and has_kernels and not missing_compiler(device):
         model.set_attn_implementation("flex_attention")
     if device == "cpu" and is_compiled and accelerator.mixed_precision == "bf16" and config.max_position_embeddings <= SHORT:

@@ -59,13 +59,22 @@ def _bfloat16_speedup(side: int) -> float:
     return seconds[0] / seconds[1]
 
 
+def float32_name(device_type: str) -> str:
+    """`float32`, or `float32 (TF32)` if the device rounds the factors of matrix products."""
+    is_exact = device_type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    return "float32" if is_exact or not torch.cuda.is_tf32_supported() else "float32 (TF32)"
+
+
 def missing_compiler(device_type: str) -> str:
     """The name of what `torch.compile` needs and does not find; empty if everything is installed."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device_type == "cuda" and not has_triton():
-        return "triton"
-    if device_type != "cuda" and not shutil.which(compiler):
-        return f"the C++ compiler {compiler}"
+    language, compilers = "C++", [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
+    if device_type == "cuda":
+        if not has_triton():
+            return "triton"
+        # Triton compiles a module that talks to the driver; on Windows with a compiler of its own.
+        language, compilers = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not (device_type == "cuda" and sys.platform == "win32") and not any(map(shutil.which, compilers)):
+        return f"the {language} compiler {compilers[0]}"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return "" if header.exists() else f"{header.name}, of the package python3-dev"
 

@@ -35,7 +35,7 @@ class ProgressBar(tqdm):
         if "bar_format" in options:
             options["bar_format"] = "step {n_fmt}/{total_fmt}: {measured}, {remaining} left"
         super().__init__(total=num_steps, initial=done, desc="Training", unit=" steps", smoothing=0, **options)
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.is_on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
         self.loss = self.speed = 0.0
         self.count, self.flops_per_token, self.peak = 0, flops_per_token, peak
 
@@ -53,7 +53,7 @@ class ProgressBar(tqdm):
         self.peak = max(self.peak, self.speed * self.flops_per_token)  # a busy machine measures too low a peak
         mfu = self.speed * self.flops_per_token / self.peak
         # The peak on a GPU, the resident set on a CPU.
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        memory = torch.cuda.max_memory_allocated() if self.is_on_gpu else psutil.Process().memory_info().rss
         values = f"loss {self.loss:.3f}, {self.speed:,.0f} tokens/s, MFU {mfu:.0%}, {memory / 2**30:.1f} GB"
         self.set_postfix_str(values, refresh=False)
         self.update()
@@ -86,7 +86,8 @@ def sample(
         prompt = prompt[: limit // 2]
         ids = torch.tensor([prompt], device=model.device)
         new_tokens = min(max_new_tokens, limit - len(prompt))
-        with torch.random.fork_rng(), torch.no_grad(), sdpa_attention(model):
+        # Without the GPUs: by default the state of all of them is saved, with a warning; each training step sets its own.
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_attention(model):
             torch.manual_seed(seed)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)  # type: ignore[arg-type]
         parts = [prompt, output[0, len(prompt) :].tolist()]

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from training.engine.loop import GracefulShutdown, Step, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
 from training.engine.run_folder import RunFolder
-from training.errors import UserError, one_line
+from training.errors import UserError, is_out_of_memory, one_line
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
 WORSE = 1.01  # a final loss that is this many times the lowest is reported
@@ -182,7 +182,7 @@ class _Run(Generic[Metrics]):
                 return
             except RuntimeError as error:
                 # The other processes of a run would wait for this one.
-                if self.accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
                     raise
                 if arguments.batch_size == 1:
                     remedy = "lower --context_length, pass --gradient_checkpointing, or choose a smaller model"
@@ -241,6 +241,7 @@ class _Run(Generic[Metrics]):
             "notes": self.notes,
             "frozen": self.frozen,
             "data": self.task.data_digest,
+            "loss_scale": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # of float16
         }
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
         save_model = partial(self.task.save_model, self.model)
@@ -249,6 +250,8 @@ class _Run(Generic[Metrics]):
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
+        if self.accelerator.scaler and state.get("loss_scale"):  # none if the run had another precision
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
         self.step, self.evaluated = state["step"], None
         self.losses, self.notes = self.losses or state["eval_losses"], self.notes or state["notes"]
 

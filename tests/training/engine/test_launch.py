@@ -113,6 +113,8 @@ PACKED, PADDED = {"input_ids", "position_ids"}, {"input_ids", "attention_mask"}
         (PADDED, "cuda", "float32", "NO", {}, "sdpa"),
         (PACKED, "cuda", "float32", "NO", {"attention_dropout": 0.1}, "sdpa"),
         (PACKED, "cuda", "float32", "NO", {"head_dim": 8}, "sdpa"),
+        (PACKED, "cuda", "bfloat16", "NO", {"head_dim": 128}, "flex_attention"),
+        (PACKED, "cuda", "bfloat16", "NO", {"head_dim": 160}, "sdpa"),  # too much shared memory for most GPUs
         (PACKED, "cpu", "float32", "NO", {}, "sdpa"),  # flex attention has no backward pass there
         (PADDED, "cpu", "bfloat16", "INDUCTOR", {}, "eager"),
         (PADDED, "cpu", "bfloat16", "NO", {}, "sdpa"),
@@ -229,6 +231,21 @@ def test_no_compilation_against_the_config(monkeypatch):
 def test_what_compiling_needs(monkeypatch):
     monkeypatch.setattr(machine, "has_triton", lambda: False)
     assert machine.missing_compiler("cuda") == "triton"
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    with monkeypatch.context() as patch:
+        found = list[str]()
+        patch.setattr(machine.shutil, "which", lambda name: name if name in found else None)
+        patch.setattr(machine.sys, "platform", "win32")
+        for name in ("CC", "CXX"):
+            patch.delenv(name, raising=False)
+        assert machine.missing_compiler("cuda") == ""  # Triton brings its own
+        assert machine.missing_compiler("cpu") == "the C++ compiler cl"
+        patch.setattr(machine.sys, "platform", "linux")
+        for name, missing in {"g++": "the C compiler gcc", "clang": ""}.items():  # which Triton looks for, after gcc
+            found.append(name)
+            assert machine.missing_compiler("cuda") == missing
+        patch.setenv("CC", "missing-cc")
+        assert machine.missing_compiler("cuda") == "the C compiler missing-cc"
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: "/missing")
     monkeypatch.setenv("CXX", shutil.which("python3"))
     assert machine.missing_compiler("cpu") == "Python.h, of the package python3-dev"

@@ -4,14 +4,16 @@ import io
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from training import progress
 from training.engine.loop import Step
-from training.engine.report import ProgressBar, duration
+from training.engine.report import ProgressBar, duration, sample
 from training.progress import bar_options
 
 
@@ -29,6 +31,27 @@ def test_progress_bar_shows_loss_speed_and_mfu():
             Step(3, loss=3.0, grad_norm=1.0, learning_rate=0.1, tokens=60_000, seconds=1.0)
         )  # the peak was measured too low
         assert "MFU 100%, " in str(bar)
+
+
+def test_the_memory_is_that_of_the_device_that_is_used(monkeypatch):
+    """Here of a CPU, beside a GPU."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with ProgressBar(10, accelerator, flops_per_token=1.0, peak=1.0) as bar:
+        bar.log(Step(1, loss=4.0, grad_norm=1.0, tokens=800, seconds=2.0))
+        assert float(re.search(r"(\d+\.\d) GB", str(bar))[1]) > 0
+
+
+def test_samples_are_the_same_each_time_and_leave_other_gpus_alone(tiny_model, monkeypatch):
+    """By default `fork_rng` saves the state of all eight, and warns, in every process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    tokenizer = SimpleNamespace(batch_decode=lambda parts, **options: [str(part) for part in parts])
+    tiny_model.generation_config.update(do_sample=True)
+    state = torch.get_rng_state()
+    first, second = (sample(tiny_model, [[3, 4], [5]], 4, tokenizer) for _ in range(2))
+    assert first == second
+    assert first[0].startswith("[[3, 4]][")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_file_gets_whole_lines_instead_of_a_bar(monkeypatch):

@@ -84,8 +84,9 @@ class RandomTask:
         return [f"{model.model.norm.weight.sum():.4f}", "second example"]
 
 
-def run(path, task: RandomTask) -> tuple[TrainResult, ScratchGPTForCausalLM, RunFolder]:
+def run(path, task: RandomTask, scaler=None) -> tuple[TrainResult, ScratchGPTForCausalLM, RunFolder]:
     accelerator, model = Accelerator(cpu=True), task.build_model()
+    accelerator.scaler = scaler
     run_folder = RunFolder(path, accelerator)
     start = find_start(accelerator, task.arguments, run_folder)
     return train(accelerator, task, model, run_folder, start), model, run_folder
@@ -105,6 +106,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupt_after):
     assert (result.before, result.after, result.steps, result.tokens) == (expected.before, expected.after, 9, 9 * 4 * 12)
     for (name, one), two in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_a_resumed_run_continues_with_its_loss_scale(tmp_path):
+    """Of float16, whose loss Accelerate scales on GPUs only. It is doubled after every second step."""
+    scales = []
+    for steps, exponent in ((4, 10), (6, 16)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**exponent, growth_interval=2)
+        run(tmp_path, RandomTask(max_steps=steps, resume=steps > 4), scaler)
+        scales.append(scaler.get_scale())
+        gc.collect()  # of the directory's lock
+    assert scales == [2.0**12, 2.0**13]
 
 
 def test_a_run_that_was_interrupted_after_its_last_step_only_evaluates(tmp_path):
