@@ -156,10 +156,11 @@ def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> N
 
 
 def compiling_pays(accelerator: Accelerator, flops: float) -> bool:
-    """Estimate whether a compiled run of this many FLOPs ends earlier. Sharded models are compiled only on request."""
+    """Estimate whether a compiled run of this many FLOPs ends earlier. Sharded models, and on MPS all, only on request."""
+    kind = accelerator.device.type
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     # In float32 on a CPU matrix products take most of a step, and compiling does not make them faster.
-    if is_sharded or (accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"):
+    if is_sharded or kind not in ("cuda", "cpu") or (kind == "cpu" and accelerator.mixed_precision == "no"):
         return False
     seconds = flops / (UTILIZATION * measured_peak(accelerator))
     return broadcast_object_list([COMPILE_SAVES * seconds > COMPILE_SECONDS])[0]

@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +222,15 @@ def test_compiler(monkeypatch, capsys, asked, backend, precision, flops, expecte
     is_missing = capsys.readouterr().out == "The model is not compiled, since the C++ compiler missing-compiler is missing\n"
     assert is_missing == (expected == "INDUCTOR")
     assert (accelerator.state.dynamo_plugin.backend == "NO") == (expected in ("NO", "INDUCTOR"))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("mps", False)])
+def test_long_runs_are_compiled_on_gpus_but_not_on_macs(device, expected, monkeypatch):
+    """Where torch's compiler is a prototype."""
+    monkeypatch.setattr(launch, "measured_peak", lambda accelerator: 1e12)
+    start_accelerator()
+    accelerator: Any = SimpleNamespace(device=torch.device(device), distributed_type="NO", mixed_precision="bf16")
+    assert launch.compiling_pays(accelerator, 1e18) == expected
 
 
 def test_no_compilation_against_the_config(monkeypatch):
