@@ -75,8 +75,8 @@ def export(directory: Path) -> tuple[Path, str]:
     with WeakFileLock(cache.parent / ".lock"):  # of several processes, one converts
         since = time.time() - UNUSED_SECONDS
         unused = [path for path in cache.parent.glob("*/") if path != cache and path.stat().st_mtime < since]
-        for path in (*cache.parent.glob(".writing-*"), *unused):  # left by a killed process, or for earlier weights
-            shutil.rmtree(path, ignore_errors=True)
+        for abandoned in (*cache.parent.glob(".writing-*"), *unused):  # by a killed process, or for earlier weights
+            shutil.rmtree(abandoned, ignore_errors=True)
         if not (cache / EXPORT).is_file():
             print(f"Converting {directory} to ONNX, once for these weights", flush=True)
             words = ["modeling_scratchgpt.convert", str(directory.absolute()), str(cache), "--to", "onnx", "--attentions"]
