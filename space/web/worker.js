@@ -241,11 +241,11 @@ function explain(error, action) {
     const message = String(error?.message ?? error), isLost = /^\d+$/.test(message); // WebAssembly throws addresses
     if (error instanceof Explained) return message;
     const [url, status] = [...refused].find(([url]) => message.includes(url)) ?? [...unfinished];
-    const file = url && decodeURIComponent(new URL(url).pathname.split("/").pop());
+    const file = url && decodeURIComponent(new URL(url).pathname.split("/").pop()), host = url && new URL(url).host;
     if (refused.has(url)) return `${file} cannot be downloaded (HTTP ${status}): the model was moved, renamed or made private, ` +
         "or its server has a problem. Retry later, or ask whoever sent you the link.";
     if (isLost || /memory|alloc/i.test(message)) return "There is not enough memory for this model. Close other tabs, then retry.";
-    if (url) return `The download of ${file} was interrupted. Check the connection, then retry: complete files are kept.`;
+    if (url) return `${file} from ${host} cannot be downloaded. Check the connection, then retry: complete files are kept.`;
     if (action === "load") globalThis.caches?.delete("transformers-cache"); // of the library: a file in it may be damaged
     return `The model cannot be run (${message.slice(0, 200)}). Retry, or use a current Firefox, Chrome, Edge or Safari.`;
 }

@@ -19,6 +19,7 @@ from training.data.files import FILE_ENDINGS, ending, find_files
 from training.errors import UserError, one_line
 
 STANDARD_INPUT = "-"
+OWN_DOCUMENTS = Path(__file__).parents[2] / "docs"
 SPLITS = ("train", "validation", "test")
 
 
@@ -33,7 +34,8 @@ def check_sources(sources: list[str], endings: tuple[str, ...] = FILE_ENDINGS) -
         raise UserError(f"--dataset {problem}: pass `docs`, files, directories or the id of a dataset on the Hub.")
     if sources.count(STANDARD_INPUT) > (os.environ.get("WORLD_SIZE", "1") == "1"):
         raise UserError("--dataset -: standard input can be read only once, by one process: save it to a file.")
-    if "docs" in sources and os.path.isdir("docs") and os.environ.get("RANK", "0") == "0":
+    is_ambiguous = os.path.isdir("docs") and Path("docs").resolve() != OWN_DOCUMENTS
+    if "docs" in sources and is_ambiguous and os.environ.get("RANK", "0") == "0":
         print("--dataset docs is the built-in data: pass ./docs for the directory of that name", file=sys.stderr, flush=True)
     files = (source for source in sources if source not in ("docs", STANDARD_INPUT) and not is_dataset(source))
     return [path for source in files for path in find_splits(source, endings)["train"]]

@@ -135,7 +135,8 @@ def load_config_and_tokenizer(
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"--base_model {name} contains an adapter: merge it into its model, and pass the directory of that.")
     _check_place(name)
-    with explain_errors(f"--base_model {name} cannot be loaded"):
+    remedy = "" if Path(name).is_dir() else ": check the name and the connection, or pass a directory"
+    with explain_errors(f"--base_model {name} cannot be loaded", remedy=remedy):
         config = ScratchGPTConfig.from_pretrained(name)
     if (positions := config.max_position_embeddings) < context_length:
         raise UserError(f"--context_length {context_length} is longer than the {positions} positions of {name}: lower it.")

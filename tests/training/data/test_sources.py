@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
+from tests.conftest import ROOT
 from tests.training.conftest import write_rows
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora
 from training.data.examples import ExampleArguments, read_examples
@@ -147,4 +148,6 @@ def test_the_name_docs_is_not_the_directory(tmp_path, monkeypatch, capsys):
     assert check_sources(["docs"]) == []
     assert capsys.readouterr().err == "--dataset docs is the built-in data: pass ./docs for the directory of that name\n"
     assert texts("./docs") == ["own"]
-    assert capsys.readouterr().out == ""
+    monkeypatch.chdir(ROOT)  # whose own directory nobody means
+    assert check_sources(["docs"]) == []
+    assert capsys.readouterr() == ("", "")
