@@ -463,7 +463,8 @@ def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, m
         assert check(works, cdn) == "The page was started in chromium: it runs the model."
         with pytest.raises(UserError, match="the page does not run the model: The model cannot be run"):
             check(broken, cdn)
-    assert "was not checked in chromium, which got no further than: The download of " in check(exports["chat"], "127.0.0.1:9")
+    offline = check(exports["chat"], "127.0.0.1:9")
+    assert "was not checked in chromium, which got no further than: transformers.min.js from cdn.jsdelivr.net " in offline
     monkeypatch.setattr(page, "BROWSERS", ("missing",))
     assert page.check_page(broken) == "The page was not started: none of missing is installed."
 

@@ -67,7 +67,7 @@ async function load({ base, useWebGPU }, report) {
     await loadLibrary(useWebGPU ? "webgpu" : "wasm", report);
     const { origin, pathname } = new URL(base);
     Object.assign(library.env, { remoteHost: origin, remotePathTemplate: pathname.slice(1) });
-    [config, tokenizer] = await Promise.all(["Config", "Tokenizer"].map((kind) => library[`Auto${kind}`].from_pretrained("model")));
+    [config, tokenizer] = [await library.AutoConfig.from_pretrained("model"), await library.AutoTokenizer.from_pretrained("model")];
     isClassifier = config.architectures[0].endsWith("ForSequenceClassification");
     isChat = !isClassifier && Boolean(tokenizer.chat_template);
     contextLength = Math.min(config.max_position_embeddings ?? config.n_positions, tokenizer.model_max_length);
