@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from space.app import HEADERS, WEB, export
+from space.app import HEADERS, WEB, WEB_EXPORT, export
 from space.check import check_page
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
@@ -38,7 +38,6 @@ TIMEOUT_SECONDS = 120  # without any answer from the Hub
 ATOMIC = "an upload changes all files or none"
 COMMIT_SUFFIX = "(hub_upload.py)"  # marks the commits made here: others are not overwritten
 GENERATED = "Blob of the generated card: "  # in the description of a commit: another card on the Hub was edited there
-EXPORT = "web"  # the directory of the ONNX export in the model's repository
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,10 +107,10 @@ def add_export(files: Files, arguments: argparse.Namespace) -> Files:
     directory, _ = export(arguments.directory)
     print(check_page(directory))
     paths = sorted([directory / CARD, *directory.glob("*.json"), *directory.glob("onnx/*")])  # a user's directory may have more
-    added: Files = {f"{EXPORT}/{path.relative_to(directory).as_posix()}": path for path in paths}
+    added: Files = {f"{WEB_EXPORT}/{path.relative_to(directory).as_posix()}": path for path in paths}
     check_leaks(added)
     usage = (directory / CARD).read_text(encoding="utf-8")
-    return {**files, **added, CARD: checks.add_page(files[CARD], usage, arguments.repository, EXPORT)}
+    return {**files, **added, CARD: checks.add_page(files[CARD], usage, arguments.repository, WEB_EXPORT)}
 
 
 def print_files(files: Files, arguments: argparse.Namespace) -> None:
@@ -130,7 +129,7 @@ def print_files(files: Files, arguments: argparse.Namespace) -> None:
 
 def space_files(repository: str, revision: str) -> Files:
     """The page, for this version of the model: visitors get old page and model, or new page and model."""
-    settings = json.dumps({"model": repository, "revision": revision, "path": EXPORT}).encode()
+    settings = json.dumps({"model": repository, "revision": revision, "path": WEB_EXPORT}).encode()
     title, link = repository.partition("/")[2], f"[{repository}](https://huggingface.co/{repository})"
     metadata = SpaceCardData(title=title, sdk="static", license="apache-2.0", models=[repository], custom_headers=HEADERS)
     card = f"---\n{metadata.to_yaml()}\n---\n\nA page that runs {link} in its visitor's browser.\n"
@@ -151,14 +150,17 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
     """Create the repository and the branch if missing, and compare the branch with the last upload.
 
     Raises:
-        UserError: no write access, other changes than those of the card, or public although --private was passed.
+        UserError: no write access, other changes than those of the card, public with --private, or private with --space.
     """
     options: dict[str, Any] = {"repo_type": kind}
     with hub_errors(repository):
         sdk = "static" if kind == "space" else None
         api.create_repo(repository, private=arguments.private or None, exist_ok=True, space_sdk=sdk, **options)
-        if arguments.private and not api.repo_info(repository, **options).private:
+        is_private = api.repo_info(repository, **options).private
+        if arguments.private and not is_private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or drop --private.")
+        if arguments.space and is_private:
+            raise UserError(f"the {kind} {repository} is private: make it public in its settings, or drop --space.")
         is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, **options).branches}
         if is_new:
             api.create_branch(repository, branch=revision, **options)
@@ -196,7 +198,7 @@ def upload(api: HfApi, repository: str, kind: str, branch: Branch, files: Files,
         files = {**files, CARD: checks.merge_card(generated, branch.edited_card, arguments.license)}
         print(f"{repository}: the text of the card, which was edited on the Hub, is kept (--overwrite would replace it).")
     # An adapter, a chat template, metrics or weights of another upload would be taken for those of this one.
-    known = (*checks.UPLOADED, f"{EXPORT}/*") if kind == "model" else ("*.py", "requirements.txt", "*.css", "*.js")
+    known = (*checks.UPLOADED, f"{WEB_EXPORT}/*") if kind == "model" else ("*.py", "requirements.txt", "*.css", "*.js")
     stale = [name for name in sorted(branch.files - files.keys()) if any(fnmatch(name, pattern) for pattern in known)]
     if stale:
         print(f"{repository}: deleting files of an earlier upload: {', '.join(stale)}")
@@ -262,9 +264,6 @@ def main() -> None:
     if space:
         upload(api, name, "space", space, space_files(name, commit.oid), arguments)
         print(f"The page is at {api.endpoint}/spaces/{name}.")
-        with hub_errors(name):
-            if api.repo_info(name).private:
-                print("The model is private, and its page cannot read it: make both public in their settings.")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ Notable:
 """
 
 import argparse
+from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-import modeling_scratchgpt  # noqa: F401  # registers the model with the Auto classes
+from modeling_scratchgpt.atomic import atomic_directory  # the import also registers the model with the Auto classes
 
 
 def to_preference(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -66,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     report("Before", trainer.evaluate())
     trainer.train()
     report("After", trainer.evaluate())
-    trainer.model.merge_and_unload().save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    with atomic_directory(Path(arguments.output_dir)) as directory:
+        trainer.model.merge_and_unload().save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

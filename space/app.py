@@ -27,6 +27,7 @@ from huggingface_hub.utils import WeakFileLock
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "space" / "web"
 EXPORT = Path("onnx", "model.onnx")
+WEB_EXPORT = "web"  # the directory of an export in the repository of its model
 UNUSED_SECONDS = 30 * 24 * 3600  # after which an export is deleted
 FIRST_PORT, NUM_PORTS = 7860, 100
 # With these headers, WebAssembly may use all cores.
@@ -43,7 +44,8 @@ def locate(name: str) -> Path:
     """
     directory = Path(name).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.exists():  # else it is a mistyped directory
-        return Path(snapshot_download(name))
+        snapshot = Path(snapshot_download(name))
+        return snapshot / WEB_EXPORT if (snapshot / WEB_EXPORT / EXPORT).is_file() else snapshot
     if not (directory / "config.json").is_file():
         raise ValueError("it has no config.json: pass the directory of a finished model, such as outputs/pretrain")
     return directory
@@ -52,7 +54,8 @@ def locate(name: str) -> Path:
 def fingerprint(directory: Path) -> str:
     """Hash of a model's files, and of the code that converts them; it also names the export in the browser's cache."""
     digest = hashlib.sha256()
-    files = [path for pattern in ("*.json", "*.jinja", "*.safetensors", "onnx/*") for path in directory.glob(pattern)]
+    patterns = ("*.json", "*.jinja", "*.safetensors", "held_out.jsonl", "onnx/*")
+    files = [path for pattern in patterns for path in directory.glob(pattern)]
     for path in sorted(files) + sorted(ROOT.glob("modeling_scratchgpt/**/*.py")):
         digest.update(f"{path.name}\0".encode())
         with open(path, "rb") as file:

@@ -47,6 +47,9 @@ pytestmark = [pytest.mark.web, pytest.mark.skipif(bool(MISSING), reason=f"not in
 SPACE, WEB = ROOT / "space", ROOT / "space" / "web"
 TEXT = "to be, naïve 🙂"
 LABELS = ["ham", "<i>spam</i>", "eggs"]
+MARKUP = '<img src=x onerror="ran=1"><script>ran=1</script>'
+BEYOND = "<beyond>"  # a token that has no embedding
+LANGUAGE_MODELS = ("completion", "chat", "markup")
 CLASSIFIERS = ("classifier", "regression", "multi_label_classification")
 
 
@@ -67,15 +70,23 @@ def save_model(kind: str, directory: Path) -> None:
     tokenizer = make_tokenizer()
     if kind == "chat":
         set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)
-    shape = {**TINY, **MODERN, "vocab_size": len(tokenizer)}
-    if kind == "chat":
+    if kind == "markup":
+        tokenizer.add_tokens([MARKUP])
+    shape = {**TINY, **MODERN, "vocab_size": len(tokenizer), "tie_word_embeddings": kind != "markup"}
+    if kind in ("chat", "markup"):
         model: Any = ScratchGPTForCausalLM(ScratchGPTConfig(**shape))
         model.generation_config.update(max_new_tokens=24, do_sample=False)
     else:
         shape |= {"num_hidden_layers": 1, "id2label": dict(enumerate(LABELS)), "problem_type": "single_label_classification"}
         config = ScratchGPTConfig(**shape)
         model = ScratchGPTForSequenceClassification(config)
-    shaken(model, 0.2).save_pretrained(directory)
+    shaken(model, 0.2)
+    if kind == "markup":  # the same logits everywhere
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(MARKUP)] = 1
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -90,11 +101,16 @@ def exports(tmp_path_factory) -> dict[str, Path]:
     """ONNX exports: a chat and a completion model in 32 bits, which compute what Python computes, and an 8-bit classifier."""
 
     def make(directory: Path) -> None:
-        for kind in ("chat", "classifier"):
+        for kind in ("chat", "markup", "classifier"):
             save_model(kind, directory / f"{kind}-model")
             export(directory / f"{kind}-model", directory / kind, "--attentions")
         quantize(directory / "classifier")
-        edit_json(directory / "chat" / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
+        for kind in ("chat", "markup"):
+            edit_json(directory / kind / "config.json", **{"transformers.js_config": {"dtype": "fp32"}})
+        file = directory / "markup" / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "content": BEYOND, "id": 1000})
+        file.write_text(json.dumps(tokenizer))
         shutil.copytree(directory / "chat", directory / "completion")
         edit_json(directory / "completion" / "tokenizer_config.json", chat_template=None)
         for kind in ("regression", "multi_label_classification"):
@@ -102,7 +118,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
             edit_json(directory / kind / "config.json", problem_type=kind)
 
     directory = made_once(tmp_path_factory, "exports", make)
-    return {kind: directory / kind for kind in ("chat", "completion", *CLASSIFIERS)}
+    return {kind: directory / kind for kind in (*LANGUAGE_MODELS, *CLASSIFIERS)}
 
 
 def export(source: Path, destination: Path, *options: str) -> None:
@@ -195,7 +211,7 @@ def seen(app, exports, node_modules, tmp_path_factory) -> dict[str, Any]:
             addresses["missing"] = stack.enter_context(serving(app, exports["chat"] / "missing", "memory-bot"))
             addresses["cut"] = stack.enter_context(serving(app, exports["completion"], "cut", CutOnce))
             addresses["cells"] = size * (size + 1) // 2
-            results = drive(node_modules, directory, addresses, "completion", "chat", *CLASSIFIERS, "failures")
+            results = drive(node_modules, directory, addresses, *LANGUAGE_MODELS, *CLASSIFIERS, "webgpu", "failures")
         (directory / "seen.json").write_text(json.dumps(results | {"cut": cut}))
 
     return json.loads((made_once(tmp_path_factory, "driver", make) / "seen.json").read_text())
@@ -217,6 +233,8 @@ def test_completion_streams_and_equals_generate(seen, exports):
     count = output.shape[1] - inputs["input_ids"].shape[1]
     assert re.fullmatch(rf"{count} tokens in \d+\.\d seconds \(\d+ tokens/s\)", page["note"])
     assert page["lengths"] > 5
+    penalized = load_model(exports).generate(**inputs, do_sample=False, max_new_tokens=24, repetition_penalty=1.5)
+    assert page["penalized"] == tokenizer.decode(penalized[0], skip_special_tokens=True) != page["written"]
 
 
 def test_a_seed_gives_the_same_text_again(seen):
@@ -258,12 +276,32 @@ def test_markup_is_shown_as_text(seen):
     assert hostile["ran"] is None
     assert not seen["errors"]
     assert seen["completion"]["margin"] < 30
+    written = seen["markup"]
+    assert written["shown"] == "to be" + MARKUP * 24
+    assert (written["images"], written["ran"]) == (0, None)
+
+
+def test_after_an_error_of_the_runtime_the_model_is_loaded_again(seen):
+    page = seen["markup"]
+    assert page["broken"].startswith("The model cannot be run (")
+    assert page["text"] == BEYOND
+    assert page["shown"] == page["again"]
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong", "missing"])
+def test_webgpu_is_used_if_it_computes_the_same(kind, seen):
+    """Computed by Chromium on the CPU; else WebAssembly runs the model, and a note says so."""
+    page = seen["webgpu"][kind]
+    assert page["isOffered"] == (kind != "missing")
+    assert page["engine"] == ("WebGPU" if kind == "right" else "WebAssembly")
+    assert page["written"] == seen["completion"]["written"]
+    assert kind == "right" or page["note"] == "WebGPU does not run this model correctly here: WebAssembly runs it."
 
 
 def test_other_hosts_are_blocked_and_not_contacted(seen):
     """The policy also holds in the worker, which downloads the model."""
     policy = seen["completion"]["policy"]
-    assert (policy["page"], policy["worker"]) == ("blocked", "blocked")
+    assert (policy["without"], policy["page"], policy["worker"]) == ("allowed", "blocked", "blocked")
     assert {urlsplit(source).hostname for source in policy["hub"] if "//" in source} == {
         "cdn.jsdelivr.net", "huggingface.co", "*.huggingface.co", "*.hf.co",
     }  # fmt: skip
@@ -316,7 +354,7 @@ def test_scores_of_classes(kind, seen, exports):
 
 def test_failures_are_explained_and_retried(seen):
     pages = seen["failures"]
-    assert re.match(r"config.json cannot be downloaded \(HTTP 404\): the model was moved", pages["missing"])
+    assert re.match(r"config.json from 127.0.0.1:\d+ cannot be downloaded \(HTTP 404\): the model was moved", pages["missing"])
     assert seen["cut"]
     assert re.match(r"model.onnx from 127.0.0.1:\d+ cannot be downloaded. Check the connection, then retry", pages["cut"])
     assert pages["focused"] == "retry"
@@ -424,9 +462,13 @@ def test_another_graph_has_another_address(app, exports, tmp_path):
     assert app.export(directory)[1] != first[1]
 
 
-def test_a_model_of_the_hub_is_downloaded(app, monkeypatch):
-    monkeypatch.setattr(app, "snapshot_download", lambda name: f"/snapshots/{name}")
-    assert app.locate("user/name") == Path("/snapshots/user/name")
+def test_a_model_of_the_hub_is_downloaded(app, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "snapshot_download", lambda name: str(tmp_path / name))
+    assert app.locate("user/name") == tmp_path / "user" / "name"
+    exported = tmp_path / "user" / "page" / "web"
+    (exported / "onnx").mkdir(parents=True)
+    (exported / app.EXPORT).touch()
+    assert app.locate("user/page") == exported
 
 
 def test_errors_are_one_line(app, exports, tmp_path, monkeypatch, capsys):
@@ -477,7 +519,7 @@ def test_speed(app, node_modules, tmp_path):
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**shape | {"max_position_embeddings": 256, "eos_token_id": None}))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "web")
+    export(tmp_path / "model", tmp_path / "web", "--attentions")  # as space/app.py does
     quantize(tmp_path / "web")
     with serving(app, tmp_path / "web", "speed") as address:
         page = drive(node_modules, tmp_path, {"speed": address}, "speed")["speed"]

@@ -33,7 +33,7 @@ from .gguf import TYPES, check_gguf, write_gguf
 from .onnx import onnx_logits, write_onnx
 from .reading import LoadedModel, read, stock_config, tokenizer_as, tokenizer_of
 from .tokenizer_js import as_tokenizer_js, check_tokenizer_js
-from .web import GRAPH, HELD_OUT, read_held_out, write_card, write_configs, write_smaller
+from .web import GRAPH, HELD_OUT, MAX_TOKENS, read_held_out, sample_text, write_card, write_configs, write_smaller
 
 GGUF_FILE = "model.gguf"
 TOLERANCE = 1e-4  # absolute for logits up to 1, above that relative to the largest
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         type=expanded_path,
         metavar="FILE",
         help="ONNX: measure what 8 bits cost on this text, or JSON lines with text or messages, and label "
-        "(default: what the training run of SOURCE has held out)",
+        "(default: what the training run of SOURCE has held out, else text that a causal model samples)",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -192,21 +192,24 @@ def _write_web(loaded: LoadedModel, directory: Path, arguments: argparse.Namespa
     model, tokenizer, data_type = loaded.model.float(), loaded.tokenizer, "fp32"
     config = stock_config(model)
     held_out = arguments.text or Path(arguments.source, HELD_OUT)
-    loss = None
+    is_causal, loss, source = hasattr(model, "lm_head"), None, held_out.name
     if tokenizer and (arguments.text or held_out.is_file()):
         loss = read_held_out(held_out, config, tokenizer)  # raises its errors before any work
+        source = f"at most {MAX_TOKENS:,} tokens of {source}" if is_causal else source
     print("Writing the ONNX graph, which takes about a minute", flush=True)
     write_onnx(directory / GRAPH, model, arguments.attentions)
     ids = _random_ids(model.config)
     with torch.no_grad():
         ours = model(ids).logits
     print(_verify(ours, onnx_logits(directory / GRAPH, ids), TOLERANCE, "onnxruntime"))
+    if tokenizer and is_causal and not loss:
+        loss, source = sample_text(model, tokenizer), "text that the model has sampled"
     lines = ["32 bits only: to measure what 8 bits cost, pass --text FILE."]
     if loss:
-        data_type, lines = write_smaller(directory, config, loss, held_out.name)
+        data_type, lines = write_smaller(directory, config, loss, source)
     print(*lines, sep="\n")
     write_configs(directory, model, config, data_type)
-    write_card(directory, Path(arguments.source).resolve().name, tokenizer, hasattr(model, "lm_head"), lines)
+    write_card(directory, Path(arguments.source).resolve().name, tokenizer, is_causal, lines)
     if tokenizer:
         as_tokenizer_js(tokenizer_as(TokenizersBackend, tokenizer)).save_pretrained(directory, save_jinja_files=False)
 

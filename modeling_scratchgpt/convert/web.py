@@ -1,8 +1,8 @@
 """The files beside the graph of an ONNX export: the same graph with fewer bits, configs, and a card.
 
 Notable:
-- What fewer bits cost is measured, on the text that training has held out or on `--text FILE`. A format that costs more than
-  1 % is not written.
+- What fewer bits cost is measured: on `--text FILE`, on the text that training has held out, or on text that the model itself
+  samples (then the cost estimates the divergence from its distribution). A format that costs more than 1 % is not written.
 - WebGPU computes 8 bits wrong on many graphics cards, without an error: `config.json` makes transformers.js use 32 bits there.
 """
 
@@ -31,6 +31,7 @@ FORMATS = {  # by what transformers.js calls them: the file, and the name for pe
     "q8 except head and embedding": ("onnx/model_quantized.onnx", "8 bits, head and embedding 32"),
     "fp16": ("onnx/model_fp16.onnx", "16 bits"),
 }
+SAMPLES, SAMPLED_TOKENS = 8, 256  # texts, and the tokens of each
 CAUSAL_USAGE = """import {{ pipeline }} from "@huggingface/transformers";
 
 const generate = await pipeline("text-generation", "PATH_OR_HUB_ID");
@@ -82,15 +83,32 @@ def read_held_out(file: Path, config: PreTrainedConfig, tokenizer: Any) -> Calla
 
 def _windows(texts: list[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
     """Token ids in windows, each but the first of a text beginning with the last id of the one before, and bytes of text."""
-    windows, num_bytes = list[list[int]](), 0
-    for text in (text[: 16 * MAX_TOKENS] for text in texts):
-        start = tokenizer.bos_token or tokenizer.eos_token or ""
-        ids = tokenizer(start + text.removeprefix(start), add_special_tokens=False)["input_ids"]
-        windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
-        num_bytes += len(text.encode())
-        if sum(map(len, windows)) > MAX_TOKENS:
+    windows, num_bytes, room = list[list[int]](), 0, MAX_TOKENS
+    start = tokenizer.bos_token or tokenizer.eos_token or ""
+    for text in texts:
+        if room < 2:
             break
+        text = text.removeprefix(start)[: 16 * room]
+        while len(ids := tokenizer(start + text, add_special_tokens=False)["input_ids"]) > room:
+            text = text[: int(len(text) * room / (len(ids) + 1))]
+        windows += [ids[first : first + length] for first in range(0, len(ids) - 1, length - 1)]
+        num_bytes, room = num_bytes + len(text.encode()), room - len(ids)
     return windows, num_bytes
+
+
+def sample_text(model: Any, tokenizer: Any) -> Callable[[Path], float]:
+    """Let a causal model sample texts from its distribution; returns the bits per byte of the graph in a file on them."""
+    length = min(model.config.max_position_embeddings, SAMPLED_TOKENS)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
+    first = torch.full((SAMPLES, 1), start)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = model.generate(
+            first, attention_mask=torch.ones_like(first), min_new_tokens=length - 1, max_new_tokens=length - 1, **sampling
+        )
+    num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(ids[:, 1:]))
+    return lambda graph: _bits(OnnxModel(graph), ids.tolist()) / max(num_bytes, 1)
 
 
 def _target(label: Any, config: PreTrainedConfig) -> np.ndarray:
@@ -134,7 +152,6 @@ def write_smaller(
     """
     graph, lines, chosen = directory / GRAPH, [], "fp32"
     before, is_classifier = loss(graph), "Classification" in config.architectures[0]
-    source = source if is_classifier else f"at most {MAX_TOKENS:,} tokens of {source}"
     files = {directory / f"{name}.onnx": name for name in FORMATS}
     for file, name in files.items():
         write_format(graph, file, name)

@@ -25,10 +25,11 @@ function startWorker() {
     pending.clear();
     const source = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
     worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
-    worker.onmessage = ({ data: { id, progress, result, error } }) => {
+    worker.onmessage = ({ data: { id, progress, result, error, isBroken } }) => {
         const { resolve, reject, report } = pending.get(id) ?? {}; // progress may arrive after an error
         if (progress) return report?.(progress);
         pending.delete(id);
+        if (isBroken) fail(error);
         return error ? reject(new Error(error)) : resolve(result);
     };
     const error = new Error("A part of this page cannot be loaded. Check the connection, then retry.");
@@ -43,18 +44,16 @@ function ask(action, argument, report) {
 }
 
 // ---- Loading ----
-// model.json names the model: {"model": "USER/NAME", or "." on this server, "revision": a commit or null, "path": "web" or ""}.
+// model.json names the model: {"model": "USER/NAME", or "." on this server, "revision": its commit, "path": "web" or ""}. With
+// the revision in its address, the browser keeps a file, and still notices another version.
 async function locateModel() {
     const response = await fetch("model.json", { cache: "no-cache" }).catch(() => ({ status: "no answer" }));
     if (!response.ok) throw new Error(`model.json cannot be read (${response.status}). Check the connection, then retry.`);
     const { model, revision, path, name = "Model" } = (await response.json().catch(() => null)) ?? {};
-    if (typeof model !== "string") throw new Error("model.json names no model: upload the page again with hub_upload.py.");
+    if (!model || !revision) throw new Error("model.json names no model: upload the page again with hub_upload.py.");
     const folder = path ? `${path}/` : "";
     if (model === ".") return { name, base: new URL(`model/${revision}/${folder}`, location.href).href };
-    // A commit in the address lets the browser keep the files and still notice a new version.
-    const info = revision ? null : await fetch(`https://huggingface.co/api/models/${model}`).catch(() => null);
-    const commit = revision ?? (info?.ok ? (await info.json()).sha : "main");
-    return { name: model, base: `https://huggingface.co/${model}/resolve/${commit}/${folder}` };
+    return { name: model, base: `https://huggingface.co/${model}/resolve/${revision}/${folder}` };
 }
 
 function makeProgress() {
@@ -63,33 +62,43 @@ function makeProgress() {
     return ({ url, loaded, total }) => {
         files.set(url, { loaded, total: Math.max(loaded, total) });
         $("progress").value = sum("loaded") / sum("total");
-        if (performance.now() - start < 300) return; // a screen reader need not read out what takes no time
-        $("stage").textContent = `Loading: ${Math.round(sum("loaded") / 1e6)} of ${Math.round(sum("total") / 1e6)} MB`;
+        const stage = `Loading: ${Math.round(sum("loaded") / 1e6)} of ${Math.round(sum("total") / 1e6)} MB`;
+        // A screen reader reads out each change: none that takes no time, and none to the same text.
+        if (performance.now() - start > 300 && $("stage").textContent !== stage) $("stage").textContent = stage;
     };
 }
 
 async function load() {
+    const useWebGPU = $("engine").value === "WebGPU";
     $("main").hidden = $("retry").hidden = true;
     $("loading").hidden = $("progress").hidden = false;
+    $("progress").removeAttribute("value");
     $("stage").textContent = "Loading the model into this browser. What you type stays here.";
     try {
         const { name, base } = await locateModel();
         startWorker(); // and ask it at once: an error that it has before it is asked would be lost
         $("name").textContent = name.split("/").pop();
-        showModel(await ask("load", { base, useWebGPU: $("engine").value === "WebGPU" }, makeProgress()));
+        showModel(await ask("load", { base, useWebGPU }, makeProgress()));
         document.title = $("name").textContent;
     } catch (error) {
-        document.title = $("stage").textContent = error.message;
-        $("progress").hidden = true;
-        $("retry").hidden = false;
-        $("retry").focus();
+        if (!useWebGPU) return fail(error.message);
+        $("engine").value = "WebAssembly";
+        await load();
+        $("note").textContent = "WebGPU does not run this model correctly here: WebAssembly runs it.";
     }
+}
+
+function fail(message) {
+    document.title = $("stage").textContent = message;
+    $("progress").hidden = true;
+    $("loading").hidden = $("retry").hidden = false;
+    $("retry").focus();
 }
 
 function showModel(model) {
     if (!kind) build(model);
     $("facts").textContent = model.facts;
-    $("note").textContent = model.note;
+    $("note").textContent = "";
     $("loading").hidden = true;
     $("main").hidden = false;
     $("text").focus({ preventScroll: true });
@@ -161,7 +170,7 @@ async function generate(text) {
         $("note").textContent = describe(result, settings);
     } catch (error) {
         for (const node of [prompt, written]) node.remove();
-        $("text").value = text;
+        $("text").value ||= text;
         throw error;
     }
 }
@@ -224,7 +233,7 @@ const VIEWS = {
             (names.length < total ? ` Only the first ${names.length} of ${total} tokens are shown.` : "");
         const cell = (row) => (weight, column) => {
             const title = `${names[row]} attends to ${names[column]}: ${(100 * weight).toFixed(2)}%`;
-            const node = element("td", { title });
+            const node = element("td", { title }, `${Math.round(100 * weight)}%`); // for screen readers only
             node.style.setProperty("--weight", `${100 * Math.sqrt(weight)}%`); // the root makes small weights visible
             return node;
         };
@@ -235,22 +244,26 @@ const VIEWS = {
     },
 };
 
-// Update the open views, unless there is a newer text or setting.
+// Update the open views, and again after a change meanwhile; the worker has one of these requests at a time.
 async function inspect() {
-    const number = ++numInspections;
-    for (const [name, view] of Object.entries(VIEWS)) {
-        if (!$(name).open || $(name).hidden) continue;
-        const content = await view($("inspected").value).catch((error) => [paragraph(error.message)]);
-        if (number < numInspections) return;
-        $(name).lastElementChild.replaceChildren(...content);
+    if (++numInspections > 1) return;
+    for (let number = 0; number < numInspections; ) {
+        number = numInspections;
+        for (const [name, view] of Object.entries(VIEWS)) {
+            if (!$(name).open || $(name).hidden || number < numInspections) continue;
+            const content = await view($("inspected").value).catch((error) => [paragraph(error.message)]);
+            if (number === numInspections) $(name).lastElementChild.replaceChildren(...content);
+        }
     }
+    numInspections = 0;
 }
 
 // ---- Events ----
 const on = (id, type, action) => $(id).addEventListener(type, action);
 on("prompt", "submit", (event) => (event.preventDefault(), run()));
 on("text", "keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // an input method's Enter ends a word
+    const isComposing = event.isComposing || event.keyCode === 229; // an input method's Enter ends a word; 229 in Safari
+    if (event.key !== "Enter" || event.shiftKey || isComposing) return;
     event.preventDefault();
     if (!isRunning) run();
 });
@@ -261,6 +274,7 @@ on("inspected", "input", inspect);
 on("sampling", "submit", (event) => event.preventDefault());
 on("sampling", "input", ({ target }) => (target.type === "range" && showValue(target), inspect()));
 on("attention", "change", inspect);
+on("attention", "click", ({ target }) => target.title && ($("attention").querySelector(".quiet").textContent = target.title));
 for (const id of Object.keys(VIEWS)) on(id, "toggle", inspect);
 navigator.gpu?.requestAdapter().then((adapter) => ($("engine-label").hidden = !adapter));
 load();

@@ -17,6 +17,7 @@ const WEBGPU_TOLERANCE = 0.02; // relative to the largest logit; wrong kernels a
 const MAX_INSPECTED_TOKENS = 1024, MAX_ATTENTION_TOKENS = 40;
 
 let library, tokenizer, model, config, vocabulary, stopper, isClassifier, isChat, isByteLevel, contextLength;
+let wantsAttention = false; // else its weights, many megabytes of a long text, are not copied
 const unfinished = new Set(), refused = new Map(); // addresses of downloads; the latter with their HTTP status
 
 // Fetch a file, remember it until it has arrived, and report the bytes.
@@ -53,10 +54,10 @@ async function open(device, dtype) {
     const Model = isClassifier ? library.AutoModel : library.AutoModelForCausalLM;
     const session_options = { graphOptimizationLevel: dtype === "q8" ? "disabled" : "all" }; // convert has optimized q8
     const opened = await Model.from_pretrained("model", { config, device, dtype, session_options });
-    const run = opened.forward.bind(opened);
-    opened.forward = async (inputs) => {
+    const session = opened.sessions.model, run = session.run.bind(session);
+    session.run = async (inputs) => {
         await nextTask(); // WebAssembly never yields by itself: "stop" would wait for the end
-        return run(inputs);
+        return run(inputs, session.outputNames.filter((name) => wantsAttention || !name.startsWith("attentions")));
     };
     return { opened, logits: (await opened(asInputs(encodeTruncated(PROBE).ids))).logits.to("float32").data };
 }
@@ -78,11 +79,15 @@ async function load({ base, useWebGPU }, report) {
     const smallest = config["transformers.js_config"]?.dtype ?? "q8";
     // WebGPU computes 8-bit graphs silently wrong on many cards (transformers.js issues 1286, 1317, 1512, 1728).
     const dtype = useWebGPU && !smallest.startsWith("fp") ? "fp32" : smallest;
-    const first = await open("wasm", dtype), second = useWebGPU ? await open("webgpu", dtype).catch(() => null) : null;
-    const isRight = second && agree(first.logits, second.logits);
-    model = isRight ? second.opened : first.opened;
-    const note = useWebGPU && !isRight ? "WebGPU does not compute this model correctly here: WebAssembly runs it." : "";
-    return { note, ...describeModel(dtype, isRight ? "WebGPU" : "WebAssembly") };
+    const first = await open("wasm", dtype);
+    model = first.opened;
+    if (useWebGPU) {
+        const second = await open("webgpu", dtype);
+        if (!agree(first.logits, second.logits)) throw new Error("WebGPU computes other logits than WebAssembly.");
+        await model.dispose();
+        model = second.opened;
+    }
+    return describeModel(dtype, useWebGPU ? "WebGPU" : "WebAssembly");
 }
 
 function describeModel(dtype, engine) {
@@ -230,23 +235,25 @@ async function next({ text, settings }) {
 // The weights of one head. In a causal model, later tokens do not change those of the first.
 async function attention({ text, layer, head }) {
     const { ids } = encodeTruncated(text), shown = ids.slice(0, MAX_ATTENTION_TOKENS), size = shown.length;
-    const all = (await model(asInputs(shown)))[`attentions.${layer}`].to("float32").data;
+    wantsAttention = true;
+    const outputs = await model(asInputs(shown)).finally(() => (wantsAttention = false));
+    const all = outputs[`attentions.${layer}`].to("float32").data;
     const row = (_, index) => [...all.subarray((head * size + index) * size, (head * size + index) * size + index + 1)];
     return { names: shown.map(tokenName), weights: Array.from({ length: size }, row), total: ids.length };
 }
 
 class Explained extends Error {} // its message is meant for the visitor
 // What happened and what to do, in plain sentences.
-function explain(error, action) {
+function explain(error) {
     const message = String(error?.message ?? error), isLost = /^\d+$/.test(message); // WebAssembly throws addresses
     if (error instanceof Explained) return message;
     const [url, status] = [...refused].find(([url]) => message.includes(url)) ?? [...unfinished];
     const file = url && decodeURIComponent(new URL(url).pathname.split("/").pop()), host = url && new URL(url).host;
-    if (refused.has(url)) return `${file} cannot be downloaded (HTTP ${status}): the model was moved, renamed or made private, ` +
-        "or its server has a problem. Retry later, or ask whoever sent you the link.";
+    if (refused.has(url)) return `${file} from ${host} cannot be downloaded (HTTP ${status}): the model was moved, renamed or ` +
+        "made private, or its server has a problem. Retry later, or ask whoever sent you the link.";
     if (isLost || /memory|alloc/i.test(message)) return "There is not enough memory for this model. Close other tabs, then retry.";
     if (url) return `${file} from ${host} cannot be downloaded. Check the connection, then retry: complete files are kept.`;
-    if (action === "load") globalThis.caches?.delete("transformers-cache"); // of the library: a file in it may be damaged
+    if (!model) globalThis.caches?.delete("transformers-cache"); // of the library: a file in it may be damaged
     return `The model cannot be run (${message.slice(0, 200)}). Retry, or use a current Firefox, Chrome, Edge or Safari.`;
 }
 
@@ -258,6 +265,7 @@ onmessage = async ({ data: { id, action, argument } }) => {
         postMessage({ id, result: await ACTIONS[action](argument, (progress) => postMessage({ id, progress })) });
     } catch (error) {
         console.error(error);
-        postMessage({ id, error: explain(error, action) });
+        // After an error of the runtime, the library runs nothing more: the page starts another worker.
+        postMessage({ id, error: explain(error), isBroken: !(error instanceof Explained) });
     }
 };

@@ -22,6 +22,7 @@ from modeling_scratchgpt import (
     ScratchGPTForTokenClassification,
     ScratchGPTTokenizer,
 )
+from modeling_scratchgpt.convert import web
 from modeling_scratchgpt.convert.web import read_held_out
 from tests.conftest import IS_CURRENT, MODERN, ROOT, TINY, shaken
 from tests.exported import CLASSIFIED, CLASSIFIERS, DROPOUT, LABELS, LANGUAGE_MODELS, MEASURED, TEXT
@@ -275,6 +276,31 @@ def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, c
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["transformers.js_config"] == {"dtype": "fp16"}
+
+
+@can_write_onnx
+def test_without_a_text_the_model_samples_one(save, tmp_path, convert):
+    """It is almost certain of its next token, so that its own text has few bits per byte, where any other would have many."""
+    ours, _ = save({**MODERN, "tie_word_embeddings": False})
+    with torch.no_grad():
+        ours.lm_head.weight.mul_(20)
+    ours.save_pretrained(tmp_path / "ours")
+    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+    (before, source), *_ = re.findall(r"bits per byte (\S+) -> .* on (.*)", output)
+    assert source.startswith("text that the model has sampled")
+    assert float(before) < 2
+
+
+def test_at_most_so_many_tokens_are_measured(monkeypatch):
+    monkeypatch.setattr(web, "MAX_TOKENS", 100)
+    tokenizer = ScratchGPTTokenizer.train([TEXT] * 9, 290)
+    texts = ["to be ", "naïve 🙂 " * 200, "not read"]
+    windows, num_bytes = web._windows(texts, tokenizer, 1000)
+    first, second = windows
+    assert 95 < len(first) + len(second) <= 100
+    measured = tokenizer.decode(first[1:]) + tokenizer.decode(second[1:])
+    assert "".join(texts).startswith(measured)
+    assert num_bytes == len(measured.encode())
 
 
 @can_write_onnx

@@ -8,7 +8,7 @@ const { chromium } = createRequire(`${modules}/`)("playwright-core");
 const addresses = JSON.parse(await readFile(file));
 const FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--ignore-certificate-errors",
-    `--host-resolver-rules=MAP cdn.jsdelivr.net ${addresses.cdn}`];
+    `--host-resolver-rules=MAP cdn.jsdelivr.net ${addresses.cdn}, MAP example.com ${addresses.cdn}`];
 const HOSTILE = '<img src=x onerror="ran=1"><script>ran=1</script>';
 const TEXT = "to be, naïve 🙂";
 const results = { hosts: new Set(), errors: [] };
@@ -59,6 +59,10 @@ async function completion(browser) {
     seen.written = await page.locator("#output").textContent();
     seen.lengths = await page.evaluate("lengths.size");
     seen.inspected = await page.locator("#inspected").inputValue();
+    await set(page, "repetition_penalty", 1.5);
+    await run(page, "to be");
+    seen.penalized = await page.locator("#output").textContent();
+    await set(page, "repetition_penalty", 1);
     await set(page, "temperature", 1);
     await set(page, "top_k", 0);
     seen.sampled = [];
@@ -90,8 +94,10 @@ async function completion(browser) {
     seen.hostile.ran = await page.evaluate("window.ran ?? null");
     seen.tooLong = await run(page, "?".repeat(70), /shorten it/);
     const fetched = (address) => fetch(address).then(() => "allowed", () => "blocked");
-    seen.policy.worker = await page.workers()[0].evaluate(fetched, "https://example.com/");
-    seen.policy.page = await page.evaluate(fetched, "https://example.com/");
+    const elsewhere = "https://example.com/npm/playwright-core@1/package.json", blank = await page.context().newPage();
+    seen.policy.without = await blank.evaluate(fetched, elsewhere);
+    seen.policy.worker = await page.workers()[0].evaluate(fetched, elsewhere);
+    seen.policy.page = await page.evaluate(fetched, elsewhere);
     seen.policy.hub = await page.content().then((html) => html.match(/connect-src[^"]*/)[0].split(/\s+/).slice(1));
     await page.evaluate("document.activeElement.blur()");
     seen.focus = [];
@@ -100,13 +106,14 @@ async function completion(browser) {
         seen.focus.push(await page.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.textContent"));
     }
     seen.unnamed = await page.locator("textarea, input, select, button").evaluateAll((nodes) => nodes
-        .filter((node) => !node.labels?.[0]?.textContent.trim() && !node.textContent.trim()).map((node) => node.outerHTML));
+        .filter((node) => !(node.tagName === "BUTTON" ? node : node.labels[0])?.textContent.trim()).map((node) => node.outerHTML));
     return seen;
 }
 
 async function chat(browser) {
     const page = await openPage(browser, addresses.chat, { width: 390, colorScheme: "dark" });
     const seen = { focused: await page.evaluate("document.activeElement.id"), open: await page.locator("#settings").getAttribute("open") };
+    seen.facts = await page.locator("#facts").innerText();
     await page.keyboard.type("to be?");
     await page.keyboard.press("Enter");
     await note(page, /tokens in/);
@@ -133,6 +140,26 @@ async function chat(browser) {
     seen.stopped = await note(page, /tokens? in/);
     await page.locator("#clear").click();
     seen.cleared = (await inner(page, "#output p")).length;
+    return seen;
+}
+
+// A model that always writes HOSTILE; its tokenizer has a token without an embedding.
+async function markup(browser) {
+    const page = await openPage(browser, addresses.markup), seen = {};
+    await run(page, "to be");
+    seen.shown = await page.locator("#output").textContent();
+    seen.images = await page.locator("#output img").count();
+    seen.ran = await page.evaluate("window.ran ?? null");
+    await page.locator("#text").fill("<beyond>");
+    await page.locator("#run").click();
+    await page.locator("#retry").waitFor();
+    seen.broken = await page.locator("#stage").innerText();
+    seen.text = await page.locator("#text").inputValue();
+    await page.locator("#retry").click();
+    await page.locator("#retry").waitFor({ state: "hidden" });
+    await page.locator("#main").waitFor();
+    await run(page, "to be");
+    seen.again = await page.locator("#output").textContent();
     return seen;
 }
 
@@ -177,6 +204,37 @@ async function failures(browser) {
     return seen;
 }
 
+// With WebGPU computed by the CPU; with WebGPU that seems to compute something else; without WebGPU.
+async function webgpu(browser) {
+    const args = [...FLAGS.filter((flag) => flag !== "--disable-gpu"), "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+    const withGPU = await chromium.launch({ executablePath, args });
+    const distrust = async (route) => {
+        const response = await route.fetch();
+        await route.fulfill({ response, body: (await response.text()).replace("WEBGPU_TOLERANCE = 0.02", "WEBGPU_TOLERANCE = -1") });
+    };
+    const pages = {
+        right: await openPage(withGPU, addresses.completion),
+        wrong: await openPage(withGPU, addresses.completion, { routes: { "**/worker.js": distrust } }),
+        missing: await openPage(browser, addresses.completion),
+    };
+    const seen = {};
+    for (const [name, page] of Object.entries(pages)) {
+        const label = page.locator("#engine-label");
+        seen[name] = { isOffered: await label.isVisible() };
+        await label.evaluate((node) => (node.hidden = false));
+        await page.locator("#engine").selectOption("WebGPU");
+        await page.locator("#facts").getByText(name === "right" ? "WebGPU" : "WebAssembly").waitFor();
+        await page.locator("#main").waitFor();
+        if (name !== "right") seen[name].note = await note(page, /WebAssembly runs it/);
+        await set(page, "temperature", 0);
+        await run(page, "to be");
+        seen[name].written = await page.locator("#output").textContent();
+        seen[name].engine = await page.locator("#engine").inputValue();
+    }
+    await withGPU.close();
+    return seen;
+}
+
 async function speed(browser) {
     const page = await openPage(browser, addresses.speed), start = await page.evaluate("performance.timeOrigin");
     const seen = { ready: Date.now() - start };
@@ -189,7 +247,7 @@ async function speed(browser) {
 
 const browser = await chromium.launch({ executablePath, args: FLAGS });
 const classifiers = ["classifier", "regression", "multi_label_classification"].map((kind) => [kind, classifier(kind)]);
-const scenarios = { completion, chat, ...Object.fromEntries(classifiers), failures, speed };
+const scenarios = { completion, chat, markup, webgpu, ...Object.fromEntries(classifiers), failures, speed };
 for (const name of addresses.scenarios) results[name] = await scenarios[name](browser);
 await browser.close();
 console.log(JSON.stringify({ ...results, hosts: [...results.hosts] }));

@@ -48,6 +48,7 @@ FILES = (CARD, "generation_config.json", *TOKENIZER, *RESULTS)  # of a model or 
 CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
 UPLOADED = (*CODE, *FILES, *WEIGHTS, *sum(WEIGHTS.values(), ()))  # what an earlier upload may have left
 SET_BY_UPLOAD = ("model-index", "base_model", "library_name", "pipeline_tag", "sdk", "sdk_version", "app_file", "models")
+PAGE_TAG, PAGE_TITLE = "transformers.js", "## In a browser"  # what --space adds to a card
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -147,10 +148,10 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
 def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
     """Add a link to the page below the title of the card, and how to use the export in a directory, whose card is `usage`."""
     model_card, snippet = ModelCard(card.decode()), usage.partition("```js\n")[2].replace("PATH_OR_HUB_ID", repository)
-    model_card.data["tags"] = [*(model_card.data.get("tags") or []), "transformers.js"]
+    model_card.data["tags"] = [*(model_card.data.get("tags") or []), PAGE_TAG]
     link = f"[Try it in your browser.](https://huggingface.co/spaces/{repository})"
     model_card.text = re.sub("^# .+$", lambda title: f"{title[0]}\n\n{link}", model_card.text, count=1, flags=re.M) + (
-        "\n\n## In a browser\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
+        f"\n\n{PAGE_TITLE}\n\n{link}\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
         'import { env } from "@huggingface/transformers";\n\n'
         f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet.replace("## Size", "### Size")}'
     )
@@ -158,13 +159,17 @@ def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
 
 
 def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
-    """The edited card on the Hub with its text and metadata, but with the new card's metrics, base and, if given, licence."""
+    """The edited card on the Hub, but with the new card's metrics, base and, if given, licence, and with its page."""
     with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
         card, old = (ModelCard(text.decode("utf-8-sig"), ignore_metadata_errors=True) for text in (new, edited))
         for name, value in old.data.to_dict().items():
             if name not in SET_BY_UPLOAD and not (license and name == "license"):
                 card.data[name] = value
-        card.text = old.text if old.text.strip() else card.text
+        if PAGE_TITLE in card.text:
+            card.data["tags"] = [*(tag for tag in card.data.get("tags") or [] if tag != PAGE_TAG), PAGE_TAG]
+        if old.text.strip():
+            _, title, page = card.text.partition(PAGE_TITLE)
+            card.text = f"{old.text}\n\n{title}{page}" if title and PAGE_TITLE not in old.text else old.text
         return str(card).encode()
 
 

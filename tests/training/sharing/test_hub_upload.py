@@ -277,9 +277,26 @@ def test_space(hub, model, upload):
     assert json.loads(hub.content("ann/book", "model.json", kind="space"))["revision"] == first  # and there it stays
 
 
-def test_the_page_cannot_read_a_private_model(hub, model, upload):
+def test_a_card_that_was_edited_gets_the_page(hub, model, upload):
+    upload(model, "ann/book")
+    card = hub.content("ann/book", "README.md").decode().replace("- scratchgpt", "- stories")
+    change(hub, "README.md", (card + "\nMy words.\n").encode())
+    for _ in range(2):
+        upload(model, "ann/book", "--space")
+        card = ModelCard(hub.content("ann/book", "README.md").decode())
+        assert card.data.tags == ["stories", "transformers.js"]
+        text, _, page = card.text.partition("## In a browser\n")
+        assert text.endswith("\nMy words.\n\n\n")
+        assert "(https://huggingface.co/spaces/ann/book)" in page
+        assert page.count("env.remotePathTemplate = ") == 1
+
+
+def test_a_private_model_gets_no_page(hub, model, upload):
     upload(model, "ann/own", "--private")
-    assert "The model is private, and its page cannot read it: make both public" in upload(model, "ann/own", "--space")
+    before = hub.repositories["model", "ann/own"].branches["main"]
+    with pytest.raises(UserError, match="the model ann/own is private: make it public in its settings, or drop --space"):
+        upload(model, "ann/own", "--space")
+    assert hub.repositories["model", "ann/own"].branches["main"] == before
 
 
 BRANCHES = ("", "..", "a..b", "../x", "refs/pr/1", "a" * 40, "v1\n", "x?y", "-x", "é")
