@@ -4,6 +4,7 @@ import argparse
 import re
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +16,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.conftest import MODERN, TINY, Processes, on_two_processes
 from tests.training.conftest import PRETRAIN, ROOT, SMALL, run_module
+from training.engine.checkpoints import WEIGHTS, find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.launch import start_accelerator
 
 FOLDER = ROOT / "training" / "configs" / "accelerate"
@@ -118,9 +121,8 @@ def test_fsdp2_plugin(monkeypatch):
     assert not plugin.activation_checkpointing
 
 
-def train_with_fsdp2(folder: str, precision: str, is_compiled: bool = False) -> None:
+def shard(model: ScratchGPTForCausalLM, precision: str) -> ScratchGPTForCausalLM:
     """Accelerate does not use FSDP on a CPU, but its function that shards a model runs everywhere."""
-    one, two = (ScratchGPTForCausalLM.from_pretrained(folder) for _ in range(2))
     plugin = FullyShardedDataParallelPlugin()  # from the environment, as under the launcher
     if precision == "bf16":
         plugin.set_mixed_precision(precision)
@@ -134,10 +136,16 @@ def train_with_fsdp2(folder: str, precision: str, is_compiled: bool = False) -> 
         device=torch.device("cpu"),
         parallelism_config=None,
     )
+    model = fsdp2_prepare_model(accelerator, model)
+    assert all(isinstance(layer, FSDPModule) for layer in model.model.layers)
+    return model
+
+
+def train_with_fsdp2(folder: str, precision: str, is_compiled: bool = False) -> None:
+    one, two = (ScratchGPTForCausalLM.from_pretrained(folder) for _ in range(2))
     if is_compiled:  # before it is sharded, as Accelerate does
         two = torch.compile(two, backend="aot_eager")
-    two = fsdp2_prepare_model(accelerator, two)
-    assert all(isinstance(layer, FSDPModule) for layer in two.model.layers)
+    two = shard(two, precision)
     ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
     rows = ids.chunk(2)[dist.get_rank()]
     optimizers = [torch.optim.AdamW(model.train().parameters(), lr=1e-2) for model in (one, two)]
@@ -164,3 +172,40 @@ def test_the_fsdp2_wrapping_trains_like_one_process(tmp_path):
     cases = [(tmp_path / str(number), "no") for number in range(4)]
     cases += [(tmp_path / str(number), "bf16", is_compiled) for number, is_compiled in ((0, False), (2, False), (2, True))]
     on_two_processes(train_with_fsdp2, tmp_path, *cases, **fsdp_environment())
+
+
+def resume_with_fsdp2(folder: str, checkpoints: Path) -> None:
+    """A resumed run evaluates the initial model before it loads the checkpoint, which leaves its last unit gathered."""
+    ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+
+    def start() -> tuple:
+        model = shard(ScratchGPTForCausalLM.from_pretrained(folder), "no")
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(model: ScratchGPTForCausalLM, optimizer: torch.optim.Optimizer) -> float:
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    model, optimizer = start()
+    accelerator = start_accelerator()
+    step(model, optimizer)
+    state = {"step": 1, "eval_loss": 1.0}
+    save_checkpoint(
+        checkpoints, accelerator, model, [optimizer], state, 2, lambda path, weights: save_file(weights, path / WEIGHTS)
+    )
+    expected = [step(model, optimizer) for _ in range(2)]
+    model, optimizer = start()
+    with torch.no_grad():
+        model.eval()(ids)
+    path, state = find_checkpoint(checkpoints, print)
+    load_checkpoint(path, state, model, [optimizer])
+    assert [step(model, optimizer) for _ in range(2)] == expected
+
+
+def test_an_fsdp2_run_is_resumed(tmp_path):
+    torch.manual_seed(0)
+    ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+    on_two_processes(resume_with_fsdp2, tmp_path, (tmp_path / "model", tmp_path / "checkpoints"), **fsdp_environment())

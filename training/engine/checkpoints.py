@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule
 
 from modeling_scratchgpt.atomic import atomic_directory, remove_abandoned
 from modeling_scratchgpt.lora import lora_layers
@@ -108,6 +109,9 @@ def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimiz
 
     The optimizers keep their hyperparameters, such as the learning rate: they are those of the arguments.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # an evaluation has left the last one gathered
+            module.reshard()
     own: Any = dcp.get_optimizer_state_dict(model, optimizers, options=dcp.StateDictOptions(ignore_frozen_params=True))
     moments: dict[str, Any] = {}
     for name, tensor in load_file(path / OPTIMIZER).items():
