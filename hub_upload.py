@@ -165,18 +165,19 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
         if is_new:
             api.create_branch(repository, branch=revision, **options)
         commits = api.list_repo_commits(repository, revision=revision, **options)
+        is_example = kind == "space" and len(commits) == 1  # the files with which the Hub fills a new Space
         last = next((commit for commit in commits if commit.title.endswith(COMMIT_SUFFIX)), None)
         files = list_files(api, repository, kind, commits[0].commit_id)
         uploaded = list_files(api, repository, kind, last.commit_id) if last else {}
         changed = {name for name, _ in files.items() ^ uploaded.items()} - {".gitattributes"}
-        if changed - {CARD} and not (is_new or arguments.overwrite):
+        if changed - {CARD} and not (is_new or is_example or arguments.overwrite):
             raise UserError(
                 f"{repository} ({revision}) has changes not made by this program ({printable(', '.join(sorted(changed))):.200}"
                 f"), the last in {commits[0].title!r:.80}: review them, then pass --overwrite or another --revision."
             )
         is_edited = CARD in files and not (last and GENERATED + files[CARD] in last.message)
         card = b""
-        if is_edited and not arguments.overwrite:
+        if is_edited and not (is_example or arguments.overwrite):
             card = Path(api.hf_hub_download(repository, CARD, revision=commits[0].commit_id, **options)).read_bytes()
         return Branch(revision, commits[0].commit_id, {*files}, card)
 

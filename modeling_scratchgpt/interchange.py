@@ -59,9 +59,9 @@ NAMES: dict[str, dict[str, str]] = {  # ours to theirs
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
+        "add_cross_attention": False, "is_causal": True,
     },
-    "qwen3": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "is_causal": True},
 }  # fmt: skip
 
 LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -126,7 +126,7 @@ def as_scratchgpt(fields: dict[str, Any], overrides: dict[str, Any] | None = Non
     fields = apply_overrides(fields, {} if overrides is None else overrides, config_class)
     source: Any = config_class.from_dict(fields)  # fills in and renames the fields of older files
     for name, needed in UNSUPPORTED[model_type].items():
-        if (value := getattr(source, name)) != needed:
+        if (value := getattr(source, name, needed)) != needed:
             raise ValueError(f"{name} is {value} in this {model_type} config: ScratchGPT supports only {needed}.")
     layer_types = getattr(source, "layer_types", None) or ["full_attention"]
     if set(layer_types) != {"full_attention"}:

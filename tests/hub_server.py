@@ -177,7 +177,11 @@ class Handler(BaseHTTPRequestHandler):
         if key in self.server.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url}, X_Error_Message="already exists")
         repository = Repository(request.get("visibility") == "private" or request.get("private", False))
-        repository.commit("main", {".gitattributes": self.server.store(b"*.safetensors filter=lfs\n")}, "initial commit")
+        files = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        if request.get("sdk") == "static":  # the Hub fills it with an example
+            card = b"---\ntitle: Example\nsdk: static\n---\n\nRead the docs.\n"
+            files |= {"README.md": card, "index.html": b"Hello", "style.css": b"p {}"}
+        repository.commit("main", {name: self.server.store(content) for name, content in files.items()}, "initial commit")
         self.server.repositories[key] = repository
         return self._send(200, {"url": url, "name": key[1]})
 

@@ -124,7 +124,8 @@ class InstructRecipe(Recipe[LMMetrics]):
                 longer = f"{tokenized.num_too_long:,} are longer than {self.max_length} tokens (use a larger --context_length)"
                 special = f"the others contain special tokens: {', '.join(sorted({*tokenized.special})) or 'none'}"
                 raise UserError(f"the {name} split is empty: of {len(split):,} conversations {longer}, {special}.")
-        self.stop_token_id = prompts.stop_token_id(self.tokenized["train"], self.tokenizer)
+        # Of the validation data, since the training loss may be on more than the answers.
+        self.stop_token_id = prompts.stop_token_id(self.tokenized["validation"], self.tokenizer)
 
     def _report_data(self) -> None:
         """Print sizes, what was dropped, and an example."""

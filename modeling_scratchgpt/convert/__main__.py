@@ -54,8 +54,9 @@ def verify_outputs(loaded: LoadedModel, tolerance: float = TOLERANCE) -> str:
             model.float()
         with torch.no_grad():
             outputs.append(model(ids, attention_mask=torch.ones_like(ids), return_dict=True))
-        if dtype != torch.float32:
-            model.to(dtype)  # exact, since float32 has all values of lower precisions
+        if dtype != torch.float32:  # exact, since float32 has all values of lower precisions; buffers have always been float32
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
     key = next(name for name in ("start_logits", "logits", "last_hidden_state") if name in outputs[0])
     ours, theirs = (output[key] for output in outputs)
     return _verify(ours, theirs, tolerance, f"{type(loaded.reference).__name__} in transformers")

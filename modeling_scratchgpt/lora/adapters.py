@@ -239,7 +239,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     merge_adapter(model)
     head, embedding = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("output", "input"))
     _unload(model)
-    if isinstance(head, LoraLinear) and getattr(head.base_layer, "weight", None) is not getattr(embedding, "weight", None):
+    weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in (head, embedding)]
+    if all(weight is not None for weight in weights) and weights[0] is not weights[1]:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return model
 

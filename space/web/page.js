@@ -34,6 +34,7 @@ function startWorker() {
     };
     const error = new Error("A part of this page cannot be loaded. Check the connection, then retry.");
     worker.onerror = () => pending.forEach(({ reject }) => reject(error));
+    return worker;
 }
 
 function ask(action, argument, report) {
@@ -74,13 +75,15 @@ async function load() {
     $("loading").hidden = $("progress").hidden = false;
     $("progress").removeAttribute("value");
     $("stage").textContent = "Loading the model into this browser. What you type stays here.";
+    let own = worker;
     try {
         const { name, base } = await locateModel();
-        startWorker(); // and ask it at once: an error that it has before it is asked would be lost
+        own = startWorker(); // and ask it at once: an error that it has before it is asked would be lost
         $("name").textContent = name.split("/").pop();
         showModel(await ask("load", { base, useWebGPU }, makeProgress()));
         document.title = $("name").textContent;
     } catch (error) {
+        if (worker !== own) return; // another engine was chosen meanwhile
         if (!useWebGPU) return fail(error.message);
         $("engine").value = "WebAssembly";
         await load();

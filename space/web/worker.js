@@ -187,9 +187,9 @@ async function classify({ text }) {
     const ending = isCut && tokenizer.all_special_ids.includes(ids.at(-1)) ? ids.slice(-1) : []; // kept, as in training
     const kept = isCut ? [...ids.slice(0, contextLength - ending.length), ...ending] : ids;
     const logits = [...(await model(asInputs(kept))).logits.to("float32").data];
-    const isRegression = problem_type === "regression" || logits.length === 1;
-    const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
     const isMultiLabel = problem_type === "multi_label_classification";
+    const isRegression = problem_type === "regression" || (logits.length === 1 && !isMultiLabel);
+    const sigmoid = (logit) => 1 / (1 + Math.exp(-logit));
     const scores = isRegression ? logits : isMultiLabel ? logits.map(sigmoid) : library.softmax(logits);
     const classes = scores.map((score, index) => ({ label: id2label?.[index] ?? `LABEL_${index}`, score }));
     if (!isRegression) classes.sort((a, b) => b.score - a.score);
@@ -257,11 +257,14 @@ function explain(error) {
     return `The model cannot be run (${message.slice(0, 200)}). Retry, or use a current Firefox, Chrome, Edge or Safari.`;
 }
 
-const ACTIONS = { load, generate, classify, tokens, next, attention };
+const ACTIONS = { load: (...arguments_) => (loading = load(...arguments_)), generate, classify, tokens, next, attention };
+
+let loading;
 
 onmessage = async ({ data: { id, action, argument } }) => {
-    if (action === "stop") return stopper.interrupt();
+    if (action === "stop") return stopper?.interrupt();
     try {
+        if (action !== "load") await loading; // a view may ask while another engine is loaded
         postMessage({ id, result: await ACTIONS[action](argument, (progress) => postMessage({ id, progress })) });
     } catch (error) {
         console.error(error);

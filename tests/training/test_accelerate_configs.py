@@ -20,12 +20,15 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
-from tests.conftest import MODERN, TINY, Processes, on_two_processes
+from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTTokenizer
+from tests.conftest import MODERN, TINY, Processes, on_two_processes, shaken
 from tests.training.conftest import PRETRAIN, ROOT, SMALL, run_module
+from training.data.prompts import CHAT_TEMPLATES, set_up_chat_template
 from training.engine.checkpoints import WEIGHTS, find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.launch import start_accelerator
+from training.results.responses import respond, respond_distributed
 
+QUESTIONS = ("to be", "that is the question")
 FOLDER = ROOT / "training" / "configs" / "accelerate"
 # name: distributed type, total number of processes, machines, mixed precision
 EXPECTED = {
@@ -209,3 +212,30 @@ def test_an_fsdp2_run_is_resumed(tmp_path):
     torch.manual_seed(0)
     ScratchGPTForCausalLM(ScratchGPTConfig(**TINY, **MODERN, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
     on_two_processes(resume_with_fsdp2, tmp_path, (tmp_path / "model", tmp_path / "checkpoints"), **fsdp_environment())
+
+
+def respond_with_fsdp2(folder: Path) -> None:
+    """Divided over the processes, the answers would need different numbers of steps: one process would wait forever."""
+    model, tokenizer = ScratchGPTForCausalLM.from_pretrained(folder), ScratchGPTTokenizer.from_pretrained(folder)
+    prompts = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    expected = respond(model, tokenizer, prompts, 1, 40)
+    assert [answer.finished for answer in expected] == [True, False]
+    found = respond_distributed(
+        start_accelerator(), shard(model, "no"), tokenizer, prompts, "", batch_size=1, max_new_tokens=40
+    )
+    assert found == expected
+
+
+def test_the_processes_of_an_fsdp2_run_answer_together(tmp_path):
+    tokenizer = ScratchGPTTokenizer.train(["to be or not to be, that is the question"] * 9, 290)
+    set_up_chat_template(tokenizer, CHAT_TEMPLATES["chat"], 64)
+    torch.manual_seed(0)
+    model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, **MODERN, "vocab_size": len(tokenizer)})), 0.3)
+    messages = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    prompts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, return_tensors="pt") for each in messages]
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 2}
+    first, second = (model.generate(**prompt, **options)[0, -40:].tolist() for prompt in prompts)
+    model.generation_config.update(eos_token_id=next(it for it in first if it not in second), pad_token_id=2, do_sample=False)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    on_two_processes(respond_with_fsdp2, tmp_path, (tmp_path / "model",), **fsdp_environment())

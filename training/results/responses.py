@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sacrebleu.metrics import CHRF
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from modeling_scratchgpt.atomic import atomic_file
@@ -123,6 +124,8 @@ def respond_distributed(
     accelerator: Accelerator, model: Any, tokenizer: Any, prompts: list[list[Message]], progress: str, **options: Any
 ) -> list[Response]:
     """`respond`, with the prompts divided over the processes; all of them return all answers."""
+    if isinstance(model, FSDPModule):  # its processes compute each step together, so all of them answer all prompts
+        return respond(model, tokenizer, prompts, progress=progress if accelerator.is_main_process else "", **options)
     with accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as indices:
         shown = progress if accelerator.is_main_process else ""
         answers = respond(model, tokenizer, [prompts[index] for index in indices], progress=shown, **options)
