@@ -235,7 +235,7 @@ def exported(tmp_path_factory) -> Callable[[str], Path]:
 
 def server_program() -> str:
     """The program that starts `transformers serve`, from the README."""
-    (program,) = re.findall(r'python -c "([^"]*)" serve &', (ROOT / "training" / "README.md").read_text())
+    (program,) = re.findall(r'python -c "([^"]*)" serve\n', (ROOT / "training" / "README.md").read_text())
     return program
 
 

@@ -187,7 +187,7 @@ class InstructRecipe(Recipe[LMMetrics]):
             eos_token_id=self.stop_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.eos_token_id, model.config.pad_token_id = self.stop_token_id, tokenizer.pad_token_id
         return model
 
     def train_dataloader(self) -> DataLoader:

@@ -14,7 +14,8 @@ Notable:
 import json
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from training.results.responses import Verdicts, read_responses, responses_page,
 
 KEY = "OPENAI_API_KEY"
 SECONDS = 300  # to wait for a reply; a large model on a CPU is slow
+SAVE_SECONDS = 60  # between writing the grades
 MAX_TOKENS = 16
 MAX_CHARACTERS = 200  # of a reply, that are kept
 VERDICT = re.compile(r"\s*(100|[1-9]?[0-9])(\s*/\s*100)?\s*\.?\s*")
@@ -95,17 +97,21 @@ class Judge:
         return (int(found[1]) if found else None), reply[:MAX_CHARACTERS]
 
 
-def judge_all(judge: Judge, rows: Sequence[dict[str, Any]]) -> Verdicts:
+def judge_all(judge: Judge, rows: Sequence[dict[str, Any]], save: Callable[[], object] = lambda: None) -> Verdicts:
     """Grade all answers that this judge has not graded yet; `judge`, `judge_reply` and `judge_model` are added to each row.
 
     Raises:
         UserError: the server gives no reply; the rows keep the grades so far.
     """
     name = without_directories(judge.model)
+    saved = time.monotonic()
     for row in tqdm(rows, desc="Judging", unit=" answers", **bar_options()):
         if row.get("judge_model") != name:
             grade, reply = judge.grade(row)
             row |= {"judge": grade, "judge_reply": reply, "judge_model": name}
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
     grades = [row["judge"] for row in rows if row["judge"] is not None]
     return Verdicts(sum(grades) / len(grades) if grades else None, len(grades), len(rows) - len(grades))
 
@@ -124,7 +130,7 @@ def judge_responses(judge: Judge, directory: Path) -> None:
         responses_page(rows)
     write_responses(directory, rows)  # a directory that cannot be written shows before the first request
     try:
-        verdicts = judge_all(judge, rows)
+        verdicts = judge_all(judge, rows, lambda: write_responses(directory, rows))
     finally:
         write_responses(directory, rows)  # the same command continues with the others
     results["judge"] = {"model": without_directories(judge.model), **asdict(verdicts)}

@@ -33,7 +33,7 @@ from training.engine.flops import flops_per_token
 from training.engine.metrics import LMMetrics, evaluate
 from training.engine.optimizers import muon_initialization
 from training.engine.pretrained import LoraArguments, load_config_and_tokenizer, load_pretrained, lora_config
-from training.engine.report import make_prompts, sample
+from training.engine.report import describe_sampling, make_prompts, sample
 from training.engine.train import TrainResult
 from training.errors import UserError
 from training.recipe import Recipe, run_recipe
@@ -204,11 +204,13 @@ class PretrainRecipe(Recipe[LMMetrics]):
         arguments = self.arguments
         set_seed(arguments.seed)
         if arguments.base_model:
-            return load_pretrained(ScratchGPTForCausalLM, arguments.base_model, lora_config(arguments))
-        model = ScratchGPTForCausalLM(self.config)
-        if arguments.optimizer == "muon":
-            muon_initialization(model)
-        model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
+            model: Any = load_pretrained(ScratchGPTForCausalLM, arguments.base_model, lora_config(arguments))
+        else:
+            model = ScratchGPTForCausalLM(self.config)
+            if arguments.optimizer == "muon":
+                muon_initialization(model)
+            model.generation_config.update(do_sample=True, temperature=0.8, top_k=50)
+        self.sampling = describe_sampling(model.generation_config)
         return model
 
     def train_dataloader(self) -> DataLoader:
@@ -249,7 +251,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
             usage=USAGE.format(prompt=repr(prompt), max_new_tokens=min(64, arguments.context_length // 2)),
             adapter_usage=cards.CAUSAL_ADAPTER.format(vocab_size=self.config.vocab_size),
             results=f"On held-out text, {self.rows['validation'].scores}:\n\n{cards.losses_table(metrics)}",
-            examples="## Samples\n\nPrompts in brackets: the beginnings of held-out texts. Temperature 0.8, top-k 50.\n\n"
+            examples=f"## Samples\n\nPrompts in brackets: the beginnings of held-out texts. {self.sampling}.\n\n"
             f"Before training:\n\n{before}\n\nAfter training:\n\n{after}",
             task="text-generation",
             metrics=vars(self.test or result.after),

@@ -151,7 +151,11 @@ def test_gpt2_is_a_base_model(recipe, tune, tmp_path):
         alone = [model(text)[0]["score"] for text in texts]
         assert [row["score"] for row in model(texts, batch_size=2)] == pytest.approx(alone, abs=1e-5)
     else:
-        assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id == 0
+        stop = model.tokenizer.eos_token_id  # is in no prompt, where a repetition penalty would find it
+        assert stop == model.model.generation_config.eos_token_id == model.model.config.eos_token_id
+        prompt = [{"role": "user", "content": "It was"}]
+        assert stop not in model.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        assert len({stop, model.tokenizer.pad_token_id, model.tokenizer.bos_token_id}) == 3
     # transformers' own GPT-2 has other names for the layers of an adapter: its program takes the package's.
     folder = tune(recipe, *options[recipe][:-2], "--num_train_epochs", "1", "--lora_r", "4", base=base, output="lora")
     card = (folder / "adapter" / "README.md").read_text().replace("PATH_OR_HUB_ID_OF_THE_BASE", str(base))

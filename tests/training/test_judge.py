@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -68,6 +69,14 @@ def test_a_scratchgpt_is_the_judge(server, tmp_path, verdict, mean, graded, text
 def test_a_model_that_the_server_does_not_have(server):
     with pytest.raises(UserError, match=r"the judge at http://.* refuses the request \(\d+ "):
         Judge(server + "/v1", "nobody/nothing").grade(ROWS[0])
+
+
+def test_grades_are_saved_while_others_are_awaited(monkeypatch):
+    monkeypatch.setattr(judge, "SAVE_SECONDS", 0)
+    rows, saved = [dict(row) for row in ROWS], []
+    grader = SimpleNamespace(model="judge", grade=lambda row: (50, "50"))
+    judge_all(grader, rows, lambda: saved.append([row.get("judge") for row in rows]))
+    assert saved == [[50, None], [50, 50]]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from training.data.datasets import TokenizedExamples
 from training.data.tokens import loses_text
 from training.errors import UserError, explain_errors, one_line, quiet
 
+STOP = "<|end|>"  # ends the answers if the tokenizer's EOS token is also its BOS token
 CONTROL = re.compile(r"<\|\w+\|>")
 # The text of a message, which may be a list of parts, or None beside tool calls.
 TEXT = (
@@ -94,6 +95,9 @@ def set_up_chat_template(tokenizer: PreTrainedTokenizerBase, template: ChatTempl
     if not tokenizer.eos_token:
         raise UserError("the tokenizer of the model has no EOS token, so the model could never stop.")
     num_tokens = len(tokenizer)
+    if tokenizer.bos_token == tokenizer.eos_token and tokenizer.chat_template != template.template:
+        # As GPT-2's: it begins every prompt, so that a repetition penalty would keep the answers from ending.
+        tokenizer.add_special_tokens({"eos_token": STOP})
     special = [token for token in dict.fromkeys(CONTROL.findall(template.template)) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:

@@ -55,7 +55,8 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
         raise UserError(f"--report_to {report_to}: pass auto, none, or a tracker of Accelerate that is installed ({known}).")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     is_configured = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`; torchrun and notebooks name no device
-    is_without_gpu = started > 1 and not is_configured and not torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    is_without_gpu = started > 1 and not is_configured and (device is None or device.type == "mps")  # of one process only
     cpu = is_without_gpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state()  # an earlier run in this process, such as a notebook, may have had another precision
     chosen_precision = [choose_precision(precision, PartialState(cpu, timeout=TIMEOUT).device.type)]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.engine.launch import sdpa_attention
@@ -94,6 +94,14 @@ def sample(
         text, continuation = tokenizer.batch_decode(parts, skip_special_tokens=True)
         samples.append(printable(f"[{text.lstrip()}]{continuation.rstrip()}"))
     return samples
+
+
+def describe_sampling(config: GenerationConfig) -> str:
+    """How `sample` chooses tokens."""
+    if not config.do_sample:
+        return "Greedy decoding"
+    values = {"temperature": config.temperature, "top-k": config.top_k, "top-p": config.top_p}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None).capitalize()
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, unit: str) -> None:

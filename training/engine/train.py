@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from training.engine.launch import start_trackers
 from training.engine.loop import GracefulShutdown, Step, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
-from training.engine.run_folder import RunFolder
+from training.engine.run_folder import METRICS, RunFolder
 from training.errors import UserError, is_out_of_memory, one_line
 
 Metrics = TypeVar("Metrics", bound=Any)  # a dataclass with a `loss`
@@ -132,6 +133,8 @@ class _Run(Generic[Metrics]):
             self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
         run_folder.open(last_kept if arguments.resume else None)
+        if arguments.early_stopping_patience:
+            self._check_shared_disk()
         start_trackers(self.accelerator, arguments.resume)
         for tracker in self.accelerator.trackers:
             tracker.store_init_configuration({name: str(value) for name, value in asdict(arguments).items()})
@@ -258,6 +261,13 @@ class _Run(Generic[Metrics]):
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self.accelerator.print(text[0].upper() + text[1:])
+
+    def _check_shared_disk(self) -> None:
+        """Refuse an output directory that some machines do not see: the main process writes there, and all load the best model."""
+        self.accelerator.wait_for_everyone()  # it has just created the metrics file
+        if not all(gather_object([(self.run_folder.path / METRICS).exists()])):
+            problem = f"--output_dir {self.run_folder.path} is not on a disk that all machines share"
+            raise UserError(f"{problem}, which --early_stopping_patience needs: pass another one, or leave that out.")
 
     def _check_content(self, state: dict[str, Any]) -> None:
         """Refuse a base model or data that differ from those of the run, and fewer epochs than are done."""

@@ -155,14 +155,15 @@ def test_new_tokens_are_single_and_old_ones_keep_their_ids():
     assert len(with_template("alpaca")) == len(before)
 
 
-def test_gpt2_gets_a_pad_token(real_data):
+def test_gpt2_gets_tokens_for_the_end_and_the_padding(real_data):
+    """Its own EOS token is also the BOS token, with which each prompt begins: a repetition penalty would suppress it."""
     folder = real_data / "gpt2-tokenizer"
     tokenizer = ScratchGPTTokenizer.from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
-    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["alpaca"], 1024) == 1
-    assert tokenizer.pad_token_id == 50257
-    assert tokenizer.eos_token_id == 50256
+    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["alpaca"], 1024) == 2
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (50256, 50257, 50258)
     encoded = tokenize_conversations([CONVERSATION], tokenizer, 1024)
-    assert stop_token_id(encoded, tokenizer) == 50256
+    assert stop_token_id(encoded, tokenizer) == 50257
+    assert set_up_chat_template(tokenizer, CHAT_TEMPLATES["alpaca"], 1024) == 0
     assert encoded.examples.loss_mask[-1]
 
 

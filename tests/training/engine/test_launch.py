@@ -184,7 +184,19 @@ def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
 
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", flex_without_kernels)
     data = write_rows(tmp_path / "names.jsonl", [{"text": f"{number} is {number:b}"} for number in range(300)])
-    options = ["--dataset", data, *SMALL, "--windows", "packed", "--max_steps", "4", "--eval_steps", "4"]
+    options = [
+        "--dataset",
+        data,
+        *SMALL,
+        "--windows",
+        "packed",
+        "--max_steps",
+        "4",
+        "--eval_steps",
+        "4",
+        "--precision",
+        "float32",
+    ]
     losses = []
     for implementation in ("sdpa", "flex_attention"):
         assert not used
@@ -312,3 +324,17 @@ def test_batches_of_many_lengths_settle_at_three_graphs(run, tune, tmp_path, mon
     tune(classify, "--dataset", dataset, *options, base=tmp_path / "base")
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("device", [None, "mps"])
+def test_processes_of_torchrun_use_the_cpu_without_a_gpu_that_they_can_share(device, monkeypatch):
+    """Accelerate sees a single process on a Mac's GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    found = device and torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    asked = []
+    monkeypatch.setattr(launch, "PartialState", lambda cpu, **options: asked.append(cpu) or exit())
+    with pytest.raises(SystemExit):
+        start_accelerator()
+    assert asked == [True]

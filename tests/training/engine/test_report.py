@@ -10,10 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
+from modeling_scratchgpt import ScratchGPTTokenizer
 from training import progress
 from training.engine.loop import Step
-from training.engine.report import ProgressBar, duration, sample
+from training.engine.report import ProgressBar, describe_sampling, duration, make_prompts, sample
 from training.progress import bar_options
 
 
@@ -52,6 +54,26 @@ def test_samples_are_the_same_each_time_and_leave_other_gpus_alone(tiny_model, m
     assert first == second
     assert first[0].startswith("[[3, 4]][")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_of_texts_without_spaces_are_not_empty():
+    tokenizer = ScratchGPTTokenizer.train(["to be or not to be"] * 9, 290)
+    tokenizer.bos_token = None  # as Qwen3's
+    texts = ["海" * 100, "https://example.com/" + "x" * 100, "to be\n" * 20]
+    prompts = [tokenizer.decode(prompt) for prompt in make_prompts(texts, tokenizer)]
+    assert prompts == [texts[0][:60], texts[1][:60], texts[2][:60]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"do_sample": True, "temperature": 0.8, "top_k": 50}, "Temperature 0.8, top-k 50"),
+        ({"do_sample": True, "top_p": 0.95}, "Top-p 0.95"),
+        ({}, "Greedy decoding"),
+    ],
+)
+def test_the_card_says_how_samples_are_made(fields, text):
+    assert describe_sampling(GenerationConfig(**fields)) == text
 
 
 def test_a_file_gets_whole_lines_instead_of_a_bar(monkeypatch):

@@ -130,6 +130,13 @@ def test_a_run_that_was_interrupted_after_its_last_step_only_evaluates(tmp_path)
     assert all(torch.equal(one, two) for one, two in zip(straight.parameters(), model.parameters(), strict=True))
 
 
+def test_early_stopping_needs_a_disk_that_all_machines_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.engine.train.gather_object", lambda seen: [*seen, False])  # of the second machine
+    with pytest.raises(UserError, match="is not on a disk that all machines share, which --early_stopping_patience needs"):
+        run(tmp_path / "out", RandomTask(early_stopping_patience=2))
+    run(tmp_path / "other", RandomTask())
+
+
 def test_early_stopping_restores_the_model_with_the_lowest_loss(tmp_path, capsys):
     task = RandomTask(losses=[4.0, 3.0, 3.5, 3.6, 9.0], early_stopping_patience=2, max_steps=30, save_steps=100)
     result, model, run_folder = run(tmp_path, task)
