@@ -8,7 +8,7 @@ Notable:
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,8 @@ def write_smaller(
     """
     graph, lines, chosen = directory / GRAPH, [], "fp32"
     before, is_classifier = loss(graph), "Classification" in config.architectures[0]
-    files = {directory / f"{name}.onnx": name for name in FORMATS}
-    for file, name in files.items():
-        write_format(graph, file, name)
-    for file in sorted(files, key=lambda file: file.stat().st_size):
-        after, (path, title) = loss(file), FORMATS[files[file]]
+    for name, file in _write_formats(graph, directory):
+        after, (path, title) = loss(file), FORMATS[name]
         if is_classifier and config.problem_type != "regression":
             cost, values = after - before, f"accuracy {1 - before:.2%} -> {1 - after:.2%}"
         else:
@@ -168,12 +165,21 @@ def write_smaller(
         verdict = "" if cost <= MAX_COST else ": more than 1 %, not used"
         lines.append(f"{title}: {small:.1f} MB instead of {large:.1f}; {values} on {source}{verdict}")
         if cost <= MAX_COST:
-            chosen = files[file].partition(" ")[0]
+            chosen = name.partition(" ")[0]
             file.rename(directory / path)
             break
-    for file in files:
-        file.unlink(missing_ok=True)
+    for name in FORMATS:
+        (directory / f"{name}.onnx").unlink(missing_ok=True)
     return chosen, lines
+
+
+def _write_formats(graph: Path, directory: Path) -> Iterator[tuple[str, Path]]:
+    """Write 8 bits, then, if the caller goes on, the other formats, and yield them by size."""
+    for names in (["q8"], [name for name in FORMATS if name != "q8"]):
+        files = {name: directory / f"{name}.onnx" for name in names}
+        for name, file in files.items():
+            write_format(graph, file, name)
+        yield from sorted(files.items(), key=lambda item: item[1].stat().st_size)
 
 
 def write_format(graph: Path, file: Path, name: str) -> None:
@@ -183,11 +189,11 @@ def write_format(graph: Path, file: Path, name: str) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = onnx.load(graph)
     with silenced():
-        if name == "fp16":
-            onnx.save(convert_float_to_float16(model, keep_io_types=True), file)
+        if name == "fp16":  # from a path, since a model in memory must not exceed 2 GB
+            onnx.save(convert_float_to_float16(str(graph), keep_io_types=True), file)
             return
+        model = onnx.load(graph)
         nodes, weights = model.graph.node, {tensor.name: tensor for tensor in model.graph.initializer}
         # A tied head multiplies by the transposed embedding, which is quantized only if it is a constant.
         for node in [node for node in nodes if node.op_type == "Transpose" and node.input[0] in weights]:

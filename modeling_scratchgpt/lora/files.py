@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         "ensure_weight_tying": len({id(parameter) for parameter in full.values()}) < len(full),
         "task_type": config.task_type or next(tasks, None),
         "base_model_name_or_path": config.base_model_name_or_path or getattr(base_config, "_name_or_path", None) or None,
-        "revision": config.revision or getattr(base_config, "_commit_hash", None),
+        "revision": config.revision,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,11 +90,6 @@ def load_adapter(
         OSError: it does not exist.
     """
     config = _read_config(_file(source, CONFIG, hub))
-    base_config = getattr(model, "config", None)
-    own = getattr(base_config, "_commit_hash", None)
-    is_same = getattr(base_config, "_name_or_path", None) == config.base_model_name_or_path
-    if is_same and config.revision and own and config.revision != own:
-        raise ValueError(f"{source} was trained on revision {config.revision} of its base, but this is {own}: load the former.")
     file = _file(source, WEIGHTS, hub)
     try:
         with safe_open(file, "pt") as opened:

@@ -137,6 +137,14 @@ def test_transformers_reads_our_gguf(fields, kind, most, save, tmp_path, convert
         assert (other.bos_token, other.eos_token, other.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gguf_of_a_half_precision_model(dtype, save, tmp_path, convert):
+    """Its rotary frequencies stay in float32, also while the model is compared twice."""
+    save(MODERN, dtype)
+    output = convert(tmp_path / "ours", tmp_path / "out", "--to", "gguf", "--type", "f32")
+    assert "Read back from f32. Largest difference from " in output
+
+
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "qwen3"])
 def test_llama_cpp_generates_the_same(fields, save, tmp_path, convert):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (it compiles llama.cpp)")

@@ -280,6 +280,9 @@ def test_other_model_types_are_refused(tmp_path):
     transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'llama' is not supported: ScratchGPT loads scratchgpt, gpt2, qwen3"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    Qwen3Config(**QWEN3, is_causal=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is_causal is False in this qwen3 config"):
+        ScratchGPTConfig.from_pretrained(tmp_path)
     Qwen3Config(**QWEN3, use_sliding_window=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_sliding_window is True in this qwen3 config"):
         ScratchGPTForCausalLM.from_pretrained(tmp_path)

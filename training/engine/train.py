@@ -263,7 +263,7 @@ class _Run(Generic[Metrics]):
         self.accelerator.print(text[0].upper() + text[1:])
 
     def _check_shared_disk(self) -> None:
-        """Refuse an output directory that some machines do not see: the main process writes there, and all load the best model."""
+        """Refuse an output directory that some machines do not see: the main process writes there, and all load from it."""
         self.accelerator.wait_for_everyone()  # it has just created the metrics file
         if not all(gather_object([(self.run_folder.path / METRICS).exists()])):
             problem = f"--output_dir {self.run_folder.path} is not on a disk that all machines share"

@@ -260,6 +260,19 @@ def test_qlora(bits_, tmp_path):
 # Regressions ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_tied_head_that_was_trained_in_full_is_untied_by_merging():
+    """Else a later call of `tie_weights`, as by `resize_token_embeddings`, would replace it by the embedding."""
+    model = model_of(tie_word_embeddings=True)
+    add_adapter(model, LoraConfig(r=2, modules_to_save=["lm_head"], ensure_weight_tying=False))
+    shake(model)
+    expected = logits(model)
+    merge_and_unload(model).tie_weights()
+    torch.testing.assert_close(logits(model), expected)
+    kept = model_of(tie_word_embeddings=True)
+    add_adapter(kept, LoraConfig(r=2))
+    assert merge_and_unload(kept).config.tie_word_embeddings
+
+
 def test_a_tied_head_with_an_adapter_is_untied_by_merging(tmp_path):
     model = model_of(tie_word_embeddings=True)
     before = model.model.embed_tokens.weight.detach().clone()

@@ -56,15 +56,6 @@ def test_an_adapter_of_a_head_that_shares_its_trained_weight(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_an_adapter_of_another_revision(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "someone/base", "revision": "aaa"}))
-    model = model_of()
-    model.config._name_or_path, model.config._commit_hash = "someone/base", "bbb"
-    with pytest.raises(ValueError, match="was trained on revision aaa of its base, but this is bbb: load the former"):
-        load_adapter(model, saved)
-
-
 def test_damaged_adapters(saved):
     whole = (saved / WEIGHTS).read_bytes()
     for content in (b"", whole[:100], whole[:-10]):

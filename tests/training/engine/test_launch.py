@@ -184,19 +184,8 @@ def test_a_packed_run_with_flex_attention(tmp_path, monkeypatch):
 
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", flex_without_kernels)
     data = write_rows(tmp_path / "names.jsonl", [{"text": f"{number} is {number:b}"} for number in range(300)])
-    options = [
-        "--dataset",
-        data,
-        *SMALL,
-        "--windows",
-        "packed",
-        "--max_steps",
-        "4",
-        "--eval_steps",
-        "4",
-        "--precision",
-        "float32",
-    ]
+    options = ["--dataset", data, *SMALL, "--windows", "packed", "--max_steps", "4", "--eval_steps", "4"]
+    options += ["--precision", "float32"]
     losses = []
     for implementation in ("sdpa", "flex_attention"):
         assert not used
