@@ -23,24 +23,26 @@ import pytest
 from tests.conftest import ROOT
 from training import classify, instruct, pretrain
 from training.cli import run_main
+from training.engine import launch
 from training.engine.run_folder import RunFolder
 
 SMALL = [
     "--vocab_size", "300", "--context_length", "32", "--batch_size", "4", "--max_steps", "12", "--eval_steps", "6",
-    "--validation_fraction", "0.1", "--report_to", "none",
+    "--validation_fraction", "0.1", "--report_to", "none", "--precision", "float32",
     "--model", "hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64",
 ]  # fmt: skip
 PRETRAIN = str(ROOT / "training" / "pretrain.py")
 # Options with which each recipe learns the data of `nights` from the model of `run`.
+FLOAT32 = ["--report_to", "none", "--precision", "float32"]
 TUNING: dict[ModuleType, list[str]] = {
     pretrain: [
         *("--context_length", "32", "--batch_size", "4", "--max_steps", "14", "--eval_steps", "8", "--save_steps", "4"),
-        *("--validation_fraction", "0.1", "--report_to", "none"),
+        *("--validation_fraction", "0.1", *FLOAT32),
     ],
-    classify: ["--batch_size", "8", "--num_train_epochs", "3", "--learning_rate", "0.005", "--report_to", "none"],
+    classify: ["--batch_size", "8", "--num_train_epochs", "3", "--learning_rate", "0.005", *FLOAT32],
     instruct: [
-        *("--batch_size", "8", "--num_train_epochs", "12", "--learning_rate", "0.01", "--report_to", "none", "--dropout", "0"),
-        *("--validation_fraction", "0.1", "--max_new_tokens", "12"),
+        *("--batch_size", "8", "--num_train_epochs", "12", "--learning_rate", "0.01", "--dropout", "0"),
+        *("--validation_fraction", "0.1", "--max_new_tokens", "12", *FLOAT32),
     ],
 }
 ANSWERS = {"dark": "stormy", "bright": "calm"}
@@ -55,7 +57,16 @@ def run_module(name: str, *argv: str) -> None:
 def run_program(name: str, *argv: str) -> None:
     """Run a program of training/ with these arguments, as in a process of its own."""
     sys.argv = [f"{name}.py", *argv]
+    launch.has_fast_bfloat16 = lambda _: False
     run_main(importlib.import_module(f"training.{name}").main)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32():
+    """What is compared is computed in float32 on every processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "has_fast_bfloat16", lambda _: False)
+        yield
 
 
 def write_rows(path: Path, table: list[dict]) -> str:

@@ -97,7 +97,7 @@ def sample(
 
 
 def describe_sampling(config: GenerationConfig) -> str:
-    """How `sample` chooses tokens."""
+    """Describe how `sample` chooses tokens."""
     if not config.do_sample:
         return "Greedy decoding"
     values = {"temperature": config.temperature, "top-k": config.top_k, "top-p": config.top_p}
