@@ -98,7 +98,7 @@ def test_two_nodes_find_each_other(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_processes_for_gpus_that_do_not_exist(book, tmp_path):
     """Each would train the whole model, all of them into one directory. Through the real launcher."""
-    words = [PRETRAIN, "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL]
+    words = [PRETRAIN, "--dataset", book, "--output_dir", str(tmp_path / "out"), *SMALL, "--precision", "auto"]
     launcher = ["accelerate.commands.launch", "--config_file", str(FOLDER / "ddp.yaml"), "--num_processes", "2"]
     process = Processes(run_module, tmp_path / "log", [*launcher, *words])
     line = "pretrain.py: error: 2 processes were started for GPUs that this machine does not have: start one, or several"
