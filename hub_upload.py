@@ -165,7 +165,8 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
         if is_new:
             api.create_branch(repository, branch=revision, **options)
         commits = api.list_repo_commits(repository, revision=revision, **options)
-        is_example = kind == "space" and len(commits) == 1  # the files with which the Hub fills a new Space
+        # The Hub fills a new static Space with an example; a history that was squashed to one commit has another title.
+        is_example = kind == "space" and [commit.title for commit in commits] == ["initial commit"]
         last = next((commit for commit in commits if commit.title.endswith(COMMIT_SUFFIX)), None)
         files = list_files(api, repository, kind, commits[0].commit_id)
         uploaded = list_files(api, repository, kind, last.commit_id) if last else {}

@@ -145,6 +145,19 @@ def test_changes_by_others_are_not_overwritten(hub, model, upload, kind, name):
     assert set(model_repository.branches) == {"main", "v2"}
 
 
+def test_a_space_with_a_squashed_history_is_not_overwritten(hub, model, upload):
+    """Its only commit is not that of a new Space."""
+    upload(model, "ann/book", "--space")
+    change(hub, "page.js", b"mine", "space")
+    space = hub.repositories["space", "ann/book"]
+    files = space.files("main")[1]
+    space.commits.clear()
+    space.commit("main", files, "Super-squash branch 'main'")
+    with pytest.raises(UserError, match="has changes not made by this program"):
+        upload(model, "ann/book", "--space")
+    assert hub.content("ann/book", "page.js", kind="space") == b"mine"
+
+
 def test_an_edited_card_keeps_its_text_and_its_metadata(hub, model, upload):
     """At every later upload, until it is overwritten; metrics and base are those of the upload."""
     upload(model, "ann/book")
