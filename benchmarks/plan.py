@@ -14,7 +14,7 @@ from measuring import make_parser, peak_bytes, run_in_subprocess
 from modeling_scratchgpt import ScratchGPTConfig
 from training.cli import model_config, parse_arguments
 from training.engine.launch import start_accelerator
-from training.plan import PROBE_SECONDS, device_memory, peak_memory, probe
+from training.plan import PROBE_SECONDS, predict_memory, probe
 from training.pretrain import PretrainArguments
 
 MEASURED_SECONDS = 20.0
@@ -38,12 +38,10 @@ def set_up(options: str) -> tuple[Accelerator, PretrainArguments, ScratchGPTConf
     return start_accelerator(), arguments, model_config(arguments.model, arguments.vocab_size, arguments.context_length)
 
 
-def predict(options: str) -> tuple[float, float]:
+def predict(options: str) -> tuple[int, float]:
     """Bytes and seconds of a training step, as training/plan.py predicts them."""
-    accelerator, arguments, config = set_up(options)
-    _, libraries, reuses = device_memory(accelerator.device)
-    memory = peak_memory(config, arguments, arguments.batch_size, accelerator.device, reuses)
-    return libraries + sum(memory.values()), statistics.median(probe(accelerator, arguments, config, PROBE_SECONDS))
+    run = set_up(options)
+    return sum(predict_memory(*run).values()), statistics.median(probe(*run, PROBE_SECONDS))
 
 
 def measure(options: str) -> tuple[float, float]:

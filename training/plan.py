@@ -197,19 +197,23 @@ def table(title: str, parts: dict[str, str]) -> str:
     return "\n".join([title, *(f"    {name:<12}{value:>16}" for name, value in parts.items())])
 
 
+def predict_memory(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig) -> dict[str, int]:
+    """Bytes of one process at the peak of a training step of the run, by kind."""
+    _, libraries, reuses = device_memory(accelerator.device)  # measured first: fake tensors import more than a run does
+    rows = math.ceil(arguments.batch_size / accelerator.num_processes)
+    memory = peak_memory(config, arguments, rows, accelerator.device, reuses, autocast_dtype(accelerator))
+    buckets = memory["weights"] if accelerator.num_processes > 1 else 0  # the copies of gradients that are sent
+    return {"libraries": libraries, **memory, "DDP buckets": buckets}
+
+
 def report_memory(accelerator: Accelerator, arguments: PretrainArguments, config: ScratchGPTConfig) -> None:
     """Print the peak memory by kind; refuse a run that does not fit."""
-    processes, device = accelerator.num_processes, accelerator.device
-    total, libraries, reuses = device_memory(device)  # measured first: fake tensors import more than a run does
-    rows, dtype = math.ceil(arguments.batch_size / processes), autocast_dtype(accelerator)
-    memory = {"libraries": libraries, **peak_memory(config, arguments, rows, device, reuses, dtype)}
-    if processes > 1:
-        memory["DDP buckets"] = memory["weights"]  # the copies of gradients that are sent
-    peak = sum(memory.values())
-    name = str(dtype).removeprefix("torch.")
-    title = f"Peak memory, predicted for {name}: {peak / 1e9:.2f} of {total / 1e9:.1f} GB ({device.type})"
+    kind, (total, _, _) = accelerator.device.type, device_memory(accelerator.device)
+    memory = predict_memory(accelerator, arguments, config)
+    peak, name = sum(memory.values()), str(autocast_dtype(accelerator)).removeprefix("torch.")
+    title = f"Peak memory, predicted for {name}: {peak / 1e9:.2f} of {total / 1e9:.1f} GB ({kind})"
     accelerator.print(table(title, {name: f"{size / 1e6:,.0f} MB" for name, size in memory.items() if size}))
-    if peak * (processes if device.type == "cpu" else 1) > total:
+    if peak * (accelerator.num_processes if kind == "cpu" else 1) > total:
         raise UserError("it does not fit: lower --batch_size, pass --gradient_checkpointing, or choose a smaller model.")
 
 
