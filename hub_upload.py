@@ -26,11 +26,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from space.app import HEADERS, WEB, WEB_EXPORT, export
+from space.app import HEADERS, TYPES, WEB, WEB_EXPORT, export
 from space.check import check_page
 from training.cli import run_main
 from training.engine.run_folder import ADAPTER, CARD, MISTAKES, RESPONSES, RESPONSES_PAGE
-from training.errors import UserError, one_line, printable
+from training.errors import UserError, explain_errors, one_line, printable
 from training.sharing import checks
 from training.sharing.leaks import Files, check_leaks
 
@@ -104,7 +104,8 @@ def add_export(files: Files, arguments: argparse.Namespace) -> Files:
     Raises:
         UserError: the page does not run the model.
     """
-    directory, _ = export(arguments.directory)
+    with explain_errors(f"--space: {arguments.directory} cannot run in a browser", ValueError):
+        directory, _ = export(arguments.directory)
     print(check_page(directory))
     paths = sorted([directory / CARD, *directory.glob("*.json"), *directory.glob("onnx/*")])  # a user's directory may have more
     added: Files = {f"{WEB_EXPORT}/{path.relative_to(directory).as_posix()}": path for path in paths}
@@ -133,7 +134,8 @@ def space_files(repository: str, revision: str) -> Files:
     title, link = repository.partition("/")[2], f"[{repository}](https://huggingface.co/{repository})"
     metadata = SpaceCardData(title=title, sdk="static", license="apache-2.0", models=[repository], custom_headers=HEADERS)
     card = f"---\n{metadata.to_yaml()}\n---\n\nA page that runs {link} in its visitor's browser.\n"
-    return {CARD: card.encode(), "model.json": settings, **{path.name: path for path in sorted(WEB.iterdir())}}
+    page = {path.name: path for path in sorted(WEB.iterdir()) if path.suffix in TYPES}  # no files of editors
+    return {CARD: card.encode(), "model.json": settings, **page}
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,12 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
     with hub_errors(repository):
         sdk = "static" if kind == "space" else None
         api.create_repo(repository, private=arguments.private or None, exist_ok=True, space_sdk=sdk, **options)
-        is_private = api.repo_info(repository, **options).private
-        if arguments.private and not is_private:
+        info = api.repo_info(repository, **options)
+        if arguments.private and not info.private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or drop --private.")
-        if arguments.space and is_private:
-            raise UserError(f"the {kind} {repository} is private: make it public in its settings, or drop --space.")
+        if arguments.space and (info.private or info.gated):
+            access = "private" if info.private else "gated"
+            raise UserError(f"the {kind} {repository} is {access}: make it public in its settings, or drop --space.")
         is_new = revision not in {branch.name for branch in api.list_repo_refs(repository, **options).branches}
         if is_new:
             api.create_branch(repository, branch=revision, **options)
@@ -172,9 +175,12 @@ def prepare_branch(api: HfApi, repository: str, kind: str, revision: str, argume
         uploaded = list_files(api, repository, kind, last.commit_id) if last else {}
         changed = {name for name, _ in files.items() ^ uploaded.items()} - {".gitattributes"}
         if changed - {CARD} and not (is_new or is_example or arguments.overwrite):
+            remedy = "pass --overwrite, which replaces those of the model, too" if kind == "space" else "pass --overwrite"
+            other = "upload without --space" if kind == "space" else "pass another --revision"
             raise UserError(
-                f"{repository} ({revision}) has changes not made by this program ({printable(', '.join(sorted(changed))):.200}"
-                f"), the last in {commits[0].title!r:.80}: review them, then pass --overwrite or another --revision."
+                f"the {kind} {repository} ({revision}) has changes not made by this program ("
+                f"{printable(', '.join(sorted(changed))):.200}), the last in {commits[0].title!r:.80}: review them, then "
+                f"{remedy}, or {other}."
             )
         is_edited = CARD in files and not (last and GENERATED + files[CARD] in last.message)
         card = b""

@@ -30,7 +30,7 @@ EXPORT = Path("onnx", "model.onnx")
 WEB_EXPORT = "web"  # the directory of an export in the repository of its model
 UNUSED_SECONDS = 30 * 24 * 3600  # after which an export is deleted
 FIRST_PORT, NUM_PORTS = 7860, 100
-# With these headers, WebAssembly may use all cores.
+# With these headers, WebAssembly may use threads.
 HEADERS = {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"}
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".json": "application/json"}
 
@@ -70,6 +70,8 @@ def export(directory: Path) -> tuple[Path, str]:
         SystemExit: the model cannot be converted; the converter has printed why.
         OSError, ValueError: a file cannot be read, or the cache not be written.
     """
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError("it has no tokenizer.json: save its tokenizer there, or convert it again with --tokenizer")
     revision, config = fingerprint(directory), json.loads((directory / "config.json").read_text("utf-8"))
     if (directory / EXPORT).is_file() and config.get("model_type") != "scratchgpt":
         return directory, revision
@@ -142,7 +144,13 @@ class Handler(SimpleHTTPRequestHandler):
         """Print nothing: the page shows what went wrong."""
 
 
-def bind(handler: Callable[..., Handler], port: int | None) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """A server whose port no other program may bind, as Windows would else allow."""
+
+    allow_reuse_address = os.name != "nt"
+
+
+def bind(handler: Callable[..., Handler], port: int | None) -> Server:
     """Bind to a port of this machine, without a number to the first free one from 7860.
 
     Raises:
@@ -151,8 +159,8 @@ def bind(handler: Callable[..., Handler], port: int | None) -> ThreadingHTTPServ
     ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
     for number in ports[:-1]:
         with suppress(OSError):
-            return ThreadingHTTPServer(("127.0.0.1", number), handler)
-    return ThreadingHTTPServer(("127.0.0.1", ports[-1]), handler)
+            return Server(("127.0.0.1", number), handler)
+    return Server(("127.0.0.1", ports[-1]), handler)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -17,11 +18,10 @@ from urllib.parse import urlsplit
 from space.app import Handler, bind
 from training.errors import UserError
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-FLAGS = [
-    *("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"),
-    "--remote-debugging-port=0",
-]
+# Chrome first: Ubuntu's chromium is a snap, which does not see all directories.
+BROWSERS = ("google-chrome", "google-chrome-stable", "chrome", "chromium", "chromium-browser", "msedge")
+MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+FLAGS = ["--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 CDN = "cdn.jsdelivr.net"  # where the page's library comes from; without it nothing is known about the model
 LOADING, LOADED = "Loading a model", "The model is loaded"  # titles of the page; another one says what is wrong
 SECONDS = 120
@@ -33,9 +33,9 @@ def check_page(directory: Path) -> str:
     Raises:
         UserError: the page says why it does not.
     """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = next(filter(None, map(shutil.which, (*BROWSERS, MAC_BROWSER))), None)
     if not browser:
-        return f"The page was not started: none of {', '.join(BROWSERS)} is installed."
+        return f"The page was not started: none of {', '.join(BROWSERS)} was found."
     settings = {"model": ".", "name": LOADED, "revision": "checked", "path": ""}
     with bind(functools.partial(Handler, model=directory, settings=settings), 0) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -53,15 +53,15 @@ def _title_after_loading(browser: str, address: str) -> str:
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     title, end = LOADING, time.monotonic() + SECONDS
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # the browser may still write to it
-        command = [browser, *FLAGS, *["--no-sandbox"] * is_root, f"--user-data-dir={profile}", address]
+        options = [f"--remote-debugging-port={port}", f"--user-data-dir={profile}", *["--no-sandbox"] * is_root]
+        command = [browser, *FLAGS, *options, address]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            port = Path(profile, "DevToolsActivePort")
             while title in (LOADING, "", urlsplit(address).netloc) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
-                # The browser writes its port before it answers there.
-                if port.exists() and (number := port.read_text().partition("\n")[0]):
-                    with suppress(OSError), direct.open(f"http://127.0.0.1:{number}/json/list") as response:
-                        title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)
+                with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/json/list") as response:
+                    title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)
             process.terminate()
     return title

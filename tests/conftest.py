@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Two processes get one half of the list each, and the first to finish takes tests from the end of the other half.
     long = (
         ("test_surviving", "test_accelerate_configs", "test_launch"),
-        ("test_exports", "test_web", "test_hub_upload", "test_walkthrough"),
+        ("test_exports", "test_page", "test_hub_upload", "test_walkthrough"),
     )
     first, second = ([item for item in items if item.path.stem in stems] for stems in long)
     others = [item for item in items if item.path.stem not in (*long[0], *long[1])]

@@ -23,6 +23,7 @@ class Repository:
     """The files of every commit, and the head of each branch."""
 
     private: bool
+    gated: str | bool = False  # True, "auto" or "manual": files only for readers who were accepted
     variables: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, str]] = field(default_factory=dict)  # id -> path -> digest
     titles: dict[str, str] = field(default_factory=dict)  # id -> title
@@ -202,7 +203,11 @@ class Handler(BaseHTTPRequestHandler):
             if not (found := repository.files(revision or "main")):
                 return self._refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             siblings = [{"rfilename": path} for path in found[1]]
-            self._send(200, {"id": name, "sha": found[0], "private": repository.private, "siblings": siblings, "tags": []})
+            self._send(
+                200,
+                {"id": name, "sha": found[0], "private": repository.private, "gated": repository.gated}
+                | {"siblings": siblings, "tags": []},
+            )
 
     def _refs(self, kinds: str, name: str) -> None:
         if repository := self._repository(KINDS[kinds], name):

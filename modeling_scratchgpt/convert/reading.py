@@ -40,6 +40,7 @@ from .tensorflow import read_tensorflow_checkpoint
 State = dict[str, torch.Tensor]
 REFERENCES: dict[str, Any] = {"gpt2": transformers.GPT2LMHeadModel, "qwen3": transformers.Qwen3ForCausalLM}
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
+CHARACTERS = "meta.pkl"  # nanoGPT's table of the ids of characters
 
 
 @dataclass
@@ -147,9 +148,11 @@ def _read_openai(directory: Path) -> LoadedModel:
 
 def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: str | None) -> LoadedModel:
     """Read nanoGPT's checkpoint, or a bare state dict with the names of GPT-2, minGPT and nanoGPT."""
-    content, kind, is_bare = _load_tensors(file), "bare weights", True
+    content, kind, is_bare, tables = _load_tensors(file), "bare weights", True, [file.with_name(CHARACTERS)]
     if isinstance(content.get("model"), dict):
         kind, hidden_act = "nanoGPT's checkpoint", hidden_act or "gelu"
+        if isinstance(settings := content.get("config"), dict):  # of the run, with its output beside the directory `data`
+            tables.append(file.resolve().parent.parent / "data" / str(settings.get("dataset")) / CHARACTERS)
         model_args = content.get("model_args")
         if isinstance(model_args, dict) and "n_head" in model_args:
             is_bare, num_attention_heads = False, model_args["n_head"]
@@ -170,7 +173,7 @@ def _read_state_dict(file: Path, num_attention_heads: int | None, hidden_act: st
     tied = head is None or torch.equal(head, state["transformer.wte.weight"])
     fields |= {"n_head": num_attention_heads, "activation_function": hidden_act or "gelu_new", "tie_word_embeddings": tied}
     model, reference = _build_models(fields, state, str(file))
-    return LoadedModel(kind, model, reference, *_character_tokenizer(file.with_name("meta.pkl")), is_bare=is_bare)
+    return LoadedModel(kind, model, reference, *character_tokenizer(tables), is_bare=is_bare)
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
@@ -371,10 +374,11 @@ def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
     return tokenizer_class(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 
 
-def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
-    """Read nanoGPT's table of characters, if it is in the directory of the checkpoint."""
-    if not file.is_file():
-        return None, f"the weights come without one, and without nanoGPT's {file.name}: pass --tokenizer"
+def character_tokenizer(tables: list[Path]) -> tuple[ScratchGPTTokenizer | None, str]:
+    """Read nanoGPT's table of characters, from the first of these files that exists."""
+    file = next((table for table in tables if table.is_file()), None)
+    if not file:
+        return None, f"the weights come without one, and without nanoGPT's {CHARACTERS}: pass --tokenizer"
     try:
         ids = parse_plain_pickle(file.read_bytes())["stoi"]
         if not all(isinstance(text, str) and len(text) == 1 for text in ids) or sorted(ids.values()) != [*range(len(ids))]:
@@ -383,7 +387,7 @@ def _character_tokenizer(file: Path) -> tuple[ScratchGPTTokenizer | None, str]:
         tokenizer = Tokenizer(models.WordLevel(vocab=ids, unk_token="<|unk|>"))
     except Exception as error:  # a damaged file can raise anything, and `tokenizers` raises bare exceptions
         raise ValueError(f"{file} is not nanoGPT's table of characters ({error!r}).") from error
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")  # Ruby's syntax: `.` is also a line end
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return ScratchGPTTokenizer(tokenizer_object=tokenizer), ""
 

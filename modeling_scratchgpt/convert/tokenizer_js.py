@@ -6,6 +6,7 @@ Notable:
 """
 
 import json
+import re
 import sys
 import unicodedata
 from functools import cache
@@ -17,6 +18,7 @@ from transformers import TokenizersBackend
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}" + "\u200c\u200d"
 FINAL_SIGMA = {"type": "Replace", "pattern": {"String": "Σ"}, "content": "σ"}  # JavaScript makes it ς at the end of a word
+FLAGS = re.compile(r"\(\?[a-z-]+\)")  # of the rest of a pattern; those of a group are understood
 SAME = {  # tested to compute the same, as written here
     "normalizer": {"Lowercase", "NFC", "Prepend", "Replace"},
     "pre_tokenizer": {"BertPreTokenizer", "ByteLevel", "Metaspace", "Split", "Whitespace"},
@@ -35,6 +37,9 @@ def check_tokenizer_js(tokenizer: Any) -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     found = [f"{part} {each['type']}" for part in SAME for each in _parts(content[part]) if each["type"] not in SAME[part]]
     words = _parts(content["pre_tokenizer"])
+    splits = [each for each in words if each["type"] == "Split"]
+    found += [f"Split {each['behavior']}" for each in splits if each["behavior"] not in ("Isolated", "Removed")]
+    found += [f"flag in {pattern}" for each in splits if FLAGS.search(pattern := each["pattern"].get("Regex", ""))]
     found += ["add_prefix_space" for each in words if each.get("add_prefix_space")]
     found += [f"the model's {name}" for name in ("byte_fallback", "dropout") if content["model"].get(name)]
     flags = ("single_word", "lstrip", "rstrip")

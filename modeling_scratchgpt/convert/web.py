@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..interchange import SPECIAL_IDS
-from .onnx import OnnxModel, silenced
+from .onnx import MAX_BYTES, OnnxModel, silenced
 
 HELD_OUT = "held_out.jsonl"  # in the directory of a training run
 MAX_COST = 0.01
@@ -174,8 +174,10 @@ def write_smaller(
 
 
 def _write_formats(graph: Path, directory: Path) -> Iterator[tuple[str, Path]]:
-    """Write 8 bits, then, if the caller goes on, the other formats, and yield them by size."""
-    for names in (["q8"], [name for name in FORMATS if name != "q8"]):
+    """Write 8 bits, then, if the caller goes on, the other formats that fit into one file, and yield them by size."""
+    size = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+    others = [name for name in FORMATS if name != "q8" and (name != "fp16" or size < 2 * MAX_BYTES)]
+    for names in (["q8"], others):
         files = {name: directory / f"{name}.onnx" for name in names}
         for name, file in files.items():
             write_format(graph, file, name)

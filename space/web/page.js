@@ -5,6 +5,7 @@ const TEXTS = { // labels of the text box, the button and the output
     completion: ["Beginning of a text", "Continue", "Completion"],
     classifier: ["Text", "Classify", "Classes"],
 };
+const isTouch = matchMedia("(pointer: coarse)").matches; // its keyboard has no Shift+Enter
 const DEFAULTS = { temperature: 1, top_k: 50, top_p: 1, repetition_penalty: 1, max_new_tokens: 128 };
 let kind = "", conversation = [], isRunning = false, numInspections = 0;
 
@@ -87,7 +88,7 @@ async function load() {
         if (!useWebGPU) return fail(error.message);
         $("engine").value = "WebAssembly";
         await load();
-        $("note").textContent = "WebGPU does not run this model correctly here: WebAssembly runs it.";
+        $("note").textContent = `WebAssembly runs this model. With WebGPU: ${error.message}`;
     }
 }
 
@@ -118,6 +119,7 @@ function build(model) {
     $("settings").hidden = $("next").hidden = kind === "classifier";
     $("settings").open = matchMedia("(min-width: 56rem)").matches;
     $("attention").hidden = !model.hasAttention;
+    $("hint").hidden = isTouch;
     for (const [id, size] of [["layer", model.layers], ["head", model.heads]])
         $(id).append(...Array.from({ length: size }, (_, index) => element("option", {}, index)));
     for (const [name, value] of Object.entries(DEFAULTS)) {
@@ -266,7 +268,7 @@ const on = (id, type, action) => $(id).addEventListener(type, action);
 on("prompt", "submit", (event) => (event.preventDefault(), run()));
 on("text", "keydown", (event) => {
     const isComposing = event.isComposing || event.keyCode === 229; // an input method's Enter ends a word; 229 in Safari
-    if (event.key !== "Enter" || event.shiftKey || isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || isComposing || isTouch) return;
     event.preventDefault();
     if (!isRunning) run();
 });

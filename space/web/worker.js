@@ -12,8 +12,9 @@ const RUNTIMES = {
     webgpu: [[`${ORT}.asyncify.mjs`, "sha384-ik7L7J2uXfXmGuWHh3yOUDPpUslz/dJjcvZgdX5hcItLjxlkEpUF7mpCcATr3Dg8"],
         [`${ORT}.asyncify.wasm`, "sha384-JuzrCV6BUmTUbsgNhgU94qo0vZ4l3w0VqgQAKPm0La2hXL9kmv8P9pGenfsWJY9c"]], // twice as large
 };
-const PROBE = "It was the best of times, it was the worst of times";
+const PROBE_LENGTH = 10;
 const WEBGPU_TOLERANCE = 0.02; // relative to the largest logit; wrong kernels are off by more than that
+const CACHE = "transformers-cache"; // of the library
 const MAX_INSPECTED_TOKENS = 1024, MAX_ATTENTION_TOKENS = 40;
 
 let library, tokenizer, model, config, vocabulary, stopper, isClassifier, isChat, isByteLevel, contextLength;
@@ -46,7 +47,16 @@ async function loadLibrary(runtime, report) {
     Object.assign(env.backends.onnx.wasm, { wasmBinary, wasmPaths: { mjs: moduleURL(factory) } });
     env.useWasmCache = false; // the browser's cache has these files
     env.logLevel = library.LogLevel.ERROR;
-    env.fetch = (url, options) => (isProbe(options) ? fetch(url, options) : download(String(url), options, report));
+    env.fetch = async (url, options) => {
+        if (!isProbe(options)) return download(String(url), options, report);
+        return fetch(url, options).catch((error) => (unfinished.add(String(url)), Promise.reject(error)));
+    };
+}
+
+// Delete the files of other models and versions; in a private window there may be no cache.
+async function forgetOthers(base) {
+    const cache = await caches.open(CACHE);
+    for (const request of await cache.keys()) if (!request.url.startsWith(base)) await cache.delete(request);
 }
 
 // Load a model and run it on a few tokens, which also shows errors that come with the first step only.
@@ -59,13 +69,15 @@ async function open(device, dtype) {
         await nextTask(); // WebAssembly never yields by itself: "stop" would wait for the end
         return run(inputs, session.outputNames.filter((name) => wantsAttention || !name.startsWith("attentions")));
     };
-    return { opened, logits: (await opened(asInputs(encodeTruncated(PROBE).ids))).logits.to("float32").data };
+    const probe = Array.from({ length: Math.min(PROBE_LENGTH, contextLength) }, (_, index) => index % config.vocab_size);
+    return { opened, logits: (await opened(asInputs(probe))).logits.to("float32").data };
 }
 
 async function load({ base, useWebGPU }, report) {
     if (typeof WebAssembly !== "object") throw new Explained("This browser has no WebAssembly, which runs the model. " +
         "Use a current Firefox, Chrome, Edge or Safari, or allow WebAssembly for this page (Lockdown Mode disables it).");
     await loadLibrary(useWebGPU ? "webgpu" : "wasm", report);
+    await forgetOthers(base).catch(() => {});
     const { origin, pathname } = new URL(base);
     Object.assign(library.env, { remoteHost: origin, remotePathTemplate: pathname.slice(1) });
     [config, tokenizer] = [await library.AutoConfig.from_pretrained("model"), await library.AutoTokenizer.from_pretrained("model")];
@@ -83,7 +95,7 @@ async function load({ base, useWebGPU }, report) {
     model = first.opened;
     if (useWebGPU) {
         const second = await open("webgpu", dtype);
-        if (!agree(first.logits, second.logits)) throw new Error("WebGPU computes other logits than WebAssembly.");
+        if (!agree(first.logits, second.logits)) throw new Explained("it computes other logits.");
         await model.dispose();
         model = second.opened;
     }
@@ -115,6 +127,7 @@ const nextTask = () => new Promise((resolve) => {
 // The text of a chat already has its special tokens, written by the chat template. An empty text becomes the BOS token.
 function encode(text) {
     const ids = tokenizer(text, { add_special_tokens: !isChat, return_tensor: false }).input_ids;
+    if (ids.includes(undefined)) throw new Explained("The text has characters that the tokenizer of this model does not know.");
     if (ids.length) return ids;
     if (tokenizer.bos_token_id === undefined) throw new Explained("Type something first: this model has no BOS token to start from.");
     return [tokenizer.bos_token_id];
@@ -227,8 +240,10 @@ function tokens({ text }) {
 }
 
 async function next({ text, settings }) {
-    const { logits } = await model(asInputs(encodeTruncated(text).ids));
-    const { rows, ...counts } = distribution(logits.slice(null, -1, null).to("float32").data, settings, 20);
+    const { ids } = encodeTruncated(text), penalty = settings.repetition_penalty;
+    const logits = (await model(asInputs(ids))).logits.slice(null, -1, null).to("float32").data;
+    for (const id of new Set(ids)) logits[id] = logits[id] < 0 ? logits[id] * penalty : logits[id] / penalty; // as `generate`
+    const { rows, ...counts } = distribution(logits, settings, 20);
     return { rows: rows.map((row) => ({ ...row, name: tokenName(row.id) })), ...counts };
 }
 
@@ -253,7 +268,7 @@ function explain(error) {
         "made private, or its server has a problem. Retry later, or ask whoever sent you the link.";
     if (isLost || /memory|alloc/i.test(message)) return "There is not enough memory for this model. Close other tabs, then retry.";
     if (url) return `${file} from ${host} cannot be downloaded. Check the connection, then retry: complete files are kept.`;
-    if (!model) globalThis.caches?.delete("transformers-cache"); // of the library: a file in it may be damaged
+    if (!model) globalThis.caches?.delete(CACHE); // a file in it may be damaged
     return `The model cannot be run (${message.slice(0, 200)}). Retry, or use a current Firefox, Chrome, Edge or Safari.`;
 }
 

@@ -149,17 +149,21 @@ def test_nanogpts_checkpoint(bias, tmp_path, convert):
     assert ours.config.attention_bias == ours.config.mlp_bias == bias
 
 
-def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, convert, refused):
+@pytest.mark.parametrize("table_file", ["out/meta.pkl", "data/shakespeare_char/meta.pkl"])  # copied, and where nanoGPT has it
+def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, convert, refused, table_file):
     characters = sorted(set("to be, or not to be\n")) + [chr(0x4E00 + index) for index in range(77)]
     content, _ = nanogpt(False)
-    torch.save(content, tmp_path / "ckpt.pt")
+    checkpoint, table_path = tmp_path / "out" / "ckpt.pt", tmp_path / table_file
+    for directory in {checkpoint.parent, table_path.parent}:
+        directory.mkdir(parents=True)
+    torch.save({**content, "config": {"dataset": "shakespeare_char"}}, checkpoint)
     table = {
         "vocab_size": 90,
         "itos": dict(enumerate(characters)),
         "stoi": {text: index for index, text in enumerate(characters)},
     }
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
-    assert f"Tokenizer: {len(characters)} tokens" in convert(tmp_path / "ckpt.pt", tmp_path / "ours")
+    table_path.write_bytes(pickle.dumps(table))
+    assert f"Tokenizer: {len(characters)} tokens" in convert(checkpoint, tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     ids = tokenizer("to be,\nor not")["input_ids"]
     assert ids == [characters.index(character) for character in "to be,\nor not"]
@@ -168,8 +172,8 @@ def test_nanogpts_characters_become_the_tokenizer_without_unpickling(tmp_path, c
         with pytest.raises(ValueError, match="characters or words outside the vocabulary, which has no unknown token"):
             tokenizer(text)
 
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": Explosive(tmp_path / "ran")}))
-    message = refused(tmp_path / "ckpt.pt", tmp_path / "again")
+    table_path.write_bytes(pickle.dumps({"stoi": Explosive(tmp_path / "ran")}))
+    message = refused(checkpoint, tmp_path / "again")
     assert "meta.pkl is not nanoGPT's table of characters" in message
     assert not (tmp_path / "ran").exists()
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from modeling_scratchgpt import (
@@ -252,7 +252,7 @@ def test_onnxruntime_generates_the_same(kind, exported):
 
 
 @can_write_onnx
-def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, convert):
+def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, convert, monkeypatch):
     """One weight of the head is so large that 8 bits have no room for the others. What it is multiplied by is always zero."""
     ours, tokenizer = save({**MODERN, "tie_word_embeddings": False, "num_hidden_layers": 1})
     ids, optimizer = tokenizer(TEXT, return_tensors="pt")["input_ids"], torch.optim.AdamW(ours.parameters(), lr=0.01)
@@ -284,6 +284,9 @@ def test_a_format_that_costs_more_than_one_percent_is_not_used(save, tmp_path, c
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["transformers.js_config"] == {"dtype": "fp16"}
+    monkeypatch.setattr(web, "MAX_BYTES", 1)  # of one file, which 16 bits would exceed
+    formats = web._write_formats(tmp_path / "out" / GRAPH, tmp_path)
+    assert [name for name, _ in formats] == ["q8", "q8 except head and embedding"]
 
 
 @can_write_onnx
@@ -331,21 +334,34 @@ def test_a_classifier_is_exported_with_its_pooling(kind, exported):
 
 @can_write_onnx
 @pytest.mark.parametrize(
-    ("fields", "change", "expected"),
+    ("fields", "expected"),
     [
-        ({**MODERN, "rope_parameters": {**SCALED, "rope_type": "dynamic"}}, None, "rope_type is 'dynamic'"),
-        ({"max_position_embeddings": 4}, None, "max_position_embeddings is 4: ONNX requires at least 7"),
-        ({"num_key_value_heads": 2}, None, "num_key_value_heads is 2, but a gpt2 model has only 4"),
-        ({}, normalizers.BertNormalizer(), "as Python does: it has normalizer BertNormalizer"),
-        ({}, normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "as Python does: it has normalizer Strip"),
+        ({**MODERN, "rope_parameters": {**SCALED, "rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
+        ({"max_position_embeddings": 4}, "max_position_embeddings is 4: ONNX requires at least 7"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2, but a gpt2 model has only 4"),
     ],
 )
-def test_models_that_onnx_cannot_express_are_refused(fields, change, expected, save, tmp_path, refused):
-    _, tokenizer = save(fields)
-    if change:
-        tokenizer.backend_tokenizer.normalizer = change
-        tokenizer.save_pretrained(tmp_path / "ours")
+def test_models_that_onnx_cannot_express_are_refused(fields, expected, save, tmp_path, refused):
+    save(fields)
     assert expected in refused(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
+
+
+@can_write_onnx
+@pytest.mark.parametrize(
+    ("part", "change", "expected"),
+    [
+        ("normalizer", normalizers.BertNormalizer(), "normalizer BertNormalizer"),
+        ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "normalizer Strip"),
+        ("pre_tokenizer", pre_tokenizers.Punctuation(), "pre_tokenizer Punctuation"),
+        ("pre_tokenizer", pre_tokenizers.Split(" ", "merged_with_next"), "Split MergedWithNext"),
+        ("pre_tokenizer", pre_tokenizers.Split(Regex("(?m)."), "isolated"), "flag in (?m)."),
+    ],
+)
+def test_tokenizers_that_javascript_reads_otherwise_are_refused(part, change, expected, save, tmp_path, refused):
+    _, tokenizer = save({})
+    setattr(tokenizer.backend_tokenizer, part, change)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    assert f"as Python does: it has {expected}" in refused(tmp_path / "ours", tmp_path / "out", "--to", "onnx")
 
 
 @can_write_onnx

@@ -13,8 +13,8 @@ const HOSTILE = '<img src=x onerror="ran=1"><script>ran=1</script>';
 const TEXT = "to be, naïve 🙂";
 const results = { hosts: new Set(), errors: [] };
 
-async function openPage(browser, address, { width = 1280, colorScheme = "light", prelude, routes = {} } = {}) {
-    const context = await browser.newContext({ viewport: { width, height: 844 }, colorScheme });
+async function openPage(browser, address, { width = 1280, colorScheme = "light", prelude, routes = {}, hasTouch = false } = {}) {
+    const context = await browser.newContext({ viewport: { width, height: 844 }, colorScheme, hasTouch, isMobile: hasTouch });
     if (prelude) await context.route("**/worker.js", async (route) => {
         const response = await route.fetch();
         await route.fulfill({ response, body: prelude + (await response.text()) });
@@ -77,7 +77,8 @@ async function completion(browser) {
     await run(page, HOSTILE);
     seen.hostile = { expected: HOSTILE, shown: await page.locator("#output").textContent() };
     await set(page, "top_k", 5);
-    await set(page, "temperature", 0.5);
+    await set(page, "temperature", 0.53);
+    await set(page, "repetition_penalty", 1.57);
     await page.locator("#next summary").click();
     await page.locator("#attention summary").click();
     await page.locator("#layer").selectOption("1");
@@ -140,6 +141,22 @@ async function chat(browser) {
     seen.stopped = await note(page, /tokens? in/);
     await page.locator("#clear").click();
     seen.cleared = (await inner(page, "#output p")).length;
+    const phone = await openPage(browser, addresses.chat, { width: 390, hasTouch: true });
+    await phone.locator("#text").pressSequentially("to\nbe");
+    seen.typed = await phone.locator("#text").inputValue();
+    seen.hints = await phone.locator("#hint:visible").count();
+    return seen;
+}
+
+// A tokenizer of characters, of which it does not know all.
+async function characters(browser) {
+    const page = await openPage(browser, addresses.characters), seen = {};
+    await set(page, "temperature", 0);
+    await run(page, "to be\n");
+    seen.written = await page.locator("#output").textContent();
+    seen.unknown = await run(page, "é", /does not know/);
+    await inspect(page, "to be\n");
+    seen.ids = (await inner(page, "#tokens small")).map(Number);
     return seen;
 }
 
@@ -186,9 +203,10 @@ async function failures(browser) {
     await page.keyboard.press("Enter");
     await page.locator("#main").waitFor();
     seen.recovered = await page.locator("#facts").innerText();
-    await page.evaluate(async () => { // A file in the browser's cache is damaged
+    await page.evaluate(async () => { // A file in the browser's cache is damaged; another is of an earlier version
         const cache = await caches.open("transformers-cache"), files = await cache.keys();
         await cache.put(files.find(({ url }) => url.endsWith(".onnx")), new Response("half"));
+        await cache.put(new URL("model/old/onnx/model.onnx", location.href), new Response("old"));
     });
     await page.reload();
     await page.locator("#retry").waitFor();
@@ -196,6 +214,7 @@ async function failures(browser) {
     await page.locator("#retry").click();
     await page.locator("#main").waitFor();
     seen.again = await page.locator("#facts").innerText();
+    seen.kept = await page.evaluate(async () => (await (await caches.open("transformers-cache")).keys()).map(({ url }) => url));
     const late = (route) => setTimeout(() => route.continue(), 500); // the worker fails before the model is known
     const routes = { "**/worker.js": (route) => route.abort(), "**/model.json": late };
     seen.withoutWorker = await (await openPage(browser, addresses.chat, { routes })).locator("#stage").innerText();
@@ -226,7 +245,7 @@ async function webgpu(browser) {
         await page.locator("#engine").selectOption("WebGPU");
         await page.locator("#facts").getByText(name === "right" ? "WebGPU" : "WebAssembly").waitFor();
         await page.locator("#main").waitFor();
-        if (name !== "right") seen[name].note = await note(page, /WebAssembly runs it/);
+        if (name !== "right") seen[name].note = await note(page, /WebAssembly runs this model/);
         await set(page, "temperature", 0);
         await run(page, "to be");
         seen[name].written = await page.locator("#output").textContent();
@@ -248,7 +267,7 @@ async function speed(browser) {
 
 const browser = await chromium.launch({ executablePath, args: FLAGS });
 const classifiers = ["classifier", "regression", "multi_label_classification"].map((kind) => [kind, classifier(kind)]);
-const scenarios = { completion, chat, markup, webgpu, ...Object.fromEntries(classifiers), failures, speed };
+const scenarios = { completion, chat, markup, characters, webgpu, ...Object.fromEntries(classifiers), failures, speed };
 for (const name of addresses.scenarios) results[name] = await scenarios[name](browser);
 await browser.close();
 console.log(JSON.stringify({ ...results, hosts: [...results.hosts] }));

@@ -48,7 +48,8 @@ FILES = (CARD, "generation_config.json", *TOKENIZER, *RESULTS)  # of a model or 
 CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
 UPLOADED = (*CODE, *FILES, *WEIGHTS, *sum(WEIGHTS.values(), ()))  # what an earlier upload may have left
 SET_BY_UPLOAD = ("model-index", "base_model", "library_name", "pipeline_tag", "sdk", "sdk_version", "app_file", "models")
-PAGE_TAG, PAGE_TITLE = "transformers.js", "## In a browser"  # what --space adds to a card
+PAGE_TAG, PAGE_TITLE, PAGE_END = "transformers.js", "## In a browser", "<!-- end of the part about the page -->"
+PAGE = re.compile(rf"\n*^{PAGE_TITLE}$.*?{PAGE_END}\n*", re.MULTILINE | re.DOTALL)  # what --space adds to a card
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -147,29 +148,30 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
 
 def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
     """Add a link to the page below the title of the card, and how to use the export in a directory, whose card is `usage`."""
-    model_card, snippet = ModelCard(card.decode()), usage.partition("```js\n")[2].replace("PATH_OR_HUB_ID", repository)
+    snippet = usage.partition("```js\n")[2].replace("PATH_OR_HUB_ID", repository).replace("## Size", "### Size")
+    model_card = ModelCard(card.decode())
     model_card.data["tags"] = [*(model_card.data.get("tags") or []), PAGE_TAG]
     link = f"[Try it in your browser.](https://huggingface.co/spaces/{repository})"
     model_card.text = re.sub("^# .+$", lambda title: f"{title[0]}\n\n{link}", model_card.text, count=1, flags=re.M) + (
         f"\n\n{PAGE_TITLE}\n\n{link}\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
         'import { env } from "@huggingface/transformers";\n\n'
-        f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet.replace("## Size", "### Size")}'
+        f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet}\n\n{PAGE_END}\n'
     )
     return str(model_card).encode()
 
 
 def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
-    """The edited card on the Hub, but with the new card's metrics, base and, if given, licence, and with its page."""
+    """The edited card on the Hub, but with the new card's metrics, base and, if given, licence, and its part about the page."""
     with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
         card, old = (ModelCard(text.decode("utf-8-sig"), ignore_metadata_errors=True) for text in (new, edited))
         for name, value in old.data.to_dict().items():
             if name not in SET_BY_UPLOAD and not (license and name == "license"):
                 card.data[name] = value
-        if PAGE_TITLE in card.text:
-            card.data["tags"] = [*(tag for tag in card.data.get("tags") or [] if tag != PAGE_TAG), PAGE_TAG]
+        page = PAGE.search(card.text)
+        card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != PAGE_TAG] + [PAGE_TAG] * bool(page)
         if old.text.strip():
-            _, title, page = card.text.partition(PAGE_TITLE)
-            card.text = f"{old.text}\n\n{title}{page}" if title and PAGE_TITLE not in old.text else old.text
+            text = PAGE.sub("\n\n", old.text)
+            card.text = f"{text.rstrip()}\n\n{page[0].strip()}\n" if page else text
         return str(card).encode()
 
 

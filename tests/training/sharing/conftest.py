@@ -45,7 +45,7 @@ def edit_card(directory: Path, old: str, new: str) -> None:
 
 @pytest.fixture
 def upload(hub, tmp_path, monkeypatch, capsys):
-    """Run `hub_upload.py` in this process, without those parts that take seconds: see `test_checks.py` and `test_web.py`."""
+    """Run `hub_upload.py` in this process, without those parts that take seconds: see `test_checks.py` and `test_page.py`."""
     monkeypatch.setattr("training.sharing.checks.check_loads", lambda *_: None)
     export = tmp_path / "export"
     (export / "onnx").mkdir(parents=True)

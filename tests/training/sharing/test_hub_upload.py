@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 import hub_upload
 from modeling_scratchgpt import ScratchGPTForCausalLM
 from tests.conftest import WITHOUT_THE_PACKAGE
-from tests.training.conftest import ROOT, snippet_of
+from tests.training.conftest import snippet_of
 from tests.training.sharing.conftest import UPLOADED, edit_card, hub_environment, run_python
 from training import pretrain
 from training.errors import UserError
@@ -136,10 +137,12 @@ def test_changes_by_others_are_not_overwritten(hub, model, upload, kind, name):
     model_repository = hub.repositories["model", "ann/book"]
     change(hub, name, b"{}", kind)
     commits = len(model_repository.commits)
-    message = rf"ann/book .main. has changes not made by this program .{name}., the last in 'Update {name}': review"
+    message = rf"the {kind} ann/book .main. has changes not made by this program .{name}., the last in 'Update {name}': review"
     with pytest.raises(UserError, match=message):
         upload(model, "ann/book", "--space")
     assert len(model_repository.commits) == commits
+    if kind == "space":  # the model can be uploaded without it
+        upload(model, "ann/book")
     upload(model, "ann/book", "--space", "--overwrite")
     upload(model, "ann/book", "--revision", "v2")
     assert set(model_repository.branches) == {"main", "v2"}
@@ -257,8 +260,14 @@ def test_full_disk_while_downloading_the_base_model(hub, model, upload, book, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_space(hub, model, upload):
+def test_space(hub, model, upload, tmp_path, monkeypatch):
     """A static Space shows the version of the model that was uploaded with it, from the export in the model's repository."""
+    directory = shutil.copytree(hub_upload.WEB, tmp_path / "page")
+    page = {path.name for path in directory.iterdir()}
+    for name in (".DS_Store", "page.js~"):  # of the Finder, and of editors
+        (directory / name).touch()
+    (directory / ".idea").mkdir()
+    monkeypatch.setattr(hub_upload, "WEB", directory)
     assert "Space of the same name: README.md, model.json, index.html, page.js" in upload(
         model, "ann/book", "--space", "--dry_run"
     )
@@ -266,7 +275,6 @@ def test_space(hub, model, upload):
     assert "The page was started." in output
     assert f"{hub.address}/spaces/ann/book" in output
     repository, space = hub.repositories["model", "ann/book"], hub.repositories["space", "ann/book"]
-    page = {path.name for path in (ROOT / "space" / "web").iterdir()}
     assert space.files("main")[1].keys() - {".gitattributes"} == {"README.md", "model.json", *page}
     settings = json.loads(hub.content("ann/book", "model.json", kind="space"))
     first = repository.branches["main"]
@@ -299,17 +307,34 @@ def test_a_card_that_was_edited_gets_the_page(hub, model, upload):
         card = ModelCard(hub.content("ann/book", "README.md").decode())
         assert card.data.tags == ["stories", "transformers.js"]
         text, _, page = card.text.partition("## In a browser\n")
-        assert text.endswith("\nMy words.\n\n\n")
+        assert text.endswith("\nMy words.\n\n")
         assert "(https://huggingface.co/spaces/ann/book)" in page
         assert page.count("env.remotePathTemplate = ") == 1
 
 
-def test_a_private_model_gets_no_page(hub, model, upload):
-    upload(model, "ann/own", "--private")
-    before = hub.repositories["model", "ann/own"].branches["main"]
-    with pytest.raises(UserError, match="the model ann/own is private: make it public in its settings, or drop --space"):
+def test_the_page_in_an_edited_card_is_that_of_the_upload(hub, model, upload, tmp_path):
+    """Its size in 8 bits, too; an upload without the page deletes it."""
+    upload(model, "ann/book", "--space")
+    change(hub, "README.md", hub.content("ann/book", "README.md") + b"\nMy words.\n")
+    edit_card(tmp_path / "export", "7.0 MB", "6.0 MB")
+    upload(model, "ann/book", "--space")
+    card = hub.content("ann/book", "README.md").decode()
+    assert ("7.0 MB" in card, "6.0 MB" in card, "My words." in card) == (False, True, True)
+    upload(model, "ann/book")
+    card = ModelCard(hub.content("ann/book", "README.md").decode())
+    assert card.data.tags == ["scratchgpt"]
+    assert ("remotePathTemplate" in card.text, "My words." in card.text) == (False, True)
+
+
+@pytest.mark.parametrize("access", ["private", "gated"])
+def test_a_model_that_not_everyone_can_read_gets_no_page(hub, model, upload, access):
+    upload(model, "ann/own", *(["--private"] if access == "private" else []))
+    repository = hub.repositories["model", "ann/own"]
+    repository.gated = "manual" if access == "gated" else False
+    before = repository.branches["main"]
+    with pytest.raises(UserError, match=f"the model ann/own is {access}: make it public in its settings, or drop --space"):
         upload(model, "ann/own", "--space")
-    assert hub.repositories["model", "ann/own"].branches["main"] == before
+    assert repository.branches["main"] == before
 
 
 BRANCHES = ("", "..", "a..b", "../x", "refs/pr/1", "a" * 40, "v1\n", "x?y", "-x", "é")
