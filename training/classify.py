@@ -9,6 +9,7 @@ By default it reads training/configs/classify.yaml, and fine-tunes the model of 
 a docstring comes from. training/predict.py labels texts with the result.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
-from modeling_scratchgpt import ScratchGPTForSequenceClassification
+from modeling_scratchgpt import ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from modeling_scratchgpt.convert.reading import tokenizer_as
 from training.cli import option, run_main
 from training.data import examples
 from training.data.augmentation import AugmentedTexts
@@ -118,7 +120,10 @@ class ClassifyRecipe(Recipe[Any]):
         self.orders = {name: sort_by_length(split.lengths) for name, split in self.tokenized.items() if name != "train"}
         self.dataloaders = {split: self._evaluation_dataloader(split) for split in self.orders}
         self.predictions: dict[str, Predictions] = {}  # of the latest evaluation of each split
-        self.data_digest = self.examples.digest()
+        content = hashlib.sha256(self.examples.digest().encode())
+        for split in self.tokenized.values():
+            content.update(split.ids.tobytes())
+        self.data_digest = content.hexdigest()
         length = int(train.lengths.mean())
         blocks = None if num_layers < 0 else num_layers
         self.flops_per_token = flops_per_token(config, length, bool(arguments.lora_r), has_head=False, trained_blocks=blocks)
@@ -136,6 +141,8 @@ class ClassifyRecipe(Recipe[Any]):
         """Set the tokenizer to add BOS and EOS to every text, since the head reads the last token, and to pad and truncate."""
         tokenizer: Any = self.tokenizer
         if self.arguments.lowercase:
+            # The classes of GPT-2 and Qwen3 would drop the normalizer when they are loaded.
+            self.tokenizer = tokenizer = tokenizer_as(ScratchGPTTokenizer, tokenizer)
             backend = tokenizer.backend_tokenizer
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [backend.normalizer])])
         tokenizer.add_bos_token = tokenizer.bos_token is not None

@@ -38,7 +38,9 @@ from training.engine.machine import float32_name
 from training.engine.metrics import evaluate, keeps_documents_apart
 from training.engine.pretrained import load_model_and_tokenizer
 from training.engine.run_folder import CARD
-from training.errors import UserError
+from training.errors import UserError, explain_out_of_memory
+
+LONG = 2048  # tokens, with which the logits of a large vocabulary still fit into memory
 
 
 @dataclass
@@ -46,7 +48,7 @@ class EvaluateArguments(CorpusArguments):
     config: str = option("", "YAML file with values for any of these arguments")
     model: str = option("", "directory or Hub id of a causal language model; also the first word of the command line")
     split: str = option("all", "part of the corpus, split as training/pretrain.py does", choices=["all", *SPLITS])
-    context_length: int = option(0, "tokens per window; 0: the model's maximum", minimum=0)
+    context_length: int = option(0, f"tokens per window; 0: the model's maximum, but at most {LONG:,}", minimum=0)
     windows: str = option(
         "auto",
         "ordered: windows across documents; packed: each document by itself; auto: as the model of this directory was trained",
@@ -74,11 +76,9 @@ def _choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedMo
 
 
 def _window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
-    """Context length and stride, with the model's maximum filled in."""
+    """Context length and stride, with the default filled in."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context_length = arguments.context_length or limit
-    if context_length is None:
-        raise UserError("the config of this model has no maximum length: pass --context_length.")
+    context_length = arguments.context_length or min(limit or LONG, LONG)
     if limit and context_length > limit:
         raise UserError(f"--context_length {context_length} is longer than the model's {limit} positions: lower it.")
     if arguments.stride > context_length:
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{name}: its tokenizer has an id {largest}, but the model has {size} embeddings: they do not match.")
     dataloader = evaluation_dataloader(rows, arguments.batch_size * accelerator.num_processes, accelerator.num_processes)
     prepared_model = accelerator.prepare_model(model, evaluation_mode=True)  # for mixed precision
-    metrics = evaluate(accelerator, prepared_model, accelerator.prepare(dataloader), rows.num_bytes)
+    with explain_out_of_memory("lower --batch_size or --context_length"):
+        metrics = evaluate(accelerator, prepared_model, accelerator.prepare(dataloader), rows.num_bytes)
     settings = {key: getattr(arguments, key) for key in ("model", "dataset", "split")}
     sizes = {"windows": windows, "context_length": rows.context_length, "stride": getattr(rows, "stride", None)}
     sizes["precision"] = describe_precision(accelerator, model)

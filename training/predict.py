@@ -17,16 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextClassificationPipeline,
+)
 
 from training.cli import option, parse_arguments, run_main
 from training.data.encoding import encoding_errors_option, encoding_of, encoding_option
 from training.data.files import TABLE_ENDINGS, ending, find_files, join_texts, read_lines, read_rows
 from training.engine.launch import start_accelerator
 from training.engine.pretrained import ensure_padding, load_model_and_tokenizer
-from training.errors import UserError
+from training.errors import UserError, explain_out_of_memory
 from training.progress import bar_options
 
+UNLIMITED = 10**9  # tokens; a tokenizer without a limit says 10**30
 CHUNK = 1024  # texts at most that are labelled before the first of them is written
 
 
@@ -50,11 +56,11 @@ def label_texts(arguments: PredictArguments) -> None:
     model, tokenizer = load_model_and_tokenizer(arguments.model, arguments.trust_remote_code, device, head)
     ensure_padding(tokenizer, arguments.model)
     model.config.pad_token_id = tokenizer.pad_token_id  # required by other classifiers of transformers
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    limit = maximum_length(model, tokenizer)
     classify = TextClassificationPipeline(model=model, tokenizer=tokenizer, device=device, top_k=None)
-    options: Any = {"batch_size": arguments.batch_size, "truncation": True, "max_length": limit}
+    options: Any = {"batch_size": arguments.batch_size, "truncation": limit is not None, "max_length": limit}
     texts = chain.from_iterable(read_texts(path, arguments) for path in sources)
-    with tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
+    with explain_out_of_memory("lower --batch_size"), tqdm(desc="Labelling", unit=" texts", **bar_options()) as bar:
         while chunk := read_chunk(texts, is_live=sources == [None]):
             order = [index for index, text in enumerate(chunk) if text.strip()]
             order.sort(key=lambda index: len(chunk[index]))  # batches of similar lengths
@@ -65,6 +71,16 @@ def label_texts(arguments: PredictArguments) -> None:
                 print(json.dumps(row, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"))
             sys.stdout.flush()
             bar.update(len(chunk))
+
+
+def maximum_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The longest text that the model reads, in tokens; None if there is no limit."""
+    embeddings = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    # RoBERTa's positions begin after that of padding.
+    used = sum(module.padding_idx + 1 for module in embeddings if getattr(module, "padding_idx", None) is not None)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's are -1
+    limits = (tokenizer.model_max_length, positions - used)
+    return min((limit for limit in limits if 0 < limit < UNLIMITED), default=None)
 
 
 def find_sources(arguments: PredictArguments) -> list[Path | None]:

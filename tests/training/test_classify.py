@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score
-from transformers import AutoTokenizer, TextClassificationPipeline
+from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer, TextClassificationPipeline
 
 from modeling_scratchgpt import ScratchGPTForSequenceClassification
 from tests.training.conftest import scores, write_rows
@@ -107,6 +107,21 @@ def test_the_tokenizer_of_the_classifier_lowercases(tune):
     assert upper == lower
     again = tune(classify, "--lowercase", "--max_steps", "1", base=folder, output="again")
     assert AutoTokenizer.from_pretrained(again, trust_remote_code=False)("DARK") == load_pipeline(folder).tokenizer("dark")
+
+
+@pytest.mark.parametrize("tokenizer_class", [GPT2Tokenizer, Qwen2Tokenizer])
+def test_the_tokenizer_of_another_base_lowercases(tokenizer_class, tune, run, tmp_path):
+    """The classes of transformers take vocabulary and merges from the file, but no normalizer."""
+    base = shutil.copytree(run, tmp_path / "base", ignore=shutil.ignore_patterns("checkpoints", "tokenizer*"))
+    model = json.loads((run / "tokenizer.json").read_text())["model"]
+    special = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "unk_token": "<|bos|>"}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer_class(vocab=model["vocab"], merges=merges, **special).save_pretrained(base)
+    assert type(AutoTokenizer.from_pretrained(base)) is tokenizer_class
+    folder = tune(classify, "--lowercase", "--max_steps", "1", base=base)
+    tokenizer, unchanged = (AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in (folder, base))
+    assert tokenizer("DARK")["input_ids"] == tokenizer("dark")["input_ids"]
+    assert unchanged("DARK")["input_ids"] != unchanged("dark")["input_ids"]
 
 
 def test_steps_of_an_epoch():

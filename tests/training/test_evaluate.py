@@ -262,6 +262,23 @@ def test_a_mistake_is_an_error_of_one_line(folder, text, tiny_model, tokenizer, 
         assert "\n" not in str(caught.value)
 
 
+def test_long_contexts(folder, text, tokenizer, report, tmp_path, monkeypatch):
+    """The default is short enough for large vocabularies, also for a model without a limit; else it is told what to lower."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    monkeypatch.setattr(evaluate, "LONG", 40)
+    assert [report(path, "--dataset", text)["context_length"] for path in (folder, tmp_path / "bloom")] == [40, 40]
+    assert report(folder, "--dataset", text, "--context_length", 50)["context_length"] == 50
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    with pytest.raises(UserError, match="out of memory .*: lower --batch_size or --context_length"):
+        evaluate.main([str(folder), "--dataset", str(text)])
+
+
 def test_a_model_that_does_not_fit_its_tokenizer_or_is_not_finite(tiny_model, folder, text, tmp_path):
     larger = ScratchGPTTokenizer.train([chr(code) * 9 for code in range(0x4E00, 0x4F00)], vocab_size=800)
     chinese = tmp_path / "chinese.txt"

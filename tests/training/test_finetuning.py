@@ -131,6 +131,24 @@ def test_the_programs_of_the_cards_run_without_the_package(finished, tune, run, 
 
 
 @BOTH
+def test_the_files_of_a_run_may_be_moved(recipe, tune, nights, tmp_path):
+    text = Path(nights[recipe]).read_text()
+    table = json.loads(text) if recipe is instruct else [json.loads(line) for line in text.splitlines()]
+    parts = {"--dataset": table[:40], "--validation_dataset": table[40:50], "--test_dataset": table[50:60]}
+    names = {option: f"{option[2:]}.jsonl" for option in parts}
+    for option, rows_of_part in parts.items():
+        write_rows(tmp_path / names[option], rows_of_part)
+    options = ["--max_steps", "4", "--save_steps", "2"]
+    with interrupted_after(2):
+        tune(recipe, *options, *(word for option, name in names.items() for word in (option, str(tmp_path / name))))
+    (tmp_path / "moved").mkdir()
+    for name in names.values():
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    words = (word for option, name in names.items() for word in (option, str(tmp_path / "moved" / name)))
+    assert (tune(recipe, *options, "--resume", *words) / "config.json").exists()
+
+
+@BOTH
 def test_gpt2_is_a_base_model(recipe, tune, tmp_path):
     """It has one token for the beginning and the end, none to pad with, and learned positions."""
     base = tmp_path / "gpt2"
@@ -261,6 +279,10 @@ def test_an_interrupted_run_resumes_with_its_own_data_and_base_only(recipe, step
     if recipe is instruct:
         changed = template.read_text().replace("<|user|>", "<|user|>Now: ").encode()
         changes.append((template, changed, "the data of the run in .* has changed since"))
+    if recipe is classify:
+        ScratchGPTTokenizer.train(["It was a bright and calm day"] * 9, 300).save_pretrained(tmp_path / "other")
+        tokenizer = (tmp_path / "other" / "tokenizer.json").read_bytes()
+        changes.append((base / "tokenizer.json", tokenizer, "the data of the run in .* has changed since"))
     if recipe is pretrain:  # with LoRA the base is not in the checkpoint
         weights = (tmp_path / "other" / "model.safetensors").read_bytes()
         changes.append((base / "model.safetensors", weights, "the base model of the run in .* has changed since"))

@@ -10,7 +10,17 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    pipeline,
+)
 
 from tests.training.conftest import ROOT
 from training import classify, predict
@@ -102,6 +112,33 @@ def test_a_classifier_without_a_padding_token(classifier, label, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("short\nand a longer one\n")
     assert [row["text"] for row in label(str(folder), "--input", str(lines))] == ["short", "and a longer one"]
+
+
+def test_longest_text_of_other_classifiers(classifier, label, tmp_path):
+    """RoBERTa's positions begin at 2; Bloom has no limit, and a tokenizer may have none."""
+    tokenizer = AutoTokenizer.from_pretrained(classifier, trust_remote_code=False)
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 2}
+    models = {
+        "roberta": RobertaForSequenceClassification(RobertaConfig(**shape, max_position_embeddings=20, pad_token_id=1)),
+        "bloom": BloomForSequenceClassification(BloomConfig(**{**shape, "n_layer": 1, "n_head": 2})),
+    }
+    lines = tmp_path / "lines.txt"
+    lines.write_text("It was a dark and stormy night, like 7 before. " * 9)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        settings = {"pad_token": "<|pad|>", "model_input_names": ["input_ids", "attention_mask"]}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **settings).save_pretrained(tmp_path / name)
+        (row,) = label(str(tmp_path / name), "--input", str(lines))
+        assert len(row["scores"]) == 2
+
+
+def test_out_of_memory_is_explained(classifier, nights, monkeypatch):
+    def fail(*_, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(predict.TextClassificationPipeline, "__call__", fail)
+    with pytest.raises(UserError, match="out of memory .*: lower --batch_size"):
+        predict.main([classifier, "--input", nights[classify]])
 
 
 def test_a_reader_that_closes_the_pipe_causes_no_traceback(classifier, tmp_path):

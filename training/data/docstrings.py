@@ -17,6 +17,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetsError
+
+from training.errors import explain_errors
 
 DOCS_LIBRARIES = ("torch", "transformers", "numpy", "pandas")
 # Tests have poor docstrings, and vendored code has those of other libraries.
@@ -25,13 +28,19 @@ LONGEST_SIGNATURE = 300  # characters; longer ones are mostly generated
 DOCSTRINGS_PER_LIBRARY = 1000  # labelled texts and conversations
 TEXT = Features({"text": Value("string")})
 DOCSTRINGS = Features({name: Value("string") for name in ("library", "module", "signature", "docstring")})
+MAX_PROCESSES = 32  # Windows cannot wait for more than 61
+CACHE_ERRORS = explain_errors(
+    "the docstrings cannot be written to the cache of `datasets`", DatasetsError, ": free some space, or set HF_HOME"
+)
 
 
+@CACHE_ERRORS
 def read_docs() -> Dataset:
     """Docstrings of the standard library, torch, transformers, numpy and pandas, as one document per module."""
     return Dataset.from_generator(_docs_documents, features=TEXT, gen_kwargs={"entries": read_docstrings()})
 
 
+@CACHE_ERRORS
 def read_docstrings() -> Dataset:
     """All docstrings, grouped by module, in the order of the source code. The `signature` of a module is empty."""
     roots = {"python": Path(sysconfig.get_paths()["stdlib"])}
@@ -45,10 +54,13 @@ def read_docstrings() -> Dataset:
         for path in sorted(root.rglob("*.py"))
         if SKIPPED_DIRECTORIES.isdisjoint(path.relative_to(root).parts)
     ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # The collector would traverse all imported modules for the many objects that `ast` makes, which doubles the time.
     gc.freeze()
     try:
-        return Dataset.from_generator(_docstrings, features=DOCSTRINGS, gen_kwargs={"files": files}, num_proc=os.cpu_count())
+        return Dataset.from_generator(
+            _docstrings, features=DOCSTRINGS, gen_kwargs={"files": files}, num_proc=min(cores, MAX_PROCESSES)
+        )
     finally:
         gc.unfreeze()
 

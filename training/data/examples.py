@@ -13,10 +13,12 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.cli import option
@@ -29,6 +31,7 @@ from training.errors import UserError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' names
 LARGEST = 1e6  # of the numbers to predict, so that squared errors stay finite
+INTEGER = re.compile(r"-?[0-9]+(\.0)?")
 MIN_EXAMPLES = 20  # from which on there should be several examples per label
 
 
@@ -145,9 +148,8 @@ def _read_source(source: str, arguments: ExampleArguments) -> Splits[Example]:
     if is_dataset(source):
         splits = _hub_rows(source, arguments)
     else:
-        options = _columns(arguments), encoding_of(arguments), arguments.columns
         files = find_splits(source, TABLE_ENDINGS)
-        splits = {name: (row for path in paths for row in read_rows(path, *options)) for name, paths in files.items()}
+        splits = {name: chain.from_iterable(_file_rows(path, name, arguments) for path in files[name]) for name in files}
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
 
 
@@ -166,22 +168,36 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Rows]:
     splits = hub_splits(source)
     for rows in splits.values():
         check_columns(source, _columns(arguments), rows.column_names)
-    # By convention -1 is a label that is not published: such a test split is useless.
-    column = arguments.label_column[0]
-    if "test" in splits and isinstance(splits["test"].features[column], ClassLabel) and -1 in splits["test"][:1][column]:
-        del splits["test"]
-    return {name: _with_label_names(rows, f"{source}: {name} row", arguments) for name, rows in splits.items()}
+    found = {}
+    for name, rows in splits.items():
+        numbered = number_rows(rows.select_columns([*_columns(arguments)]), f"{source}: {name} row")
+        found[name] = _with_label_names(numbered, name, rows.features, arguments)
+    return found
 
 
-def _with_label_names(rows: Any, location: str, arguments: ExampleArguments) -> Rows:
+def _file_rows(path: Path, split: str, arguments: ExampleArguments) -> Rows:
+    rows, features = read_rows(path, _columns(arguments), encoding_of(arguments), arguments.columns), {}
+    if path.suffix == ".parquet" and b"huggingface" in ((schema := pq.read_schema(path)).metadata or {}):
+        features = Features.from_arrow_schema(schema)  # written by `datasets`: it has the names of classes
+    return _with_label_names(rows, split, features, arguments)
+
+
+def _with_label_names(rows: Rows, split: str, features: dict[str, Any], arguments: ExampleArguments) -> Rows:
     """Yield rows in which the ids of `ClassLabel` columns, or of lists of them, are replaced by their names."""
-    features = {column: rows.features[column] for column in arguments.label_column}
-    for row_location, row in number_rows(rows.select_columns([*arguments.text_column, *features]), location):
-        for column, feature in features.items():
-            item = getattr(feature, "feature", feature)
-            if isinstance(item, ClassLabel):
-                row[column] = None if row[column] in (-1, None) else item.int2str(row[column])
-        yield row_location, row
+    classes = {name: getattr(features[name], "feature", features[name]) for name in arguments.label_column if name in features}
+    classes = {column: feature for column, feature in classes.items() if isinstance(feature, ClassLabel)}
+    for index, (location, row) in enumerate(rows):
+        if index == 0 and split == "test" and any(row[column] == -1 for column in classes):
+            return  # by convention these labels are not published: such a test split is useless
+        for column, feature in classes.items():
+            row[column] = _class_name(row[column], feature)
+        yield location, row
+
+
+def _class_name(value: Any, feature: ClassLabel) -> Any:
+    if isinstance(value, list):
+        return [_class_name(item, feature) for item in value]
+    return None if value in (-1, None) else feature.int2str(value)
 
 
 def _examples(rows: Rows, arguments: ExampleArguments) -> list[Example]:
@@ -195,7 +211,16 @@ def _examples(rows: Rows, arguments: ExampleArguments) -> list[Example]:
         else:
             empty.append(location)
     refuse_empty(empty, f"text under {' and '.join(map(repr, arguments.text_column))}")
+    if arguments.problem_type == SINGLE:
+        return _name_integers(examples)
     return _name_multi_hot(examples) if arguments.problem_type == MULTI and len(arguments.label_column) == 1 else examples
+
+
+def _name_integers(examples: list[Example]) -> list[Example]:
+    """Drop the fraction .0, which pandas writes if a value was missing once, if all labels are whole numbers."""
+    if not all(INTEGER.fullmatch(example.label) for example in examples):
+        return examples
+    return [replace(example, label=example.label.removesuffix(".0")) for example in examples]
 
 
 def _as_integer(value: Any) -> Any:
@@ -240,9 +265,9 @@ def _read_labels(values: dict[str, Any], location: str) -> tuple[str, ...]:
     if len(values) > 1:
         values = {column: _as_integer(value) for column, value in values.items()}
         for column, value in values.items():
-            if str(value) not in ("0", "1", "True", "False"):
+            if str(value).capitalize() not in ("0", "1", "True", "False"):
                 raise UserError(f"{location} has {value!r} under {column!r}: with several label columns each must be 0 or 1.")
-        return tuple(column for column, value in values.items() if str(value) in ("1", "True"))
+        return tuple(column for column, value in values.items() if str(value).capitalize() in ("1", "True"))
     ((column, value),) = values.items()
     if not isinstance(value, list):
         advice = "use lists (in .jsonl or .parquet), or several columns of 0 and 1 as --label_column"

@@ -301,7 +301,7 @@ def _expect_object(columns: dict[str, str]) -> str:
 def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, names: Sequence[str] | None) -> Rows:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
     is_csv = ending(path) == ".csv"  # in TSV, quotes have no special meaning
-    lines: Iterator[str] = (line for _, line in read_lines(path, encoding))
+    lines: Iterator[str] = chain.from_iterable(_split_at_returns(line) for _, line in read_lines(path, encoding))
     options: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if is_csv:
         first = next(lines, "")
@@ -318,7 +318,7 @@ def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, nam
         check_columns(where, columns, header, advice if names == [] else "")
         if repeated := [column for column in columns if list(header).count(column) > 1]:
             raise UserError(f"{path} has two columns {repeated[0]!r}: give each its own name.")
-        for row in filter(None, reader):
+        for row in filter(None, reader if is_csv else map(_unquote, reader)):
             location = f"{path}: line {reader.line_num}"
             if len(row) != len(header):
                 remedy = f"texts with {separators} in quotes" if is_csv else "texts with tabs in a .csv file, in quotes"
@@ -328,6 +328,23 @@ def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, nam
             yield location, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}).") from error
+
+
+def _split_at_returns(line: str) -> Iterable[str]:
+    """Split a line where it has a carriage return, which ends the lines of old spreadsheets for the Mac."""
+    return io.StringIO(line, newline="") if "\r" in line[:-2] else (line,)
+
+
+def _unquote(cells: list[str]) -> list[str]:
+    """The cells of a row of TSV, without the quotes that pandas and Excel put around a text with quotes, which they double."""
+    return [text.replace('""', '"') if (text := _quoted(cell)) else cell for cell in cells]
+
+
+def _quoted(cell: str) -> str:
+    """The text between quotes in which all quotes, at least one, are doubled; else empty."""
+    text = cell[1:-1]
+    is_quoted = len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in text and '"' not in text.replace('""', "")
+    return text if is_quoted else ""
 
 
 def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Rows:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from datasets import DatasetDict, config, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import SPLIT_PATTERN_SHARDED
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HTTPError
 
@@ -19,6 +20,8 @@ from training.data.files import FILE_ENDINGS, ending, find_files
 from training.errors import UserError, one_line
 
 STANDARD_INPUT = "-"
+# Of a dataset that cannot be loaded, also by its metadata, a loading script, or the connection.
+ERRORS = (OSError, HTTPError, ValueError, LookupError, TypeError, RuntimeError, yaml.YAMLError, DatasetsError)
 OWN_DOCUMENTS = Path(__file__).parents[2] / "docs"
 SPLITS = ("train", "validation", "test")
 
@@ -127,8 +130,9 @@ def hub_errors(source: str) -> Iterator[None]:
     """Turn the errors of `datasets` that loads a source into a `UserError`."""
     try:
         yield
-    except (OSError, HTTPError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:  # also of invalid metadata
+    except ERRORS as error:
+        cause: Any = (type(error) is DatasetGenerationError and error.__cause__) or error  # that message says nothing
         is_local = os.path.exists(os.path.expanduser(parse_hub_id(source)[0]))
         problem = "no such local file or directory, and loading it from the Hub failed"
         advice = f": pass {source}:CONFIGURATION" if is_local and "Config name is missing" in str(error) else ""
-        raise UserError(f"{source}: {'cannot be loaded' if is_local else problem} ({one_line(error)}){advice}.") from error
+        raise UserError(f"{source}: {'cannot be loaded' if is_local else problem} ({one_line(cause)}){advice}.") from error

@@ -22,7 +22,8 @@ class EngineArguments(OptimizerArguments):
     }
     # These may change on `--resume`: they affect only the steps to come, or (the data's path) are compared by content.
     RESUME_MAY_CHANGE: ClassVar[set[str]] = {
-        *("dataset", "encoding", "encoding_errors", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+        *("dataset", "validation_dataset", "test_dataset", "encoding", "encoding_errors"),
+        *("batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
         *("max_steps", "num_train_epochs", "eval_steps", "early_stopping_patience", "max_grad_norm", "weight_decay"),
         *("learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_ratio", "decay_ratio", "min_lr_ratio"),
         *("eval_tokens", "torch_compile", "mixed_precision", "dynamo_backend", "distributed_type", "num_processes"),

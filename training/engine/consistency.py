@@ -17,7 +17,8 @@ from training.engine.run_folder import RunFolder
 from training.errors import UserError
 
 LENGTH = {"max_steps", "num_train_epochs", "early_stopping_patience"}  # with others, a finished run continues
-PATHS = {"dataset", "base_model"}  # may differ between machines: data and weights are compared by content
+# May differ between machines: data and weights are compared by content.
+PATHS = {"dataset", "validation_dataset", "test_dataset", "base_model"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     if not found:
         return Start(settings, is_finished=arguments.resume and model.exists())
     path, state = found
-    changed = _compare_settings(settings, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
+    defaults = {name: value for name, value in vars(type(arguments)()).items() if name in names}
+    saved = defaults | state["settings"]  # an earlier version may not have had all options
+    changed = _compare_settings(settings, saved, state, run_folder.path, arguments.RESUME_MAY_CHANGE)
     # A run that was extended, and then killed, has checkpoints that are newer than its model.
     is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
-    values = ((name, *(_text(source[name]) for source in (state["settings"], settings))) for name in changed)
+    values = ((name, *(_text(source[name]) for source in (saved, settings))) for name in changed)
     return Start(settings, found, [f"{name} {before} -> {now}" for name, before, now in values], is_finished)
 
 
@@ -63,16 +66,19 @@ def launcher_settings(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]) -> list[str]:
+def _compare_settings(
+    now: dict[str, Any], saved: dict[str, Any], state: dict[str, Any], path: Path, may_change: set[str]
+) -> list[str]:
     """The names of the settings that differ from those of a checkpoint; those in `may_change` do not affect the steps done."""
-    saved, step = state["settings"], state["step"]
+    step = state["step"]
     if now.keys() != saved.keys() or "notes" not in state:
         problem = f"the run in {path} was started by another program, or by another version of this one"
         raise UserError(f"{problem}: resume it with that, or start a new run in another --output_dir.")
     changed = [name for name in sorted(now) if now[name] != saved[name]]
     for name in changed:
         if name not in may_change:
-            problem = f"--{name} is {_text(now[name])}, but the run in {path} was started with {_text(saved[name])}"
+            value, started = (_text(settings[name], is_public=False) for settings in (now, saved))
+            problem = f"--{name} is {value}, but the run in {path} was started with {started}"
             raise UserError(f"{problem}: resume it with that value, or start a new run in another --output_dir.")
     rows, saved_rows = (settings["batch_size"] * settings["gradient_accumulation_steps"] for settings in (now, saved))
     if rows != saved_rows:
@@ -83,10 +89,10 @@ def _compare_settings(now: dict[str, Any], state: dict[str, Any], path: Path, ma
     return changed
 
 
-def _text(value: Any) -> str:
-    """The value for people; files without their directories, since it appears on the card."""
-    names = [Path(str(item)).name for item in value] if isinstance(value, list) else [str(value)]
-    return " ".join(names) or "nothing"
+def _text(value: Any, is_public: bool = True) -> str:
+    """The value for people; on the card, which is public, files without their directories."""
+    items = value if isinstance(value, list) else [value]
+    return " ".join(Path(str(item)).name if is_public and items is value else str(item) for item in items) or "nothing"
 
 
 def check_processes(accelerator: Accelerator, facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -146,6 +147,39 @@ def test_texts_in_two_columns_and_labels_that_other_programs_write_as_floats(tmp
     assert flags == read(tmp_path / "flags.jsonl", columns, problem_type=MULTI, label_column=["a", "b"])
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_whole_numbers_with_a_fraction_of_zero(tmp_path, name):
+    """As pandas writes them if a value was missing once; but not versions."""
+    rows = [{"text": f"text {n}", "label": f"{n % 4}.0"} for n in range(40)]
+    assert read(tmp_path / name, rows).names == ["0", "1", "2", "3"]
+    versions = [{"text": f"text {n}", "label": ("2.0", "2.0.1")[n % 2]} for n in range(40)]
+    assert read(tmp_path / name, versions).names == ["2.0", "2.0.1"]
+
+
+@pytest.mark.parametrize(("yes", "no"), [("TRUE", "FALSE"), ("true", "false")])
+def test_columns_of_flags_of_other_programs(tmp_path, yes, no):
+    rows = [{"text": f"text {n}", "a": (yes, no)[n % 2], "b": (yes, no)[n // 2 % 2]} for n in range(40)]
+    split = read(tmp_path / "rows.csv", rows, problem_type=MULTI, label_column=["a", "b"]).splits["train"]
+    assert {example.label for example in split} == {("a", "b"), ("a",), ("b",), ()}
+
+
+def test_a_spreadsheet_of_the_mac(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'text,label\r"text, 0",a\rtext 1,b\r"text\r2",a\rtext 3,b\rtext 4,a\rtext 5,b')
+    found = read_examples(ExampleArguments(dataset=[str(tmp_path / "rows.csv")], validation_fraction=0.3, test_fraction=0.3))
+    assert set().union(*(texts(split) for split in found.splits.values())) == {"text, 0", "text\r2"} | {
+        f"text {n}" for n in (1, 3, 4, 5)
+    }
+
+
+def test_quotes_in_a_tsv_of_pandas(tmp_path):
+    """It quotes a text that has quotes, and doubles these; other quotes are those of the text."""
+    values = ['say "hi"', '"a" and "b"', '"hi" she said', "it's", '"', '""']
+    table = pd.DataFrame([{"text": f"{value}{n}{value}", "label": "ab"[n % 2]} for n, value in enumerate(values * 5)])
+    table.to_csv(tmp_path / "rows.tsv", sep="\t", index=False)
+    found = read_examples(ExampleArguments(dataset=[str(tmp_path / "rows.tsv")]))
+    assert set().union(*(texts(split) for split in found.splits.values())) == {*table["text"]}
+
+
 def test_numbers_to_predict(tmp_path):
     rows = [{"text": f"text {n}", "stars": n / 4, "likes": n} for n in range(40)]
     found = read(tmp_path / "rows.csv", rows, problem_type=REGRESSION, label_column=["stars", "likes"])
@@ -170,6 +204,19 @@ def test_a_hub_dataset_has_its_own_splits_and_label_names(monkeypatch):
     assert [len(found.splits[name]) for name in SPLITS] == [8, 10, 2]
     with pytest.raises(UserError, match="someone/feelings has no 'text'; it has sentence, feeling. Set --text_column"):
         read_examples(replace(arguments, text_column=["text"]))
+
+
+def test_a_clone_has_the_label_names_of_its_dataset(tmp_path):
+    """They are in the Parquet files; labels that are not published are -1."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["sad", "glad"])})
+    for split, labels in {"train": [0, 1] * 10, "validation": [1, 0], "test": [-1, -1]}.items():
+        rows = {"text": [f"{split} {n}" for n in range(len(labels))], "label": labels}
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        Dataset.from_dict(rows, features=features).to_parquet(path)
+    found = read_examples(ExampleArguments(dataset=[str(tmp_path)]))
+    assert found.names == ["glad", "sad"]
+    assert [len(found.splits[name]) for name in SPLITS] == [16, 2, 4]
 
 
 def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):

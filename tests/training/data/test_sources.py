@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from tests.conftest import ROOT
 from tests.training.conftest import write_rows
+from training.data import sources
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora
 from training.data.examples import ExampleArguments, read_examples
 from training.data.files import LFS_POINTER
@@ -95,6 +97,29 @@ def test_errors_of_clones(tmp_path):
     (folder / "README.md").write_text(CONFIGS.replace("split: train", "split: training"))
     with pytest.raises(UserError, match="has no split `train`; it has training, test"):
         texts(folder)
+
+
+def test_errors_of_datasets_are_one_line(tmp_path, monkeypatch):
+    clone = make_clone(tmp_path / "clone", "---\nconfigs: []\n---\n", ["rows.jsonl"])
+    (clone / "clone.py").write_text("raise SystemExit('this script was run')")
+    with pytest.raises(UserError, match=r"clone: cannot be loaded \(Dataset scripts are no longer supported"):
+        texts(clone)
+    for name, content in (("a.jsonl", '{"text": "a"}'), ("b.jsonl", '{"other": 1}')):
+        (tmp_path / name).write_text(content)
+    other = {"data_files": [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")], "split": "train"}
+    monkeypatch.setattr(sources, "load_dataset", lambda *_: load_dataset("json", **other))
+    with pytest.raises(UserError, match="owner/name: no such local file .* failed .*column"):
+        texts("owner/name")
+
+    def fill_disk(*_, **options):
+        raise DatasetGenerationError("An error occurred while generating the dataset") from OSError(28, "No space left")
+
+    monkeypatch.setattr(sources, "load_dataset", fill_disk)
+    with pytest.raises(UserError, match="owner/name: .*No space left"):
+        texts("owner/name")
+    monkeypatch.setattr(Dataset, "from_generator", fill_disk)
+    with pytest.raises(UserError, match="the docstrings cannot be written to the cache .*: free some space, or set HF_HOME"):
+        texts("docs")
 
 
 @pytest.mark.parametrize("name", ["train-00000-of-00001.parquet", "a.jsonl", "a.txt", "a.csv.gz", "a.parquet.gz"])

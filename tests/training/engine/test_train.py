@@ -3,7 +3,10 @@
 import gc
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,18 +238,32 @@ def test_only_a_model_that_was_evaluated_is_the_best(tmp_path):
     assert all(torch.equal(one, two) for one, two in zip(resumed.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("change", [lambda state: state["settings"].pop("num_processes"), lambda state: state.pop("notes")])
-def test_a_checkpoint_of_another_version(tmp_path, change):
-    run(tmp_path, RandomTask(max_steps=1))
+def make_checkpoint(directory: Path, change: Callable[[dict[str, Any]], object], **options: Any) -> None:
+    """A checkpoint of one step, with a changed state."""
+    run(directory, RandomTask(max_steps=1, **options))
     gc.collect()
-    path = tmp_path / "checkpoints" / "step-00000001"
+    path = directory / "checkpoints" / "step-00000001"
     state, digests = (json.loads((path / name).read_text()) for name in ("state.json", "manifest.json"))
     change(state)
     (path / "state.json").write_text(json.dumps(state))
     digests["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize("change", [lambda state: state["settings"].update(new=1), lambda state: state.pop("notes")])
+def test_a_checkpoint_of_another_version(tmp_path, change):
+    make_checkpoint(tmp_path, change)
     with pytest.raises(UserError, match="was started by another program, or by another version of this one: resume it with"):
         run(tmp_path, RandomTask(resume=True))
+
+
+def test_a_checkpoint_of_a_version_without_an_option(tmp_path):
+    """The default is what that version did."""
+    make_checkpoint(tmp_path / "default", lambda state: state["settings"].pop("seed"))
+    assert run(tmp_path / "default", RandomTask(max_steps=2, resume=True))[0].steps == 2
+    make_checkpoint(tmp_path / "other", lambda state: state["settings"].pop("seed"), seed=7)
+    with pytest.raises(UserError, match="--seed is 7, but the run in .* was started with 0: resume it with that value"):
+        run(tmp_path / "other", RandomTask(max_steps=2, resume=True, seed=7))
 
 
 def test_checkpoints_by_time(tmp_path):
