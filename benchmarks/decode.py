@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": 4096, "n_positions": 256},
+    "small": {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": 4096, "n_positions": 256},
     "124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
 }
 

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+import peft
 import torch
 from measuring import make_parser, peak_bytes, run_in_subprocess, seconds_in_turns, training_step
 
@@ -26,8 +27,6 @@ def make_step(side: str, arguments: argparse.Namespace) -> Callable[[], None]:
     model: torch.nn.Module = ScratchGPTForCausalLM(config)
     settings = {"r": arguments.rank, "lora_alpha": 32, "use_dora": arguments.dora}
     if side == "PEFT":
-        import peft
-
         model = peft.get_peft_model(model, peft.LoraConfig(**settings, target_modules="all-linear"))
     else:
         add_adapter(model, LoraConfig(**settings))

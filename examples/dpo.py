@@ -37,9 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory of training/instruct.py")
     parser.add_argument("data", help="a JSON file of rows with instruction, input, chosen and rejected")
-    parser.add_argument("output_dir", help="directory for the tuned model")
+    parser.add_argument("output_dir", help="new directory for the tuned model")
     parser.add_argument("--max_steps", type=int, default=-1, help="optimizer steps (-1: one epoch)")
     arguments = parser.parse_args(argv)
+    if Path(arguments.output_dir).exists():
+        parser.error(f"{arguments.output_dir} already exists: pass a new directory, or move it.")
 
     rows = load_dataset("json", data_files=arguments.data, split="train")
     rows = rows.filter(lambda row: row["chosen"] != row["rejected"])

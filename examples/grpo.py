@@ -10,6 +10,7 @@ group. A program computes the score (a verifiable reward).
 
 import argparse
 import random
+from pathlib import Path
 
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -51,10 +52,12 @@ def draw(history: list[dict], path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", help="directory for the model and the curve, accuracy.png")
+    parser.add_argument("output_dir", help="new directory for the model and the curve, accuracy.png")
     parser.add_argument("--sft_steps", type=int, default=300, help="steps of the supervised warm start")
     parser.add_argument("--max_steps", type=int, default=300, help="steps of GRPO")
     arguments = parser.parse_args(argv)
+    if Path(arguments.output_dir).exists():
+        parser.error(f"{arguments.output_dir} already exists: pass a new directory, or move it.")
 
     set_seed(0)
     texts = dict.fromkeys("".join(random.choices("0123456789", k=LENGTH)) for _ in range(NUM_PROMPTS))

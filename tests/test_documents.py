@@ -57,3 +57,10 @@ def test_lines_are_short(document):
     text = re.sub(r"^(````?)\w*\n.*?^\1", "", document.read_text(), flags=re.M | re.S)
     long = [line for line in text.splitlines() if len(line) >= 120 and not line.startswith(("|", "!["))]
     assert not long
+
+
+def test_the_picture_of_the_modules_is_complete():
+    shown = re.findall(r">([\w/]+\.py)</text>", (ROOT / "docs" / "architecture.svg").read_text())
+    paths = [*(ROOT / "training").rglob("*.py"), *(ROOT / "modeling_scratchgpt").glob("*.py"), ROOT / "hub_upload.py"]
+    names = [*(path.name for path in paths), *(f"space/{path.name}" for path in (ROOT / "space").glob("*.py"))]
+    assert sorted(shown) == sorted(name for name in names if not name.endswith("__init__.py"))

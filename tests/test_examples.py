@@ -81,13 +81,20 @@ def test_dpo_reports_the_rewards_of_the_model_it_saves(tmp_path, capsys):
 
 def test_grpo_saves_a_model_and_its_curve(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "NUM_PROMPTS", 800)
-    grpo.main([str(tmp_path), "--sft_steps", "2", "--max_steps", "1"])
+    grpo.main([str(tmp_path / "sort"), "--sft_steps", "2", "--max_steps", "1"])
     printed = capsys.readouterr().out
     assert list(sorted_shares(printed)) == [0, 1]
     assert "train_runtime" not in printed
-    assert Image.open(tmp_path / "accuracy.png").width == 600
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is ScratchGPTForCausalLM
-    assert AutoTokenizer.from_pretrained(tmp_path).decode([*range(4, 15)]) == "0123456789="
+    assert Image.open(tmp_path / "sort" / "accuracy.png").width == 600
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "sort")) is ScratchGPTForCausalLM
+    assert AutoTokenizer.from_pretrained(tmp_path / "sort").decode([*range(4, 15)]) == "0123456789="
+
+
+@pytest.mark.parametrize(("program", "inputs"), [(dpo, ["base", "pairs.json"]), (grpo, [])])
+def test_nothing_is_overwritten(program, inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*inputs, str(tmp_path)])
+    assert f"{tmp_path} already exists: pass a new directory, or move it." in capsys.readouterr().err
 
 
 def test_reward_of_grpo():
@@ -119,10 +126,10 @@ def test_dpo_on_real_preferences(real_data, tmp_path, capsys):
 @pytest.mark.timeout(1800)
 def test_grpo_learns_to_sort(tmp_path, capsys):
     """The model begins near chance, and the saved one sorts new digits."""
-    grpo.main([str(tmp_path)])
+    grpo.main([str(tmp_path / "sort")])
     shares = sorted_shares(capsys.readouterr().out)
     assert shares[0] < 0.1
     assert shares[max(shares)] >= 0.9
-    generate = pipeline("text-generation", model=str(tmp_path))
+    generate = pipeline("text-generation", model=str(tmp_path / "sort"))
     texts = [generate(f"{n:05}=", max_new_tokens=6, do_sample=False)[0]["generated_text"] for n in range(777, 99_999, 4_000)]
     assert sum(text[6:] == "".join(sorted(text[:5])) for text in texts) >= 0.9 * len(texts)
