@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output_dir", help="new directory for the tuned model")
     parser.add_argument("--max_steps", type=int, default=-1, help="optimizer steps (-1: one epoch)")
     arguments = parser.parse_args(argv)
+    if not Path(arguments.data).is_file():
+        parser.error(f"{arguments.data} is not a file: pass the JSON file of pairs.")
     if Path(arguments.output_dir).exists():
         parser.error(f"{arguments.output_dir} already exists: pass a new directory, or move it.")
 

@@ -3,11 +3,12 @@
 Files get the mode of the umask, whatever wrote them: safetensors creates files that only their owner can read.
 """
 
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = ".writing-"
@@ -21,7 +22,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(mode)
+        set_mode(temporary, mode)
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -45,7 +46,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
-                path.chmod(mode)
+                set_mode(path, mode)
             sync(path)
         if not exists:
             os.replace(temporary, directory)
@@ -68,12 +69,22 @@ def remove_abandoned(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def set_mode(path: Path, mode: int) -> None:
+    """Change the mode of a file, except on disks that have no modes, such as those of Windows in WSL."""
+    with suppress(PermissionError):
+        path.chmod(mode)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a directory, has reached the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open one, and needs no sync of it
+    is_windows, is_directory = os.name == "nt", path.is_dir()
+    if is_windows and is_directory:  # it cannot be opened, and needs no sync
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_directory or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot sync directories
+            raise
     finally:
         os.close(descriptor)

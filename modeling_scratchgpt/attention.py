@@ -126,5 +126,5 @@ class ScratchGPTAttention(nn.Module):
         output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = output.flatten(-2).contiguous()  # (B, T, H, D) to (B, T, H * D)
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, H * D); some return (B * T, H * D)
         return self.dropout(self.o_proj(output)), weights

@@ -268,7 +268,7 @@ class InterchangeModel(PreTrainedModel):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Also save the code (through `_auto_class`) and the `auto_map` of all Auto classes.
+        """Also save the code (through `_auto_class`) and the `auto_map` of all Auto classes, but not `skip_logits`.
 
         Raises:
             ValueError: the model has adapters, which are saved separately.
@@ -285,7 +285,8 @@ class InterchangeModel(PreTrainedModel):
         derived = type(self)
         named = next(base for base in derived.__mro__ if "_auto_class" in vars(base) and base.__module__ != "__main__")
         self.__class__ = type(named.__name__, (derived,), {"__module__": named.__module__})
+        skip_logits, self.config.skip_logits = self.config.skip_logits, False  # of one training run, not of the model
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.__class__ = derived
+            self.__class__, self.config.skip_logits = derived, skip_logits

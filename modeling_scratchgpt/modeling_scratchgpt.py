@@ -32,6 +32,7 @@ from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import ScratchGPTAttention, ScratchGPTRotaryEmbedding
@@ -155,23 +156,29 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if isinstance(self.layers[0], nn.Identity):  # a later pipeline stage, whose input has the positions already
             return inputs_embeds, None
         length, limit = past_length + inputs_embeds.shape[1], self.config.max_position_embeddings
-        # A compiler cannot branch on values, but a compiled embedding checks its indices.
-        if not torch.compiler.is_compiling() and length > limit and position_ids.max() >= limit:
+        # A compiler and a CUDA graph cannot branch on values, but a compiled embedding checks its indices.
+        if not is_tracing(position_ids) and length > limit and position_ids.max() >= limit:
             problem = f"{length} tokens exceed the {limit} learned positions of this model (max_position_embeddings)"
             raise ValueError(f"{problem}: shorten the text, or train a model with rotary positions.")
         return inputs_embeds + self.embed_positions(position_ids), None
 
     def _masks(
-        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+        has_lengths: bool,
     ) -> dict[str, Any]:
-        """The mask that the attention takes, and for flash attention, which takes none, the lengths of packed documents."""
+        """The mask that the attention takes, and for flash attention, which takes none, the lengths of packed documents, unless
+        the caller has passed them."""
         implementation, is_plain = self.config._attn_implementation, attention_mask is None and past_key_values is None
         if is_plain and position_ids is None and implementation == "sdpa":
             # While compiling, some versions of transformers make a mask of this, which rules out SDPA's fast kernels.
             return {"attention_mask": None}
         create_mask = create_block_mask if implementation == "flex_attention" else create_causal_mask
         mask = create_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        is_packed = is_plain and position_ids is not None and "flash" in implementation
+        is_packed = is_plain and position_ids is not None and "flash" in implementation and not has_lengths
         return {"attention_mask": mask, **(packed_lengths(position_ids.expand(inputs_embeds.shape[:2])) if is_packed else {})}
 
     @merge_with_config_defaults
@@ -204,7 +211,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if padding_mask is not None and past_key_values is None:
             attention_mask = padding_mask = padding_mask[:, : inputs_embeds.shape[1]]
         # First, since packed documents are detected from the caller's position_ids, and only without a cache.
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        has_lengths = kwargs.get("cu_seq_lens_q") is not None
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids, has_lengths)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -7,7 +7,8 @@ others the plain product of one row is faster. So both are timed in use, and the
 Notable:
 - Only inside `packed_linears`, and only for a few rows: long inputs and training use plain products.
 - Layers that a module lists in `fused_inputs` (such as query, key and value, in the order of their calls) become one product.
-- The trial takes place once per process for each layer size and number of rows. The two products differ by rounding.
+- The trial takes place once per process for each layer size and number of rows. The two products differ by rounding, so that
+  nothing is packed with `torch.use_deterministic_algorithms(True)`.
 - A packed weight is a second copy in memory. It is not kept after the context, since changes of a weight cannot be detected.
 - Only plain float32 `nn.Linear` layers are packed, and none if anything is compiled: a compiler cannot trace a clock.
 """
@@ -26,7 +27,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 MAX_ROWS = 32  # plain products are as fast for more
 TRIES = 3  # timed calls of each kind
-PIPELINE_TOKENS = 256  # `max_new_tokens` of transformers' text-generation pipeline if neither call nor model set it
+# `max_new_tokens` of transformers' text-generation pipeline and of `transformers serve` if neither call nor model set it.
+UNCHOSEN_TOKENS = (256, 1024)
 FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # results of the trials, by rows and layer sizes
 
 
@@ -34,7 +36,8 @@ FASTER_PACKED: dict[tuple[int, ...], bool] = {}  # results of the trials, by row
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Context manager for faster products of few rows on a CPU. The weights must not change inside."""
     layers: list[nn.Linear] = []
-    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and not _is_compiled(model):
+    is_available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if is_available and not torch.are_deterministic_algorithms_enabled() and not _is_compiled(model):
         for module in model.modules():
             children: dict[str, Any] = {name: child for name, child in module.named_children() if _can_be_packed(child)}
             fused = getattr(module, "fused_inputs", ())
@@ -67,13 +70,13 @@ class PackedGenerationMixin(GenerationMixin):
         return compiles
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
-        """Also refuse lengths beyond the learned positions; the pipeline's default, which no user has chosen, is reduced."""
+        """Also refuse lengths beyond the learned positions; a default, which no user has chosen, is reduced."""
         positions, limit = model_kwargs.get("position_ids"), self.config.max_position_embeddings
         if self.config.position_embedding_type == "learned" and positions is not None:
             length = int(positions.max()) + 1
             new = generation_config.max_new_tokens or max_cache_length + 1 - positions.shape[1]
             room = max(limit + 1 - length, 0)  # padding uses no positions, nor does the last token, since it is not read
-            if new > room and (new != PIPELINE_TOKENS or not room):
+            if new > room and (new not in UNCHOSEN_TOKENS or not room):
                 problem = f"a prompt of {length} tokens and {new} new ones exceed the {limit} learned positions of this model"
                 raise ValueError(f"{problem}: pass max_new_tokens={room} or less, or shorten the prompt.")
             if new > room:

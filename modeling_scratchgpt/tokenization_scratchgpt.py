@@ -255,7 +255,7 @@ def tokenizer_report(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], m
     """
     num_bytes = num_words = num_tokens = num_unknown = 0
     for text in islice(texts, max_texts):
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         num_bytes, num_words, num_tokens = num_bytes + len(text.encode()), num_words + len(text.split()), num_tokens + len(ids)
         num_unknown += ids.count(tokenizer.unk_token_id)
     if not num_words:

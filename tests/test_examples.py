@@ -92,8 +92,9 @@ def test_grpo_saves_a_model_and_its_curve(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("program", "inputs"), [(dpo, ["base", "pairs.json"]), (grpo, [])])
 def test_nothing_is_overwritten(program, inputs, tmp_path, capsys):
+    (tmp_path / "pairs.json").touch()
     with pytest.raises(SystemExit, match="2"):
-        program.main([*inputs, str(tmp_path)])
+        program.main([*(str(tmp_path / name) for name in inputs), str(tmp_path)])
     assert f"{tmp_path} already exists: pass a new directory, or move it." in capsys.readouterr().err
 
 

@@ -246,7 +246,10 @@ def test_transformers_serve(server, memorized, tokenizer):
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["prompt_tokens"] == ids.shape[1]
     assert answer["usage"]["completion_tokens"] == len(output)
-    options["messages"] = [{"role": "user", "content": prompt}]
+    del options["max_tokens"]  # the server then asks for 1,024, more than there are learned positions
+    answer = json.loads(ask(server + "/v1/completions", {**options, "prompt": prompt + "\n"}))
+    assert answer["choices"][0]["text"] == completion
+    options |= {"max_tokens": 20, "messages": [{"role": "user", "content": prompt}]}
     answer = json.loads(ask(server + "/v1/chat/completions", options))
     assert answer["choices"][0]["message"]["content"] == completion
     stream = ask(server + "/v1/chat/completions", {**options, "stream": True}).decode()

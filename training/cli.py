@@ -12,6 +12,7 @@ import errno
 import io
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +93,13 @@ class _TextLoader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+class _NumberLoader(yaml.SafeLoader):
+    """YAML that also reads `1e-6` as a number, as YAML 1.2 does."""
+
+
+_NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), [*"-+0123456789"])
 
 
 class _Parser(HfArgumentParser):
@@ -189,10 +197,19 @@ def _as_options(content: dict[str, Any]) -> list[str]:
     options = []
     for name, value in content.items():
         if isinstance(value, dict):
-            value = [f"{field}={'null' if field_value is None else field_value}" for field, field_value in value.items()]
+            value = [f"{field}={_as_yaml(field_value)}" for field, field_value in value.items()]
         if value is not None and value != []:
             options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return options
+
+
+def _as_yaml(value: Any) -> str:
+    """Values of `_TextLoader` as YAML again."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_as_yaml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
+    return "null" if value is None else str(value)
 
 
 def model_option() -> Any:
@@ -225,7 +242,7 @@ def model_config(fields: Sequence[str], vocab_size: int, context_length: int) ->
             build, values = partial(ScratchGPTConfig.from_preset, text), {"max_position_embeddings": context_length}
         else:
             with explain_errors(f"--model {word}: the value is not valid YAML", (yaml.YAMLError, ValueError)):
-                values[name] = yaml.safe_load(text)
+                values[name] = yaml.load(text, _NumberLoader)
     try:
         config = build(vocab_size=vocab_size, **values)
     except (StrictDataclassError, ValueError, TypeError) as error:

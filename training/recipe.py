@@ -24,12 +24,12 @@ from modeling_scratchgpt.convert.web import HELD_OUT
 from modeling_scratchgpt.lora import lora_layers, merge_and_unload, save_adapter, trainable_parameters
 from training.cli import parse_arguments
 from training.engine.arguments import check_engine
-from training.engine.checkpoints import full_state_dict
+from training.engine.checkpoints import full_state_dict, latest_state
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.launch import PRECISIONS, choose_attention, choose_compiler, start_accelerator, start_trackers
 from training.engine.machine import float32_name
 from training.engine.report import draw_loss
-from training.engine.run_folder import ADAPTER, CURVE, RunFolder
+from training.engine.run_folder import ADAPTER, CHECKPOINTS, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
 from training.errors import explain_out_of_memory, quiet
 from training.results.cards import CardContent, format_command, write_card
@@ -113,7 +113,8 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
     batch = next(iter(recipe.train_dataloader()))
-    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch))
+    earlier = start.checkpoint[1].get("chosen") if start.checkpoint else None
+    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch), earlier)
     choose_attention(accelerator, model, batch)
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
     with explain_out_of_memory():
@@ -126,7 +127,8 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
 def setup(arguments: Any, check: Callable[[Any], None]) -> tuple[Accelerator, RunFolder, Start]:
     """Start Accelerate, check arguments and output directory, and find the checkpoint to resume, before any data is read."""
     output_dir = Path(os.path.expanduser(arguments.output_dir))
-    accelerator = start_accelerator(arguments.report_to, output_dir, arguments.precision)
+    earlier = latest_state(output_dir / CHECKPOINTS).get("chosen") if arguments.resume else None
+    accelerator = start_accelerator(arguments.report_to, output_dir, arguments.precision, earlier)
     run_folder = RunFolder(output_dir, accelerator)
     check_engine(arguments, accelerator.num_processes)
     check(arguments)

@@ -366,10 +366,11 @@ def tokenizer_of(source: str) -> tuple[ScratchGPTTokenizer | None, str]:
 def tokenizer_as(tokenizer_class: Any, tokenizer: Any) -> Any:
     """Convert a tokenizer to another class, with all settings that are not in `tokenizer.json`."""
     names = ["model_max_length", "extra_special_tokens", "chat_template", "padding_side", "truncation_side"]
-    names += ["model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"]
+    names += ["clean_up_tokenization_spaces", "split_special_tokens"]
     settings = {name: getattr(tokenizer, name) for name in names}
     passed = ("add_bos_token", "add_eos_token", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy")
     settings |= {name: tokenizer.init_kwargs[name] for name in passed if name in tokenizer.init_kwargs}
+    settings["model_input_names"] = [name for name in tokenizer.model_input_names if name != "token_type_ids"]  # BERT's
     settings |= {"add_prefix_space": adds_prefix_space(tokenizer.backend_tokenizer), **tokenizer.special_tokens_map}
     return tokenizer_class(tokenizer_object=tokenizer.backend_tokenizer, **settings)
 

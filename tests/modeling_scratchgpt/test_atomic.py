@@ -1,6 +1,8 @@
 """Atomic writes, with writers that are killed, that fail, and that run at the same time."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,31 @@ def test_an_error_deletes_the_temporary(write, tmp_path):
     with pytest.raises(KeyError):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+def test_disks_without_modes_or_that_cannot_sync_directories(tmp_path, monkeypatch):
+    """As those of Windows in WSL, and folders that virtual machines share; an error of a file counts."""
+    fsync, problem = os.fsync, errno.EINVAL
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or problem == errno.EIO:
+            raise OSError(problem, os.strerror(problem))
+        fsync(descriptor)
+
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with atomic_directory(tmp_path / "result") as temporary:
+        (temporary / "file").write_text("whole")
+    with atomic_file(tmp_path / "result" / "file") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "result" / "file").read_text() == "new"
+    problem = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"), atomic_file(tmp_path / "result" / "file") as temporary:
+        temporary.write_text("lost")
+    assert (tmp_path / "result" / "file").read_text() == "new"
 
 
 def test_an_existing_directory_keeps_its_other_files_and_gets_config_json_last(tmp_path, monkeypatch):

@@ -446,6 +446,7 @@ def test_a_tokenizer_of_a_vocab_txt_alone(settings, gpt2, tmp_path, convert):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer("To be")["input_ids"] == transformers.BertTokenizer.from_pretrained(gpt2)("To be")["input_ids"]
     assert tokenizer.model_max_length == 32
+    ScratchGPTForCausalLM.from_pretrained(tmp_path / "ours").generate(**tokenizer("to", return_tensors="pt"), max_new_tokens=1)
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 2])

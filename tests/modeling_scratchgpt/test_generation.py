@@ -222,13 +222,15 @@ def test_padding_uses_no_learned_positions():
         generate(model, prompts(1, 31), max_new_tokens=35, past_key_values=cache)
 
 
-def test_the_default_length_of_a_pipeline_ends_at_the_last_learned_position(tokenizer, caplog, monkeypatch):
+def test_default_lengths_end_at_the_last_learned_position(tokenizer, caplog, monkeypatch):
+    """Of a pipeline, and of `transformers serve`, which asks for 1,024 tokens."""
     model = shaken(ScratchGPTForCausalLM(ScratchGPTConfig(**{**TINY, "eos_token_id": None})))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (output,) = pipe("to be", return_tensors=True)
     assert len(output["generated_token_ids"]) == 65
     assert "generation stops after 63 new tokens, at the model's last learned position" in caplog.text
+    assert generate(model, prompts(1, 2), max_new_tokens=1024).shape == (1, 65)
     with pytest.raises(ValueError, match="2 tokens and 100 new ones exceed the 64 learned positions"):
         pipe("to be", max_new_tokens=100)
 
@@ -327,6 +329,13 @@ def test_packed_layers_compute_the_same_and_are_removed(packing_is, tiny_model, 
 
 @torch.no_grad()
 def test_only_plain_float32_layers_are_packed(tiny_model):
+    """None if results must be repeatable, since a clock chooses."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with packed_linears(tiny_model):
+            assert not wrapped(tiny_model)
+    finally:
+        torch.use_deterministic_algorithms(False)
     tiny_model.bfloat16()
     with packed_linears(tiny_model):
         assert not wrapped(tiny_model)

@@ -12,7 +12,15 @@ import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
-from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import modeling_scratchgpt
 from modeling_scratchgpt import (
@@ -22,6 +30,7 @@ from modeling_scratchgpt import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
+from modeling_scratchgpt.attention import eager_attention_forward
 from modeling_scratchgpt.interchange import HEADS
 from tests.conftest import TINY, shaken
 
@@ -233,7 +242,7 @@ def test_who_gets_logits(tmp_path):
     gpt2 = GPT2LMHeadModel(GPT2Config(**TINY)).train()
     assert gpt2(ids, labels=ids).logits is not None
     gpt2.save_pretrained(tmp_path / "gpt2")
-    ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2").save_pretrained(tmp_path / "ours")
+    ScratchGPTForCausalLM.from_pretrained(tmp_path / "gpt2", skip_logits=True).save_pretrained(tmp_path / "ours")  # not kept
     for name, skip in (("gpt2", False), ("gpt2", True), ("ours", False), ("ours", True)):
         model = ScratchGPTForCausalLM.from_pretrained(tmp_path / name, **({"skip_logits": True} if skip else {}))
         for training in (True, False):
@@ -341,6 +350,35 @@ def test_packed_documents_do_not_attend_to_each_other(tiny_model, attention, use
     tiny_model.config._attn_implementation = attention  # without a check that flash attention is installed
     together = tiny_model(packed, position_ids=position_ids, use_cache=use_cache).logits
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_lengths_of_the_caller_are_taken(tiny_model, monkeypatch):
+    """As continuous batching passes them: finding them in the positions would read from the device."""
+    AttentionInterface.register("flash_stand_in", flash_stand_in)
+    ids, boundaries = random_ids(1, 9), torch.tensor([0, 4, 9], dtype=torch.int32)
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    expected = tiny_model(ids, position_ids=position_ids).logits
+    tiny_model.config._attn_implementation = "flash_stand_in"
+    monkeypatch.setattr(modeling_scratchgpt.modeling_scratchgpt, "packed_lengths", None)
+    lengths = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 5, "max_length_k": 5}
+    torch.testing.assert_close(tiny_model(ids, position_ids=position_ids, **lengths).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_that_returns_tokens_times_width(tiny_model):
+    """As that of vLLM, which runs models of transformers."""
+
+    def flat(module, query, *args, **kwargs):
+        output, _ = eager_attention_forward(module, query, *args, **kwargs)
+        return output.reshape(-1, output.shape[-2] * output.shape[-1]), None
+
+    AttentionInterface.register("flat", flat)
+    AttentionMaskInterface.register("flat", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    ids = random_ids(2, 9)
+    expected = tiny_model(ids).logits
+    tiny_model.set_attn_implementation("flat")
+    torch.testing.assert_close(tiny_model(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

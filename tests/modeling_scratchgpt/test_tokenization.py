@@ -299,6 +299,8 @@ def test_report_by_hand(kinds):
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (17 / 5, 5 / 4, 1 / 5)
     report = tokenizer_report(kinds["bpe"], iter(["\x00 \x01"]))
     assert (report.bytes_per_token, report.tokens_per_word, report.unknown_share) == (1, 3 / 2, 0)
+    kinds["bpe"](["a b"], truncation=True, max_length=1)  # which sets the state that the next calls begin with
+    assert tokenizer_report(kinds["bpe"], iter(["\x00 \x01"])).bytes_per_token == 1
     with pytest.raises(ValueError, match="the first 1000 texts have no words"):
         tokenizer_report(kinds["bpe"], ["", " \n"])
 

@@ -106,6 +106,24 @@ def test_help_shows_the_files_values(tmp_path, capsys):
     assert "(default: 77)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("eps", ["1e-6", "1.0e-6", "0.000001"])
+def test_numbers_and_nested_fields_of_a_model(tmp_path, eps):
+    text = f"model:\n  norm_eps: {eps}\n  eos_token_id: [1, 2]\n  position_embedding_type: rotary\n"
+    text += "  rope_parameters: {rope_type: linear, rope_theta: 1e4, factor: 2.0}\n"
+    for fields in (
+        parse(tmp_path, text).model,
+        [
+            "position_embedding_type=rotary",
+            "eos_token_id=[1, 2]",
+            f"norm_eps={eps}",
+            "rope_parameters={rope_type: linear, rope_theta: 1e4, factor: 2.0}",
+        ],
+    ):
+        config = model_config(fields, vocab_size=300, context_length=32)
+        assert (config.norm_eps, config.eos_token_id) == (1e-6, [1, 2])
+        assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
 def test_presets_and_values_of_all_types():
     words = ["preset=124M", "qk_norm=true", "attention_dropout=0.1", "norm_type=rmsnorm", "head_dim=null", "n_layer=2"]
     config = model_config(words, vocab_size=300, context_length=32)

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import Processes, on_two_processes
 from tests.training.conftest import PRETRAIN, ROOT, SMALL, rows, run_module, run_program
 from training import pretrain
+from training.engine.checkpoints import find_checkpoint
 from training.errors import UserError
 
 # Dropout, so that random numbers matter; accumulation, so that a step is more than a batch.
@@ -80,6 +81,21 @@ def test_a_stopped_and_killed_run_ends_as_if_uninterrupted(straight, book, tmp_p
     second.wait(-signal.SIGKILL)
     pretrain.main([*options, "--resume"])
     assert results(folder) == results(straight)
+
+
+def test_a_run_whose_output_is_no_longer_read_is_saved(book, tmp_path):
+    """Ctrl-C also ends the `tee` that reads the output."""
+    folder = tmp_path / "run"
+    options = ["--dataset", book, *SMALL, "--max_steps", "9999", "--eval_steps", "1", "--save_steps", "9999"]
+    command = [sys.executable, PRETRAIN, *options, "--output_dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if line.startswith(b"step 3:"):
+                break
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.wait(100)
+    assert find_checkpoint(folder / "checkpoints", pytest.fail)[1]["step"] >= 3
 
 
 def test_a_run_whose_launcher_is_stopped(straight, book, tmp_path):

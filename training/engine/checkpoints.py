@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,11 @@ def save_checkpoint(
             (temporary / STATE).write_text(json.dumps({**state, "param_groups": moments["param_groups"]}))
             digests = _start_digests(temporary, pool, digests)
             (temporary / MANIFEST).write_text(json.dumps({name: digest.result() for name, digest in digests.items()}))
-        paths = _checkpoints(directory)
+        paths = [each for each in _checkpoints(directory) if each <= path]  # later ones are damaged
         best = min(paths, key=_eval_loss)
-        for path in paths[:-save_total_limit]:
-            if path != best or _eval_loss(path) == math.inf:
-                shutil.rmtree(path, ignore_errors=True)
+        for old in paths[:-save_total_limit]:
+            if old != best or _eval_loss(old) == math.inf:
+                shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -102,6 +103,13 @@ def find_checkpoint(directory: Path, warn: Callable[[str], None], best: bool = F
             reason = f"{type(error).__name__}: {error}"
         warn(f"{path} is damaged ({reason}): trying another one.")
     return None
+
+
+def latest_state(directory: Path) -> dict[str, Any]:
+    """The state of the latest checkpoint, which is not verified; empty if there is none, or it cannot be read."""
+    with suppress(OSError, ValueError, IndexError):
+        return json.loads((_checkpoints(directory)[-1] / STATE).read_text())
+    return {}
 
 
 def load_checkpoint(path: Path, state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -20,7 +20,7 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, broadcas
 from transformers import PreTrainedModel
 
 from training.engine.flops import measured_peak
-from training.engine.machine import available_cores, has_fast_bfloat16, missing_compiler
+from training.engine.machine import available_cores, device_name, has_fast_bfloat16, missing_compiler
 from training.engine.run_folder import LOGS
 from training.errors import UserError, explain_errors
 
@@ -36,13 +36,16 @@ TIMEOUT = timedelta(hours=24)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
-def start_accelerator(report_to: str = "none", output_dir: Path | None = None, precision: str = "auto") -> Accelerator:
+def start_accelerator(
+    report_to: str = "none", output_dir: Path | None = None, precision: str = "auto", earlier: dict[str, str] | None = None
+) -> Accelerator:
     """Accelerate, with each batch split over the processes, so that their number changes the speed and not the result.
 
     Args:
         report_to: the tracker that receives the metrics; `auto` is tensorboard if it is installed.
         output_dir: trackers that write files do so in its directory `logs`.
         precision: of the matrix products; see `choose_precision`.
+        earlier: the `chosen_settings` of the run to resume.
 
     Raises:
         UserError: a tracker that is not installed; several processes where Accelerate sees one; see also `choose_precision`.
@@ -59,7 +62,7 @@ def start_accelerator(report_to: str = "none", output_dir: Path | None = None, p
     is_without_gpu = started > 1 and not is_configured and (device is None or device.type == "mps")  # of one process only
     cpu = is_without_gpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state()  # an earlier run in this process, such as a notebook, may have had another precision
-    chosen_precision = [choose_precision(precision, PartialState(cpu, timeout=TIMEOUT).device.type)]
+    chosen_precision = [choose_precision(precision, PartialState(cpu, timeout=TIMEOUT).device.type, earlier)]
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=broadcast_object_list(chosen_precision)[0],  # a measurement may differ between processes
@@ -93,7 +96,13 @@ def keep_float32_sums(accelerator: Accelerator) -> None:
         fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
 
-def choose_precision(asked: str, device_type: str) -> str:
+def chosen_settings(accelerator: Accelerator) -> dict[str, str]:
+    """The device, and what was chosen for it: a run that is resumed on the same one chooses the same, whatever it measures."""
+    backend = accelerator.state.dynamo_plugin.backend.value
+    return {"device": device_name(accelerator.device.type), "precision": accelerator.mixed_precision, "backend": backend}
+
+
+def choose_precision(asked: str, device_type: str, earlier: dict[str, str] | None = None) -> str:
     """Accelerate's name of the precision: of an Accelerate config, of `--precision`, or with `auto` bfloat16 where it is fast.
 
     Raises:
@@ -107,6 +116,8 @@ def choose_precision(asked: str, device_type: str) -> str:
     if precision == "fp16" and device_type == "cpu":
         raise UserError("float16 needs a GPU, and this run uses the CPU: pass --precision auto, float32 or bfloat16.")
     is_open = asked == "auto" and launched == "no" and "ACCELERATE_USE_DEEPSPEED" not in os.environ  # it has its own setting
+    if is_open and earlier and earlier["device"] == device_name(device_type):
+        return earlier["precision"]
     return "bf16" if is_open and has_fast_bfloat16(device_type) else precision
 
 
@@ -139,16 +150,22 @@ def sdpa_attention(model: Any) -> Iterator[None]:
             model.set_attn_implementation(chosen)
 
 
-def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float) -> None:
+def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float, earlier: dict[str, str] | None = None) -> None:
     """Let Accelerate compile the model: if its config says so, with `--torch_compile true`, or with `auto` if it saves time.
+
+    Args:
+        earlier: the `chosen_settings` of the run to resume.
 
     Raises:
         UserError: the option contradicts the config.
     """
     plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
+    is_open = plugin.backend == DynamoBackend.NO
+    if earlier and is_open and asked == "auto" and {**earlier, "backend": "NO"} == chosen_settings(accelerator):
+        plugin.backend = DynamoBackend(earlier["backend"])
+    elif is_open and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
         plugin.backend = DynamoBackend.INDUCTOR
-    elif plugin.backend != DynamoBackend.NO and asked == "false":
+    elif not is_open and asked == "false":
         chosen = f"Accelerate's config or command line has chosen dynamo_backend {plugin.backend.value}"
         raise UserError(f"--torch_compile false: {chosen}: change it, or pass --torch_compile auto.")
     if plugin.backend == DynamoBackend.INDUCTOR and (missing := missing_compiler(accelerator.device.type)):

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ def training_steps(
         first_step: its number; above 1 for a resumed run, whose dataloader begins there.
 
     Raises:
-        UserError: the loss is not finite, or the optimizers are out of memory, which smaller batches do not change.
+        UserError: the loss or a gradient is not finite; the optimizers are out of memory, which smaller batches do not change.
     """
     batches = iter(dataloader)
     for number in itertools.count(first_step):
@@ -78,16 +78,23 @@ def training_steps(
                 loss = model(**batch, num_items_in_batch=items, use_cache=False, **options).loss * accelerator.num_processes
                 accelerator.backward(loss)
             step_loss += loss.detach()
+        mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
+        check_finite(number, "loss", mean_loss)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
+        if not accelerator.scaler:  # which skips the step
+            check_finite(number, "gradient norm", grad_norm)
         rates = set_learning_rates(optimizers, lr_factor(number - 1, arguments))
         with explain_out_of_memory("choose a smaller model, or divide it over several GPUs with FSDP2"):
             step_all(accelerator, optimizers)
-        mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
-        if not math.isfinite(mean_loss):
-            remedy = "Lower --learning_rate and --muon_learning_rate, then --weight_decay."
-            resume = "To resume it, delete the checkpoints of the steps with high losses."
-            raise UserError(f"the loss of step {number} is {mean_loss}: the run has diverged. {remedy} {resume}")
         yield Step(number, mean_loss, grad_norm, int(tokens), time.perf_counter() - start, **rates)
+
+
+def check_finite(number: int, name: str, value: float) -> None:
+    """Raise `UserError` if the loss or the gradient norm of a step is not finite."""
+    if not math.isfinite(value):
+        remedy = "Lower --learning_rate and --muon_learning_rate, then --weight_decay."
+        resume = "To resume it, delete the checkpoints of the steps with high losses."
+        raise UserError(f"the {name} of step {number} is {value}: the run has diverged. {remedy} {resume}")
 
 
 def step_all(accelerator: Accelerator, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -117,7 +124,8 @@ def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 class GracefulShutdown:
     """Within this context, SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C ends it.
 
-    SIGHUP (a closed terminal) and SIGUSR1 (SLURM, before the time limit) do the same. Only a main thread receives signals.
+    SIGHUP (a closed terminal) and SIGUSR1 (SLURM, before the time limit) do the same. A signal that is ignored stays so, such
+    as SIGHUP under nohup. Only a main thread receives signals.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
@@ -128,7 +136,8 @@ class GracefulShutdown:
     def __enter__(self) -> "GracefulShutdown":
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         is_main = threading.current_thread() is threading.main_thread()
-        self.previous = {number: signal.signal(number, self._receive) for number in (numbers if is_main else ())}
+        handled = [number for number in numbers if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -141,7 +150,17 @@ class GracefulShutdown:
             with suppress(OSError):
                 os.write(2, b"\nStopping after this step and saving a checkpoint. Ctrl-C stops at once.\n")
         self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self.previous:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextmanager
+    def output(self) -> Iterator[None]:
+        """Within this context, errors are ignored after a signal, which may also have ended what reads the output."""
+        try:
+            yield
+        except OSError:
+            if not self.received:
+                raise
 
     def requested(self) -> bool:
         """True if any process has received a signal; all processes must call it, and get the same answer."""

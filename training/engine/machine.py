@@ -19,7 +19,7 @@ FAST = 1.5  # times the speed of float32, from which products in bfloat16 are wo
 
 def available_cores() -> int:
     """The number of physical cores, within the affinity mask, the container's quota and `OMP_THREAD_LIMIT`."""
-    limits = [psutil.cpu_count(logical=False) or 1]
+    limits = [psutil.cpu_count(logical=False) or os.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
     limits += [math.ceil(int(quota) / int(period)) for quota, period in _limits("cpu.max")]
@@ -57,6 +57,14 @@ def _bfloat16_speedup(side: int) -> float:
             matrix @ matrix
             seconds[index] = min(seconds[index], perf_counter() - start)
     return seconds[0] / seconds[1]
+
+
+def device_name(device_type: str) -> str:
+    """The name of a GPU, or the instructions of a CPU that torch uses."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    capabilities = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+    return " ".join([device_type, *sorted(name for name, value in capabilities.items() if value is True)])
 
 
 def float32_name(device_type: str) -> str:

@@ -71,8 +71,8 @@ def make_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[l
     for text in texts:
         head, newline, _ = text[:PROMPT_CHARACTERS].rpartition("\n")
         opening = head + newline if head else text[:PROMPT_CHARACTERS].rpartition(" ")[0]  # whole lines, or whole words
-        encoded = tokenizer.backend_tokenizer.encode(opening or text[:PROMPT_CHARACTERS], add_special_tokens=False)
-        prompts.append([*bos, *encoded.ids])
+        encoded: Any = tokenizer(opening or text[:PROMPT_CHARACTERS], add_special_tokens=False)
+        prompts.append([*bos, *encoded["input_ids"]])
     return prompts
 
 

@@ -50,9 +50,8 @@ class RunFolder:
         Raises:
             UserError: the directory is not empty, is not a directory, or cannot be written; another run is writing there.
         """
-        if not self._check_writable() or (not resume and self._remove_unused()):
-            return
-        if resume and (self.path / METRICS).exists():
+        resumes = resume and (self.path / METRICS).exists()
+        if not self._check_writable() or resumes or self._remove_unused():
             return
         if (self.path / "config.json").exists():
             problem = "already contains a finished model: pass another --output_dir, or move it"

@@ -22,7 +22,7 @@ from training.data.datasets import shard_dataloader
 from training.engine.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from training.engine.consistency import Start, weights_digest
 from training.engine.flops import measured_peak
-from training.engine.launch import start_trackers
+from training.engine.launch import chosen_settings, start_trackers
 from training.engine.loop import GracefulShutdown, Step, training_steps
 from training.engine.optimizers import build_optimizers
 from training.engine.report import ProgressBar, duration
@@ -163,13 +163,15 @@ class _Run(Generic[Metrics]):
                     self.run_folder.log_evaluation(step.number, metrics)
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
                 if self.evaluated:
-                    bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
+                    with shutdown.output():
+                        bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0 or self._is_old():
                     self._save()
                 if is_last:
                     return
                 if stop_requested:
-                    bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
+                    with shutdown.output():
+                        bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
                     self.accelerator.end_training()
                     sys.exit(130)
 
@@ -245,6 +247,7 @@ class _Run(Generic[Metrics]):
             "frozen": self.frozen,
             "data": self.task.data_digest,
             "loss_scale": self.accelerator.scaler and self.accelerator.scaler.state_dict(),  # of float16
+            "chosen": chosen_settings(self.accelerator),
         }
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
         save_model = partial(self.task.save_model, self.model)

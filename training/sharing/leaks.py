@@ -15,11 +15,14 @@ from training.errors import UserError
 
 Files = Mapping[str, Path | bytes]  # name in the repository -> local file, or content
 
-# A token starts a word, or follows an escape sequence of JSON.
-SECRET = re.compile(
-    rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4}))(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[pousr]_\w{30,}|github_pat_\w{30,}"
-    rb"|AKIA[0-9A-Z]{16}\b|xox[abpr]-[\w-]{10,}|AIza[\w-]{35})|-----BEGIN [A-Z ]*PRIVATE KEY"
+ESCAPE = rb"(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})|(?<=%[0-9A-F]{2})"  # of JSON or of an address: a word may follow
+TOKENS = (
+    *(rb"hf_[A-Za-z0-9]{30,}", rb"sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}", rb"[sr]k_live_\w{20,}", rb"gh[pousr]_\w{30,}"),
+    *(rb"github_pat_\w{30,}", rb"glpat-[\w-]{20,}", rb"npm_\w{36}", rb"pypi-AgE[\w-]{50,}", rb"A(?:KI|SI)A[0-9A-Z]{16}\b"),
+    *(rb"xox[abepr]-[\w-]{10,}", rb"AIza[\w-]{35}", rb"GOCSPX-[\w-]{20,}"),
 )
+SECRET = re.compile(rb"(?:(?<![A-Za-z0-9])|%b)(?:%b)|-----BEGIN [A-Z ]*PRIVATE KEY" % (ESCAPE, b"|".join(TOKENS)))
+REVOKE = "remove and revoke it"
 SECRET_NAMES = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")
 
 
@@ -29,15 +32,20 @@ def check_leaks(files: Files) -> None:
     Raises:
         UserError: a file contains one; its content is not repeated.
     """
-    own = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 8]
-    secrets = [SECRET, *(re.compile(re.escape(it)) for value in (*own, get_token() or "") if value for it in _encodings(value))]
-    paths = [re.compile(re.escape(it) + _path_end(path)) for path in _local_paths(files) for it in _encodings(path)]
+    variables = {name: value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 8}
+    remedy = f"{REVOKE}, or unset the variable if it is no secret"
+    own = {f"the value of ${name}": (value, remedy) for name, value in variables.items()}
+    own |= {"your token of the Hub": (token, REVOKE)} if (token := get_token()) else {}
+    patterns = [(SECRET, "what looks like a token or a key", REVOKE)]
+    patterns += [(re.compile(re.escape(it)), kind, remedy) for kind, (value, remedy) in own.items() for it in _encodings(value)]
+    paths = [_path_pattern(it, path) for path in _local_paths(files) for it in _encodings(path)]
+    patterns += [(pattern, "a path of this machine", "remove it") for pattern in paths]
     for name, file in files.items():
         content = file if isinstance(file, bytes) else _read_content(file)
-        if any(secret.search(content) for secret in secrets):
-            raise UserError(f"{name} contains what looks like a token or a key; nothing was uploaded: remove and revoke it.")
-        if any(path.search(content) for path in paths):
-            raise UserError(f"{name} contains a path of this machine; nothing was uploaded: remove it.")
+        for pattern, kind, remedy in patterns:
+            if found := pattern.search(content):
+                line = content.count(b"\n", 0, found.start()) + 1
+                raise UserError(f"{name} contains {kind}, in line {line}; nothing was uploaded: {remedy}.")
 
 
 def _local_paths(files: Files) -> set[str]:
@@ -46,9 +54,11 @@ def _local_paths(files: Files) -> set[str]:
     return {str(path) for path in (Path.home(), Path.cwd(), *parents)} - {os.sep}
 
 
-def _path_end(path: str) -> bytes:
-    """A pattern for the end of a path: `/home/ann` is not in `/home/anna`, and of `/root` or `/app` only paths below count."""
-    return rb"[/\\]\w" if len(Path(path).parts) == 2 else rb"(?![\w.-])"
+def _path_pattern(encoded: bytes, path: str) -> re.Pattern[bytes]:
+    """A pattern for a path: `/home/ann` is not in `/home/anna`; of `/root` or `/app` only paths below count, that begin so."""
+    if len(Path(path).parts) == 2:
+        return re.compile(rb"(?:(?<![\w.~-])|%b)%b[/\\]\w" % (ESCAPE, re.escape(encoded)))
+    return re.compile(re.escape(encoded) + rb"(?![\w.-])")
 
 
 def _encodings(text: str) -> Iterator[bytes]:

@@ -40,9 +40,9 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    def save(self, folder: Path, eval_loss: float = 1.0) -> None:
+    def save(self, folder: Path, eval_loss: float = 1.0, limit: int = 2) -> None:
         state = {"step": self.done, "eval_loss": eval_loss}
-        save_checkpoint(folder, Accelerator(), self.model, self.optimizers, state, 2, self.save_model)
+        save_checkpoint(folder, Accelerator(), self.model, self.optimizers, state, limit, self.save_model)
 
     def save_model(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         self.model.save_pretrained(directory, state_dict=weights)
@@ -74,6 +74,21 @@ def test_a_resumed_run_has_the_same_weights(tiny_config, tmp_path, optimizer, ti
     resumed.load(*find_checkpoint(tmp_path, print))
     resumed.train(5)
     assert_equal(resumed.weights(), straight.weights())
+
+
+def test_a_damaged_checkpoint_does_not_displace_later_ones(tiny_config, tmp_path):
+    """Of the same steps, which are taken again; although its loss was the lowest."""
+    run = Run(tiny_config, "adamw")
+    for _ in range(2):
+        run.train(2)
+        run.save(tmp_path, eval_loss=3.0 - run.done / 2)
+    (tmp_path / "step-00000004" / "optimizer.safetensors").unlink()
+    run.load(*find_checkpoint(tmp_path, print))
+    run.train(1)
+    for limit in (2, 1):
+        run.save(tmp_path, eval_loss=2.5, limit=limit)
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == ["step-00000002", "step-00000003", "step-00000004"]  # the best, and the latest; the damaged one stays
 
 
 def test_the_model_is_hashed_while_the_optimizer_is_written(tiny_config, tmp_path, monkeypatch):
@@ -165,6 +180,22 @@ def test_signals_request_a_stop():
             with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C
                 os.kill(os.getpid(), signal.SIGINT)
     assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """As SIGHUP under nohup, and SIGINT in the background of a script."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        with GracefulShutdown(Accelerator()) as shutdown:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not shutdown.requested()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert shutdown.requested()
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_thread_trains_without_signals():

@@ -67,6 +67,24 @@ def test_precision(monkeypatch, asked, launched, device, is_fast, expected):
         assert choose_precision(asked, device) == expected
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_resumed_run_chooses_as_before_on_the_same_device(monkeypatch, is_fast):
+    """What it measures varies. On another device it chooses anew, and other options and configs count."""
+    monkeypatch.setattr(launch, "has_fast_bfloat16", lambda device: is_fast)
+    monkeypatch.setattr(launch, "compiling_pays", lambda accelerator, flops: not is_fast)
+    monkeypatch.setattr(launch, "missing_compiler", lambda device: "")
+    earlier = {**launch.chosen_settings(start_accelerator()), "precision": "bf16", "backend": "INDUCTOR"}
+    accelerator = start_accelerator(earlier=earlier)
+    choose_compiler(accelerator, "auto", 1, earlier)
+    assert launch.chosen_settings(accelerator) == earlier
+    assert start_accelerator(precision="float32", earlier=earlier).mixed_precision == "no"
+    other = {**earlier, "device": "another"}
+    accelerator = start_accelerator(earlier=other)
+    choose_compiler(accelerator, "auto", 1, other)
+    expected = {"precision": "bf16" if is_fast else "no", "backend": "NO" if is_fast else "INDUCTOR"}
+    assert launch.chosen_settings(accelerator) == {"device": earlier["device"], **expected}
+
+
 def test_runs_of_one_process_may_differ_in_precision():
     """A notebook; Accelerate keeps the state of its first run."""
     matrix = torch.ones(2, 2)

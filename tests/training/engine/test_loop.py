@@ -99,6 +99,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model):
         train(tiny_model, batches(2))
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tiny_model):
+    tiny_model.lm_head.weight.register_hook(lambda gradient: gradient.fill_(math.nan))
+    before = copy.deepcopy(tiny_model.state_dict())
+    with pytest.raises(UserError, match="the gradient norm of step 1 is nan: the run has diverged"):
+        train(tiny_model, batches(2))
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
 def test_the_dropout_of_a_step_does_not_depend_on_the_steps_before(tiny_config):
     tiny_config.hidden_dropout = tiny_config.embedding_dropout = 0.5
     start = ScratchGPTForCausalLM(tiny_config)

@@ -35,8 +35,11 @@ def test_a_directory_in_use_is_refused_with_the_remedy(tmp_path, file, message):
 def test_the_directory_of_a_run_without_a_step_is_used_again(tmp_path, content):
     (tmp_path / "logs").mkdir()
     (tmp_path / "metrics.jsonl").write_text(content)
-    folder(tmp_path).check(resume=True)
+    folder(tmp_path).check(resume=True)  # also of one that was killed before it had metrics, while it prepared the data
     assert (tmp_path / "metrics.jsonl").read_text() == content
+    (tmp_path / "metrics.jsonl").unlink()
+    folder(tmp_path).check(resume=True)
+    (tmp_path / "metrics.jsonl").write_text(content)
     folder(tmp_path).check(resume=False)
     folder(tmp_path).check(resume=False)
     folder(tmp_path).open()

@@ -58,7 +58,7 @@ def write_nan(directory: Path) -> None:
         (write("README.md", "---\nlicense:\n---\n"), "README.md names no licence: pass --license apache-2.0"),
         (write("README.md", "---\nlicense: mit\nbase_model: gpt\n---\n"), "README.md: base_model 'gpt' is not a Hub id"),
         (append("metrics.jsonl", '{"key": "hf_' + "a" * 34 + '"}'), "metrics.jsonl contains what looks like a token or a key"),
-        (append("README.md", "my-own-secret-value"), "README.md contains what looks like a token or a key"),
+        (append("README.md", "my-own-secret-value"), r"README.md contains the value of \$WANDB_API_KEY, in line"),
         (write("mistakes.md", f"{ROOT}/data.csv"), "mistakes.md contains a path of this machine"),
     ],
 )
