@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -54,14 +55,14 @@ def _title_after_loading(browser: str, address: str) -> str:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     title, end = LOADING, time.monotonic() + SECONDS
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        pages = f"http://127.0.0.1:{free.getsockname()[1]}/json/list"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # the browser may still write to it
-        options = [f"--remote-debugging-port={port}", f"--user-data-dir={profile}", *["--no-sandbox"] * is_root]
+        options = [f"--remote-debugging-port={urlsplit(pages).port}", f"--user-data-dir={profile}", *["--no-sandbox"] * is_root]
         command = [browser, *FLAGS, *options, address]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while title in (LOADING, "", urlsplit(address).netloc) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
-                with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/json/list") as response:
+                with suppress(OSError, ValueError, HTTPException), direct.open(pages) as response:
                     title = next((page["title"] for page in json.load(response) if page["url"] == address), LOADING)
             process.terminate()
     return title

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -99,7 +100,7 @@ class _NumberLoader(yaml.SafeLoader):
     """YAML that also reads `1e-6` as a number, as YAML 1.2 does."""
 
 
-_NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), [*"-+0123456789"])
+_NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
 
 
 class _Parser(HfArgumentParser):
@@ -209,7 +210,7 @@ def _as_yaml(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {_as_yaml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_as_yaml, value)) + "]"
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value) if re.fullmatch(r"[\w.+-]+", str(value)) else json.dumps(value)
 
 
 def model_option() -> Any:

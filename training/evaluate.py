@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
+from modeling_scratchgpt import ScratchGPTForCausalLM
 from training.cli import option, parse_arguments, run_main
 from training.data.corpora import CorpusArguments, check_corpora, read_corpora, split_documents
 from training.data.datasets import evaluation_dataloader, evaluation_rows
@@ -40,7 +41,7 @@ from training.engine.pretrained import load_model_and_tokenizer
 from training.engine.run_folder import CARD
 from training.errors import UserError, explain_out_of_memory
 
-LONG = 2048  # tokens, with which the logits of a large vocabulary still fit into memory
+LONG = 2048  # tokens, with which the logits of a large vocabulary still fit into memory; a ScratchGPT materializes none
 
 
 @dataclass
@@ -48,7 +49,9 @@ class EvaluateArguments(CorpusArguments):
     config: str = option("", "YAML file with values for any of these arguments")
     model: str = option("", "directory or Hub id of a causal language model; also the first word of the command line")
     split: str = option("all", "part of the corpus, split as training/pretrain.py does", choices=["all", *SPLITS])
-    context_length: int = option(0, f"tokens per window; 0: the model's maximum, but at most {LONG:,}", minimum=0)
+    context_length: int = option(
+        0, f"tokens per window; 0: the model's maximum, but at most {LONG:,} if it is no ScratchGPT", minimum=0
+    )
     windows: str = option(
         "auto",
         "ordered: windows across documents; packed: each document by itself; auto: as the model of this directory was trained",
@@ -77,8 +80,9 @@ def _choose_windows(arguments: EvaluateArguments, name: str, model: PreTrainedMo
 
 def _window_sizes(arguments: EvaluateArguments, model: PreTrainedModel) -> tuple[int, int]:
     """Context length and stride, with the default filled in."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context_length = arguments.context_length or min(limit or LONG, LONG)
+    limit = max(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0, 0)  # XLNet's is -1
+    longest = limit or LONG if isinstance(model, ScratchGPTForCausalLM) else min(limit or LONG, LONG)
+    context_length = arguments.context_length or longest
     if limit and context_length > limit:
         raise UserError(f"--context_length {context_length} is longer than the model's {limit} positions: lower it.")
     if arguments.stride > context_length:

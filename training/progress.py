@@ -33,6 +33,8 @@ def is_interactive() -> bool:
 
 def bar_options(hidden: bool = False) -> dict[str, Any]:
     """Arguments for tqdm; without `disable` if it is shown, so that the variable `TQDM_DISABLE` counts."""
-    if hidden or is_interactive():
-        return {"disable": True} if hidden else {}
+    if hidden or sys.stderr is None:
+        return {"disable": True}
+    if is_interactive():
+        return {}
     return {"file": _Lines(sys.stderr), "bar_format": LINE, "mininterval": SECONDS, "delay": SECONDS}

@@ -27,7 +27,7 @@ from training.engine.arguments import check_engine
 from training.engine.checkpoints import full_state_dict, latest_state
 from training.engine.consistency import Start, check_processes, find_start, launcher_settings, weights_digest
 from training.engine.launch import PRECISIONS, choose_attention, choose_compiler, start_accelerator, start_trackers
-from training.engine.machine import float32_name
+from training.engine.machine import float32_name, has_fast_bfloat16
 from training.engine.report import draw_loss
 from training.engine.run_folder import ADAPTER, CHECKPOINTS, CURVE, RunFolder
 from training.engine.train import Metrics, Task, TrainResult, train
@@ -113,8 +113,7 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     model = recipe.build_model()
     check_processes(accelerator, recipe.digests(model))
     batch = next(iter(recipe.train_dataloader()))
-    earlier = start.checkpoint[1].get("chosen") if start.checkpoint else None
-    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch), earlier)
+    choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch), start.chosen)
     choose_attention(accelerator, model, batch)
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
     with explain_out_of_memory():
@@ -195,7 +194,9 @@ def hardware(accelerator: Accelerator, precision: str) -> str:
     names = {value: name for name, value in PRECISIONS.items()} | {"no": float32_name(kind)}
     name = names.get(mixed, "float8")
     if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-        name += f" (auto: the device is {'not ' if mixed == 'no' else ''}fast in bfloat16)"
+        is_fast = has_fast_bfloat16(kind)
+        reason = f"the device is {'' if is_fast else 'not '}fast in bfloat16" if is_fast == (mixed == "bf16") else "as before"
+        name += f" (auto: {reason})"
     compiled = "" if settings["dynamo_backend"] == "no" else f", compiled by {settings['dynamo_backend']}"
     sharding = f" ({settings['distributed_type']})" if settings["distributed_type"] in ("fsdp", "deepspeed") else ""
     processes = f"processes: {settings['num_processes']}{sharding}, threads per process: {torch.get_num_threads()}"

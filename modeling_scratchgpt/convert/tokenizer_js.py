@@ -39,6 +39,7 @@ def check_tokenizer_js(tokenizer: Any) -> None:
     words = _parts(content["pre_tokenizer"])
     splits = [each for each in words if each["type"] == "Split"]
     found += [f"Split {each['behavior']}" for each in splits if each["behavior"] not in ("Isolated", "Removed")]
+    found += ["inverted Split" for each in splits if each["invert"] and each["behavior"] == "Isolated"]
     found += [f"flag in {pattern}" for each in splits if FLAGS.search(pattern := each["pattern"].get("Regex", ""))]
     found += ["add_prefix_space" for each in words if each.get("add_prefix_space")]
     found += [f"the model's {name}" for name in ("byte_fallback", "dropout") if content["model"].get(name)]

@@ -5,7 +5,7 @@ const TEXTS = { // labels of the text box, the button and the output
     completion: ["Beginning of a text", "Continue", "Completion"],
     classifier: ["Text", "Classify", "Classes"],
 };
-const isTouch = matchMedia("(pointer: coarse)").matches; // its keyboard has no Shift+Enter
+const isTouch = matchMedia("(pointer: coarse)").matches && !matchMedia("(any-pointer: fine)").matches; // without Shift+Enter
 const DEFAULTS = { temperature: 1, top_k: 50, top_p: 1, repetition_penalty: 1, max_new_tokens: 128 };
 let kind = "", conversation = [], isRunning = false, numInspections = 0;
 

@@ -14,7 +14,7 @@ const RUNTIMES = {
 };
 const PROBE_LENGTH = 10;
 const WEBGPU_TOLERANCE = 0.02; // relative to the largest logit; wrong kernels are off by more than that
-const CACHE = "transformers-cache"; // of the library
+const CACHE = "scratchgpt"; // not the library's, in which other pages may have their models
 const MAX_INSPECTED_TOKENS = 1024, MAX_ATTENTION_TOKENS = 40;
 
 let library, tokenizer, model, config, vocabulary, stopper, isClassifier, isChat, isByteLevel, contextLength;
@@ -45,6 +45,7 @@ async function loadLibrary(runtime, report) {
     library = await import(moduleURL(source));
     const { env } = library, isProbe = (options) => options.headers.has("range"); // asks whether a file exists
     Object.assign(env.backends.onnx.wasm, { wasmBinary, wasmPaths: { mjs: moduleURL(factory) } });
+    env.cacheKey = CACHE;
     env.useWasmCache = false; // the browser's cache has these files
     env.logLevel = library.LogLevel.ERROR;
     env.fetch = async (url, options) => {
@@ -124,10 +125,14 @@ const nextTask = () => new Promise((resolve) => {
     port2.postMessage(null);
 });
 
+function known(ids) {
+    if (ids.includes(undefined)) throw new Explained("The text has characters that the tokenizer of this model does not know.");
+    return ids;
+}
+
 // The text of a chat already has its special tokens, written by the chat template. An empty text becomes the BOS token.
 function encode(text) {
-    const ids = tokenizer(text, { add_special_tokens: !isChat, return_tensor: false }).input_ids;
-    if (ids.includes(undefined)) throw new Explained("The text has characters that the tokenizer of this model does not know.");
+    const ids = known(tokenizer(text, { add_special_tokens: !isChat, return_tensor: false }).input_ids);
     if (ids.length) return ids;
     if (tokenizer.bos_token_id === undefined) throw new Explained("Type something first: this model has no BOS token to start from.");
     return [tokenizer.bos_token_id];
@@ -153,7 +158,7 @@ function decode(ids) {
 function encodeMessages(messages, maxNewTokens) {
     for (let dropped = 0; ; dropped += 2) {
         const options = { add_generation_prompt: true, return_tensor: false, return_dict: false };
-        const ids = tokenizer.apply_chat_template(messages.slice(dropped), options);
+        const ids = known(tokenizer.apply_chat_template(messages.slice(dropped), options));
         if (ids.length + maxNewTokens <= contextLength || dropped + 2 >= messages.length) return { ids, dropped };
     }
 }

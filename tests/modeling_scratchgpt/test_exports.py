@@ -354,6 +354,7 @@ def test_models_that_onnx_cannot_express_are_refused(fields, expected, save, tmp
         ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), "normalizer Strip"),
         ("pre_tokenizer", pre_tokenizers.Punctuation(), "pre_tokenizer Punctuation"),
         ("pre_tokenizer", pre_tokenizers.Split(" ", "merged_with_next"), "Split MergedWithNext"),
+        ("pre_tokenizer", pre_tokenizers.Split(" ", "isolated", invert=True), "inverted Split"),
         ("pre_tokenizer", pre_tokenizers.Split(Regex("(?m)."), "isolated"), "flag in (?m)."),
     ],
 )

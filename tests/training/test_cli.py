@@ -124,6 +124,12 @@ def test_numbers_and_nested_fields_of_a_model(tmp_path, eps):
         assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
+def test_texts_in_nested_fields_stay_texts(tmp_path):
+    text = 'model:\n  rope_parameters: {rope_type: "a, b: [c", other: 1e5x}\n'
+    with pytest.raises(UserError, match=r"rope_type 'a, b: \[c' is unknown"):
+        model_config([*parse(tmp_path, text).model, "position_embedding_type=rotary"], vocab_size=300, context_length=32)
+
+
 def test_presets_and_values_of_all_types():
     words = ["preset=124M", "qk_norm=true", "attention_dropout=0.1", "norm_type=rmsnorm", "head_dim=null", "n_layer=2"]
     config = model_config(words, vocab_size=300, context_length=32)

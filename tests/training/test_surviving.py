@@ -92,8 +92,8 @@ def test_a_run_whose_output_is_no_longer_read_is_saved(book, tmp_path):
         for line in process.stdout:
             if line.startswith(b"step 3:"):
                 break
-        process.stdout.close()
         process.send_signal(signal.SIGINT)
+        process.stdout.close()
         process.wait(100)
     assert find_checkpoint(folder / "checkpoints", pytest.fail)[1]["step"] >= 3
 

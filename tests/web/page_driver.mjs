@@ -204,7 +204,7 @@ async function failures(browser) {
     await page.locator("#main").waitFor();
     seen.recovered = await page.locator("#facts").innerText();
     await page.evaluate(async () => { // A file in the browser's cache is damaged; another is of an earlier version
-        const cache = await caches.open("transformers-cache"), files = await cache.keys();
+        const cache = await caches.open("scratchgpt"), files = await cache.keys();
         await cache.put(files.find(({ url }) => url.endsWith(".onnx")), new Response("half"));
         await cache.put(new URL("model/old/onnx/model.onnx", location.href), new Response("old"));
     });
@@ -214,7 +214,7 @@ async function failures(browser) {
     await page.locator("#retry").click();
     await page.locator("#main").waitFor();
     seen.again = await page.locator("#facts").innerText();
-    seen.kept = await page.evaluate(async () => (await (await caches.open("transformers-cache")).keys()).map(({ url }) => url));
+    seen.kept = await page.evaluate(async () => (await (await caches.open("scratchgpt")).keys()).map(({ url }) => url));
     const late = (route) => setTimeout(() => route.continue(), 500); // the worker fails before the model is known
     const routes = { "**/worker.js": (route) => route.abort(), "**/model.json": late };
     seen.withoutWorker = await (await openPage(browser, addresses.chat, { routes })).locator("#stage").innerText();

@@ -268,6 +268,7 @@ def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, m
     def start(directory: Path, cdn: str) -> str:
         rules = ["--ignore-certificate-errors", f"--host-resolver-rules=MAP cdn.jsdelivr.net {cdn}"]
         monkeypatch.setattr(check, "FLAGS", [*flags, *rules])
+        monkeypatch.setattr(check, "BROWSERS", ("chromium",))
         return check.check_page(directory)
 
     flags = check.FLAGS
@@ -283,6 +284,7 @@ def test_the_page_is_started_before_an_upload(exports, node_modules, tmp_path, m
     offline = start(exports["chat"], "127.0.0.1:9")
     assert "was not checked in chromium, which got no further than: transformers.min.js from cdn.jsdelivr.net " in offline
     monkeypatch.setattr(check, "BROWSERS", ("missing",))
+    monkeypatch.setattr(check, "MAC_BROWSER", "missing")
     assert check.check_page(broken) == "The page was not started: none of missing was found."
 
 

@@ -12,14 +12,16 @@ import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetsError
 
-from training.errors import explain_errors
+from training.errors import UserError, one_line
 
 DOCS_LIBRARIES = ("torch", "transformers", "numpy", "pandas")
 # Tests have poor docstrings, and vendored code has those of other libraries.
@@ -29,18 +31,26 @@ DOCSTRINGS_PER_LIBRARY = 1000  # labelled texts and conversations
 TEXT = Features({"text": Value("string")})
 DOCSTRINGS = Features({name: Value("string") for name in ("library", "module", "signature", "docstring")})
 MAX_PROCESSES = 32  # Windows cannot wait for more than 61
-CACHE_ERRORS = explain_errors(
-    "the docstrings cannot be written to the cache of `datasets`", DatasetsError, ": free some space, or set HF_HOME"
-)
 
 
-@CACHE_ERRORS
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn the errors of `datasets` into a `UserError` with their cause."""
+    try:
+        yield
+    except DatasetsError as error:
+        cause: Any = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        remedy = "if the disk of the cache is full, free some space, or set HF_HOME"
+        raise UserError(f"the built-in docstrings cannot be prepared ({one_line(cause)}): {remedy}.") from error
+
+
+@_errors()
 def read_docs() -> Dataset:
     """Docstrings of the standard library, torch, transformers, numpy and pandas, as one document per module."""
     return Dataset.from_generator(_docs_documents, features=TEXT, gen_kwargs={"entries": read_docstrings()})
 
 
-@CACHE_ERRORS
+@_errors()
 def read_docstrings() -> Dataset:
     """All docstrings, grouped by module, in the order of the source code. The `signature` of a module is empty."""
     roots = {"python": Path(sysconfig.get_paths()["stdlib"])}

@@ -12,19 +12,29 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Features
+from datasets import ClassLabel
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.cli import option
 from training.data.docstrings import DOCSTRINGS_PER_LIBRARY, read_docstrings
 from training.data.encoding import encoding_of
-from training.data.files import TABLE_ENDINGS, Rows, check_columns, get_text, join_texts, number_rows, read_rows, refuse_empty
+from training.data.files import (
+    TABLE_ENDINGS,
+    Rows,
+    check_columns,
+    get_text,
+    join_texts,
+    number_rows,
+    read_rows,
+    refuse_empty,
+    stored_features,
+)
 from training.data.sources import find_splits, hub_splits, is_dataset
 from training.data.splits import SPLITS, SplitArguments, Splits, check_splits, read_given, sample_per_class, split_items
 from training.errors import UserError
@@ -111,9 +121,11 @@ def read_examples(arguments: ExampleArguments) -> Examples:
             the training split; a split would be empty.
     """
     given = read_given(arguments, lambda source: _read_source(source, arguments))
-    train, is_single = given["train"], arguments.problem_type == SINGLE
+    is_single = arguments.problem_type == SINGLE
     if is_single:
-        _check_names(train)
+        given = _name_integers(given)
+        _check_names(given["train"])
+    train = given["train"]
     if arguments.balance == "undersample":
         rarest = min(Counter(example.label for example in train).values())
         given["train"] = _sample_per_label(train, rarest, arguments.split_seed)
@@ -149,7 +161,8 @@ def _read_source(source: str, arguments: ExampleArguments) -> Splits[Example]:
         splits = _hub_rows(source, arguments)
     else:
         files = find_splits(source, TABLE_ENDINGS)
-        splits = {name: chain.from_iterable(_file_rows(path, name, arguments) for path in files[name]) for name in files}
+        rows = partial(_file_rows, arguments=arguments)
+        splits = {name: chain.from_iterable(map(partial(rows, split=name), paths)) for name, paths in files.items()}
     return {name: _examples(rows, arguments) for name, rows in splits.items()}
 
 
@@ -176,14 +189,14 @@ def _hub_rows(source: str, arguments: ExampleArguments) -> dict[str, Rows]:
 
 
 def _file_rows(path: Path, split: str, arguments: ExampleArguments) -> Rows:
-    rows, features = read_rows(path, _columns(arguments), encoding_of(arguments), arguments.columns), {}
-    if path.suffix == ".parquet" and b"huggingface" in ((schema := pq.read_schema(path)).metadata or {}):
-        features = Features.from_arrow_schema(schema)  # written by `datasets`: it has the names of classes
-    return _with_label_names(rows, split, features, arguments)
+    rows = read_rows(path, _columns(arguments), encoding_of(arguments), arguments.columns)
+    return _with_label_names(rows, split, stored_features(path), arguments)
 
 
 def _with_label_names(rows: Rows, split: str, features: dict[str, Any], arguments: ExampleArguments) -> Rows:
-    """Yield rows in which the ids of `ClassLabel` columns, or of lists of them, are replaced by their names."""
+    """Yield rows in which the ids of a `ClassLabel` column, or of lists of them, are replaced by their names."""
+    if arguments.problem_type == REGRESSION or len(arguments.label_column) > 1:  # takes numbers
+        features = {}
     classes = {name: getattr(features[name], "feature", features[name]) for name in arguments.label_column if name in features}
     classes = {column: feature for column, feature in classes.items() if isinstance(feature, ClassLabel)}
     for index, (location, row) in enumerate(rows):
@@ -197,7 +210,9 @@ def _with_label_names(rows: Rows, split: str, features: dict[str, Any], argument
 def _class_name(value: Any, feature: ClassLabel) -> Any:
     if isinstance(value, list):
         return [_class_name(item, feature) for item in value]
-    return None if value in (-1, None) else feature.int2str(value)
+    if value in (-1, None):
+        return None
+    return feature.int2str(value) if value in range(feature.num_classes) else value
 
 
 def _examples(rows: Rows, arguments: ExampleArguments) -> list[Example]:
@@ -211,16 +226,14 @@ def _examples(rows: Rows, arguments: ExampleArguments) -> list[Example]:
         else:
             empty.append(location)
     refuse_empty(empty, f"text under {' and '.join(map(repr, arguments.text_column))}")
-    if arguments.problem_type == SINGLE:
-        return _name_integers(examples)
     return _name_multi_hot(examples) if arguments.problem_type == MULTI and len(arguments.label_column) == 1 else examples
 
 
-def _name_integers(examples: list[Example]) -> list[Example]:
+def _name_integers(splits: Splits[Example]) -> Splits[Example]:
     """Drop the fraction .0, which pandas writes if a value was missing once, if all labels are whole numbers."""
-    if not all(INTEGER.fullmatch(example.label) for example in examples):
-        return examples
-    return [replace(example, label=example.label.removesuffix(".0")) for example in examples]
+    if not all(INTEGER.fullmatch(it.label) for split in splits.values() for it in split):
+        return splits
+    return {name: [replace(it, label=it.label.removesuffix(".0")) for it in split] for name, split in splits.items()}
 
 
 def _as_integer(value: Any) -> Any:

@@ -27,6 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Features
 
 from training.data.encoding import Encoding
 from training.errors import UserError, explain_errors, one_line
@@ -301,7 +302,7 @@ def _expect_object(columns: dict[str, str]) -> str:
 def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, names: Sequence[str] | None) -> Rows:
     csv.field_size_limit(LONGEST_DOCUMENT)  # the default is 131,072 characters
     is_csv = ending(path) == ".csv"  # in TSV, quotes have no special meaning
-    lines: Iterator[str] = chain.from_iterable(_split_at_returns(line) for _, line in read_lines(path, encoding))
+    lines: Iterator[str] = chain.from_iterable(_split_at_returns(line, is_csv) for _, line in read_lines(path, encoding))
     options: Any = {"strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if is_csv:
         first = next(lines, "")
@@ -330,9 +331,13 @@ def _separated_rows(path: Path, columns: dict[str, str], encoding: Encoding, nam
         raise UserError(f"{path}: line {reader.line_num} is not CSV ({error}).") from error
 
 
-def _split_at_returns(line: str) -> Iterable[str]:
-    """Split a line where it has a carriage return, which ends the lines of old spreadsheets for the Mac."""
-    return io.StringIO(line, newline="") if "\r" in line[:-2] else (line,)
+def _split_at_returns(line: str, is_csv: bool) -> Iterable[str]:
+    """Split a line where it has a carriage return, which ends the lines of old spreadsheets for the Mac.
+
+    Not in TSV with other line ends, where it is part of a text: there are no quotes around it.
+    """
+    has_returns = "\r" in line.removesuffix("\n").removesuffix("\r") and (is_csv or not line.endswith("\n"))
+    return io.StringIO(line, newline="") if has_returns else (line,)
 
 
 def _unquote(cells: list[str]) -> list[str]:
@@ -345,6 +350,16 @@ def _quoted(cell: str) -> str:
     text = cell[1:-1]
     is_quoted = len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in text and '"' not in text.replace('""', "")
     return text if is_quoted else ""
+
+
+def stored_features(path: Path) -> dict[str, Any]:
+    """The features that `datasets` has stored in a Parquet file, among them the names of classes; empty for other files."""
+    if ending(path) != ".parquet" or path.suffix.lower() in OPENERS:
+        return {}
+    _refuse_pointer(path)
+    with _system_errors(path), explain_errors(f"{path}: not a Parquet file, or a corrupt one", (pa.ArrowException, ValueError)):
+        schema = pq.read_schema(path)
+        return Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
 
 
 def _parquet_rows(path: Path, columns: dict[str, str], errors: str) -> Rows:

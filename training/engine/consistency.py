@@ -28,6 +28,7 @@ class Start:
     settings: dict[str, Any]  # the arguments that determine the final weights, and what Accelerate's launcher has chosen
     checkpoint: tuple[Path, dict[str, Any]] | None = None  # its directory and state
     changes: list[str] = field(default_factory=list)  # the settings that differ from those of the checkpoint, as text
+    chosen: dict[str, str] | None = None  # the `chosen_settings` of the run, unless another length is requested
     is_finished: bool = False  # True if the model is published, and no other length is requested
 
 
@@ -53,7 +54,8 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     # A run that was extended, and then killed, has checkpoints that are newer than its model.
     is_finished = model.exists() and model.stat().st_mtime > path.stat().st_mtime and not LENGTH & set(changed)
     values = ((name, *(_text(source[name]) for source in (saved, settings))) for name in changed)
-    return Start(settings, found, [f"{name} {before} -> {now}" for name, before, now in values], is_finished)
+    changes = [f"{name} {before} -> {now}" for name, before, now in values]
+    return Start(settings, found, changes, None if LENGTH & set(changed) else state.get("chosen"), is_finished)
 
 
 def launcher_settings(accelerator: Accelerator) -> dict[str, Any]:

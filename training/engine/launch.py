@@ -98,8 +98,12 @@ def keep_float32_sums(accelerator: Accelerator) -> None:
 
 def chosen_settings(accelerator: Accelerator) -> dict[str, str]:
     """The device, and what was chosen for it: a run that is resumed on the same one chooses the same, whatever it measures."""
-    backend = accelerator.state.dynamo_plugin.backend.value
-    return {"device": device_name(accelerator.device.type), "precision": accelerator.mixed_precision, "backend": backend}
+    return {
+        "device": device_name(accelerator.device.type),
+        "distribution": accelerator.distributed_type.value,
+        "precision": accelerator.mixed_precision,
+        "backend": accelerator.state.dynamo_plugin.backend.value,
+    }
 
 
 def choose_precision(asked: str, device_type: str, earlier: dict[str, str] | None = None) -> str:
@@ -161,7 +165,8 @@ def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float, earl
     """
     plugin = accelerator.state.dynamo_plugin
     is_open = plugin.backend == DynamoBackend.NO
-    if earlier and is_open and asked == "auto" and {**earlier, "backend": "NO"} == chosen_settings(accelerator):
+    same = [bool(earlier) and {**(earlier or {}), "backend": "NO"} == chosen_settings(accelerator)]
+    if earlier and is_open and asked == "auto" and broadcast_object_list(same)[0]:  # the processes may have different devices
         plugin.backend = DynamoBackend(earlier["backend"])
     elif is_open and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
         plugin.backend = DynamoBackend.INDUCTOR

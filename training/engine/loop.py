@@ -14,8 +14,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,12 +133,15 @@ class GracefulShutdown:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received = accelerator, False
+        self.previous: dict[int, Any] = {}  # handlers by the number of their signal
 
     def __enter__(self) -> "GracefulShutdown":
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         is_main = threading.current_thread() is threading.main_thread()
-        handled = [number for number in numbers if is_main and signal.getsignal(number) is not signal.SIG_IGN]
-        self.previous = {number: signal.signal(number, self._receive) for number in handled}
+        for number in numbers if is_main else ():
+            if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                self.previous[number] = handler
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -152,15 +156,6 @@ class GracefulShutdown:
         self.received = True
         if signal.SIGINT in self.previous:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    @contextmanager
-    def output(self) -> Iterator[None]:
-        """Within this context, errors are ignored after a signal, which may also have ended what reads the output."""
-        try:
-            yield
-        except OSError:
-            if not self.received:
-                raise
 
     def requested(self) -> bool:
         """True if any process has received a signal; all processes must call it, and get the same answer."""

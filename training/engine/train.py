@@ -162,16 +162,14 @@ class _Run(Generic[Metrics]):
                     self.losses.append(metrics.loss)
                     self.run_folder.log_evaluation(step.number, metrics)
                 is_last = step.number == arguments.max_steps or self._should_stop_early()
-                if self.evaluated:
-                    with shutdown.output():
-                        bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0 or self._is_old():
                     self._save()
+                if self.evaluated:  # after saving, since what reads the output may have ended
+                    bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last:
                     return
                 if stop_requested:
-                    with shutdown.output():
-                        bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
+                    bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
                     self.accelerator.end_training()
                     sys.exit(130)
 

@@ -48,8 +48,9 @@ FILES = (CARD, "generation_config.json", *TOKENIZER, *RESULTS)  # of a model or 
 CODE = [path.name for path in Path(modeling_scratchgpt.__file__).parent.glob("[a-z]*.py")]
 UPLOADED = (*CODE, *FILES, *WEIGHTS, *sum(WEIGHTS.values(), ()))  # what an earlier upload may have left
 SET_BY_UPLOAD = ("model-index", "base_model", "library_name", "pipeline_tag", "sdk", "sdk_version", "app_file", "models")
-PAGE_TAG, PAGE_TITLE, PAGE_END = "transformers.js", "## In a browser", "<!-- end of the part about the page -->"
-PAGE = re.compile(rf"\n*^{PAGE_TITLE}$.*?{PAGE_END}\n*", re.MULTILINE | re.DOTALL)  # what --space adds to a card
+# What --space adds to a card, between comments.
+PAGE_TAG, PAGE_START, PAGE_END = "transformers.js", "<!-- about the page: -->", "<!-- end of what is about the page -->"
+PAGE = re.compile(rf"\s*{PAGE_START}((?!{PAGE_START}).)*?{PAGE_END}\s*", re.DOTALL)
 LOAD_SECONDS = 1800
 
 # Run in a process of its own. The last line of its output is the problem found, or empty.
@@ -153,7 +154,7 @@ def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
     model_card.data["tags"] = [*(model_card.data.get("tags") or []), PAGE_TAG]
     link = f"[Try it in your browser.](https://huggingface.co/spaces/{repository})"
     model_card.text = re.sub("^# .+$", lambda title: f"{title[0]}\n\n{link}", model_card.text, count=1, flags=re.M) + (
-        f"\n\n{PAGE_TITLE}\n\n{link}\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
+        f"\n\n{PAGE_START}\n\n## In a browser\n\n{link}\n\nWith [transformers.js](https://huggingface.co/docs/transformers.js):\n\n```js\n"
         'import { env } from "@huggingface/transformers";\n\n'
         f'env.remotePathTemplate = "{{model}}/resolve/{{revision}}/{directory}/";\n\n{snippet}\n\n{PAGE_END}\n'
     )

@@ -15,11 +15,12 @@ from training.errors import UserError
 
 Files = Mapping[str, Path | bytes]  # name in the repository -> local file, or content
 
-ESCAPE = rb"(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})|(?<=%[0-9A-F]{2})"  # of JSON or of an address: a word may follow
-TOKENS = (
-    *(rb"hf_[A-Za-z0-9]{30,}", rb"sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}", rb"[sr]k_live_\w{20,}", rb"gh[pousr]_\w{30,}"),
-    *(rb"github_pat_\w{30,}", rb"glpat-[\w-]{20,}", rb"npm_\w{36}", rb"pypi-AgE[\w-]{50,}", rb"A(?:KI|SI)A[0-9A-Z]{16}\b"),
-    *(rb"xox[abepr]-[\w-]{10,}", rb"AIza[\w-]{35}", rb"GOCSPX-[\w-]{20,}"),
+ESCAPE = rb"(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})|(?<=%[0-9A-Fa-f]{2})"  # of JSON or of an address: a word may follow
+TOKENS = (  # of the Hub, OpenAI and others with its protocol, Stripe, GitHub, GitLab, npm, PyPI, AWS, Slack, Google
+    *(rb"hf_[A-Za-z0-9]{30,}", rb"sk-(?=[\w-]{0,99}[0-9])(?=[\w-]{0,99}[A-Z])[\w-]{20,}", rb"sk-(?:\w+-){0,3}[0-9a-f]{32}"),
+    *(rb"[sr]k_live_\w{20,}", rb"gh[pousr]_\w{30,}", rb"github_pat_\w{30,}", rb"glpat-[\w-]{20,}", rb"npm_\w{36}"),
+    *(rb"pypi-AgE[\w-]{50,}", rb"A(?:KI|SI)A[0-9A-Z]{16}\b", rb"xox[abepr]-[\w-]{10,}", rb"AIza[\w-]{35}"),
+    rb"GOCSPX-[\w-]{20,}",
 )
 SECRET = re.compile(rb"(?:(?<![A-Za-z0-9])|%b)(?:%b)|-----BEGIN [A-Z ]*PRIVATE KEY" % (ESCAPE, b"|".join(TOKENS)))
 REVOKE = "remove and revoke it"
@@ -57,7 +58,7 @@ def _local_paths(files: Files) -> set[str]:
 def _path_pattern(encoded: bytes, path: str) -> re.Pattern[bytes]:
     """A pattern for a path: `/home/ann` is not in `/home/anna`; of `/root` or `/app` only paths below count, that begin so."""
     if len(Path(path).parts) == 2:
-        return re.compile(rb"(?:(?<![\w.~-])|%b)%b[/\\]\w" % (ESCAPE, re.escape(encoded)))
+        return re.compile(rb"(?:(?<![\w.~])|%b)%b[/\\]\w" % (ESCAPE, re.escape(encoded)))
     return re.compile(re.escape(encoded) + rb"(?![\w.-])")
 
 

@@ -152,6 +152,11 @@ def test_whole_numbers_with_a_fraction_of_zero(tmp_path, name):
     """As pandas writes them if a value was missing once; but not versions."""
     rows = [{"text": f"text {n}", "label": f"{n % 4}.0"} for n in range(40)]
     assert read(tmp_path / name, rows).names == ["0", "1", "2", "3"]
+    mixed = [
+        write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n} {m}", "label": label} for m, label in enumerate(labels * 5)])
+        for n, labels in enumerate((["1.0", "2.0"], ["2.0", "other"]))
+    ]
+    assert read_examples(ExampleArguments(dataset=mixed)).names == ["1", "2.0", "other"]
     versions = [{"text": f"text {n}", "label": ("2.0", "2.0.1")[n % 2]} for n in range(40)]
     assert read(tmp_path / name, versions).names == ["2.0", "2.0.1"]
 
@@ -169,6 +174,17 @@ def test_a_spreadsheet_of_the_mac(tmp_path):
     assert set().union(*(texts(split) for split in found.splits.values())) == {"text, 0", "text\r2"} | {
         f"text {n}" for n in (1, 3, 4, 5)
     }
+
+
+def test_a_carriage_return_in_a_tsv_is_part_of_a_text(tmp_path):
+    (tmp_path / "rows.tsv").write_bytes(
+        b"text\tlabel\n" + b"".join(b"a\rb %d\t%s\n" % (n, b"xy"[n % 2 : n % 2 + 1]) for n in range(40))
+    )
+    with pytest.raises(UserError, match="line 2 is not CSV"):
+        read_examples(ExampleArguments(dataset=[str(tmp_path / "rows.tsv")]))
+    mac = (tmp_path / "rows.tsv").read_bytes().replace(b"a\rb", b"ab").replace(b"\n", b"\r")
+    (tmp_path / "mac.tsv").write_bytes(mac)
+    assert read_examples(ExampleArguments(dataset=[str(tmp_path / "mac.tsv")])).names == ["x", "y"]
 
 
 def test_quotes_in_a_tsv_of_pandas(tmp_path):
@@ -217,6 +233,15 @@ def test_a_clone_has_the_label_names_of_its_dataset(tmp_path):
     found = read_examples(ExampleArguments(dataset=[str(tmp_path)]))
     assert found.names == ["glad", "sad"]
     assert [len(found.splits[name]) for name in SPLITS] == [16, 2, 4]
+    stars = read_examples(ExampleArguments(dataset=[str(tmp_path)], problem_type=REGRESSION))
+    assert {example.label for example in stars.splits["train"]} == {(0.0,), (1.0,)}
+    path = tmp_path / "data" / "validation-00000-of-00001.parquet"
+    Dataset.from_dict({"text": ["a", "b"], "label": [-1, 1]}, features=features).to_parquet(path)
+    with pytest.raises(UserError, match="row 1 has no label under 'label' but None"):  # only a test split is ignored
+        read_examples(ExampleArguments(dataset=[str(tmp_path)]))
+    path.write_bytes(b"PAR1 damaged")
+    with pytest.raises(UserError, match="validation-00000-of-00001.parquet: not a Parquet file"):
+        read_examples(ExampleArguments(dataset=[str(tmp_path)]))
 
 
 def test_docstrings_of_a_module_stay_in_one_split(monkeypatch):

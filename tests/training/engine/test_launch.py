@@ -82,7 +82,7 @@ def test_a_resumed_run_chooses_as_before_on_the_same_device(monkeypatch, is_fast
     accelerator = start_accelerator(earlier=other)
     choose_compiler(accelerator, "auto", 1, other)
     expected = {"precision": "bf16" if is_fast else "no", "backend": "NO" if is_fast else "INDUCTOR"}
-    assert launch.chosen_settings(accelerator) == {"device": earlier["device"], **expected}
+    assert launch.chosen_settings(accelerator) == {**earlier, **expected}
 
 
 def test_runs_of_one_process_may_differ_in_precision():

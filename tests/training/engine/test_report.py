@@ -117,6 +117,8 @@ def test_lines_in_a_file_keep_their_first_letter_and_a_closed_one_gets_none(monk
     os.close(closed)
     for _ in tqdm(range(3), desc="Answering", leave=False, **bar_options()):
         pass
+    monkeypatch.setattr(sys, "stderr", None)
+    assert bar_options() == {"disable": True}
 
 
 @pytest.mark.parametrize(

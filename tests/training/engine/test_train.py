@@ -213,6 +213,7 @@ def test_a_finished_run_is_resumed_only_to_train_longer(tmp_path):
     assert start(learning_rate=1.0).is_finished
     longer = start(max_steps=12)
     assert (longer.is_finished, longer.checkpoint[1]["step"], longer.changes) == (False, 9, ["max_steps 9 -> 12"])
+    assert (start().chosen["precision"], longer.chosen) == ("no", None)  # whether compiling pays depends on the length
 
 
 def test_the_best_model_is_named_if_the_last_one_is_saved(tmp_path, capsys):

@@ -306,7 +306,7 @@ def test_a_card_that_was_edited_gets_the_page(hub, model, upload):
         upload(model, "ann/book", "--space")
         card = ModelCard(hub.content("ann/book", "README.md").decode())
         assert card.data.tags == ["stories", "transformers.js"]
-        text, _, page = card.text.partition("## In a browser\n")
+        text, _, page = card.text.partition("<!-- about the page: -->\n\n## In a browser\n")
         assert text.endswith("\nMy words.\n\n")
         assert "(https://huggingface.co/spaces/ann/book)" in page
         assert page.count("env.remotePathTemplate = ") == 1
@@ -315,15 +315,16 @@ def test_a_card_that_was_edited_gets_the_page(hub, model, upload):
 def test_the_page_in_an_edited_card_is_that_of_the_upload(hub, model, upload, tmp_path):
     """Its size in 8 bits, too; an upload without the page deletes it."""
     upload(model, "ann/book", "--space")
-    change(hub, "README.md", hub.content("ann/book", "README.md") + b"\nMy words.\n")
+    card = hub.content("ann/book", "README.md").replace(b"## Samples", b"## In a browser\n\nMine.\n\n## Samples")
+    change(hub, "README.md", (card + b"\nMy words.\n").replace(b"\n", b"\r\n"))
     edit_card(tmp_path / "export", "7.0 MB", "6.0 MB")
     upload(model, "ann/book", "--space")
     card = hub.content("ann/book", "README.md").decode()
-    assert ("7.0 MB" in card, "6.0 MB" in card, "My words." in card) == (False, True, True)
+    assert ("7.0 MB" in card, "6.0 MB" in card, "My words." in card, "Mine." in card) == (False, True, True, True)
     upload(model, "ann/book")
     card = ModelCard(hub.content("ann/book", "README.md").decode())
     assert card.data.tags == ["scratchgpt"]
-    assert ("remotePathTemplate" in card.text, "My words." in card.text) == (False, True)
+    assert ("remotePathTemplate" in card.text, "My words." in card.text, "Mine." in card.text) == (False, True, True)
 
 
 @pytest.mark.parametrize("access", ["private", "gated"])

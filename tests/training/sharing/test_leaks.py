@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from training.errors import UserError
 from training.sharing import leaks
 
-SECRETS = ["hf_" + "aB3" * 12, "sk-proj-" + "x9A" * 15, "ghp_" + "k" * 36, "AKIA" + "Q" * 16, "AIza" + "d" * 35]
+SECRETS = ["hf_" + "aB3" * 12, "sk-proj-" + "x9A" * 15, "sk-or-v1-" + "a9" * 32, "sk-" + "0f" * 16, "ghp_" + "k" * 36]
+SECRETS += ["AKIA" + "Q" * 16, "AIza" + "d" * 35]
 SECRETS += ["ASIA" + "Q" * 16, "glpat-" + "a1" * 10, "sk_live_" + "a1" * 12, "npm_" + "a" * 36, "GOCSPX-" + "a1" * 12]
 
 
