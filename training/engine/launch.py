@@ -165,8 +165,8 @@ def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float, earl
     """
     plugin = accelerator.state.dynamo_plugin
     is_open = plugin.backend == DynamoBackend.NO
-    same = [bool(earlier) and {**(earlier or {}), "backend": "NO"} == chosen_settings(accelerator)]
-    if earlier and is_open and asked == "auto" and broadcast_object_list(same)[0]:  # the processes may have different devices
+    is_same = {**(earlier or {}), "backend": "NO"} == chosen_settings(accelerator)
+    if earlier and is_open and asked == "auto" and broadcast_object_list([is_same])[0]:  # processes may have different devices
         plugin.backend = DynamoBackend(earlier["backend"])
     elif is_open and (asked == "true" or (asked == "auto" and compiling_pays(accelerator, run_flops))):
         plugin.backend = DynamoBackend.INDUCTOR
