@@ -35,7 +35,7 @@ OTHER_NAMES = {  # of the same arguments, in other programs
     "context_length": ["block_size", "max_seq_length", "max_length"], "dataset": ["data", "dataset_name", "train_file"],
     "base_model": ["model_name_or_path"], "batch_size": ["per_device_train_batch_size", "micro_batch_size"],
     "output_dir": ["out_dir"], "eval_steps": ["eval_interval"], "max_grad_norm": ["grad_clip"], "lora_r": ["lora_rank"],
-    "precision": ["bf16", "fp16", "mixed_precision"], "torch_compile": ["compile"],
+    "precision": ["bf16", "fp16", "mixed_precision"], "torch_compile": ["compile"], "input": ["dataset", "file"],
 }  # fmt: skip
 SYNONYMS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 RANGES: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -283,4 +283,5 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

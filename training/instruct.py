@@ -152,6 +152,7 @@ class InstructRecipe(Recipe[LMMetrics]):
         arguments, examples = self.arguments, self.tokenized["train"].examples
         self.rows: PackedExamples | PaddedExamples = PaddedExamples(examples)
         if arguments.packing:
+            self.num_graphs = 1
             self.rows = PackedExamples(examples, self.max_length, self.tokenizer.pad_token_id)
             used = f"{self.rows.efficiency:.1%} of the positions hold a token"
             self.accelerator.print(f"Packed into {len(self.rows):,} rows: {used}")

@@ -9,6 +9,7 @@ By default it reads training/configs/pretrain.yaml and trains a small GPT on the
 libraries, in 4 to 12 minutes on two CPU cores. Command-line flags override the YAML file.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from training.results.markdown import block
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96
 BEGINNING = "the beginning of the validation text"
+FEW_EPOCHS = 3  # after which the held-out loss of a short text rises
 FEW_TOKENS = 256  # held out: their loss is not reliable
 MIN_PROBABILITY = 1e-6  # of a source
 
@@ -81,6 +83,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
     """Language modeling on a corpus."""
 
     arguments_class = PretrainArguments
+    num_graphs = 1
     usage = "AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True)"
 
     def __init__(self, arguments: PretrainArguments, accelerator: Accelerator):
@@ -170,7 +173,7 @@ class PretrainRecipe(Recipe[LMMetrics]):
 
     def _more_windows(self) -> str:
         """The remedy for too few training windows: the longest context, a power of two, with which they fill a batch."""
-        for length in (2**power for power in range(16, 0, -1)):
+        for length in (2**power for power in range(16, 2, -1)):
             num_windows = sum((len(examples.ids) - len(examples)) // length for examples in self.train_examples)
             if num_windows >= self.arguments.batch_size and all(len(examples.ids) > length for examples in self.train_examples):
                 return f"pass --context_length {length}"
@@ -196,6 +199,9 @@ class PretrainRecipe(Recipe[LMMetrics]):
         if arguments.windows != "random" and not self.probabilities:
             epochs = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.batch_size / num_windows
             print_(f"{arguments.max_steps:,} steps are {epochs:,.1f} epochs of {num_windows:,} windows")
+            if epochs > FEW_EPOCHS + 1:
+                fewer = math.ceil(arguments.max_steps * FEW_EPOCHS / epochs)
+                print_(f"A text that is read many times is memorized: for {FEW_EPOCHS} epochs, pass --max_steps {fewer:,}")
         for source in self.sources:
             if isinstance(source, PackedExamples):
                 print_(f"Packed into {len(source):,} rows: {source.efficiency:.1%} of the positions hold a token")

@@ -18,6 +18,7 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_scratchgpt.convert.web import HELD_OUT
@@ -45,6 +46,7 @@ class Recipe(Task[Metrics]):
 
     arguments_class: ClassVar[type]
     loss_unit: str = "nats per token"
+    num_graphs: int = 3  # that are compiled for batches of many lengths
     usage: ClassVar[str]  # how to load the result; `{path}` is its directory
     tokenizer: PreTrainedTokenizerBase  # saved with the model
 
@@ -116,6 +118,8 @@ def run_recipe(recipe_class: type[Recipe], description: str, argv: Sequence[str]
     choose_compiler(accelerator, arguments.torch_compile, run_flops(recipe, batch), start.chosen)
     choose_attention(accelerator, model, batch)
     accelerator.print(f"Model: {parameters(model)}, on {hardware(accelerator, arguments.precision)}")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        accelerator.print("The first evaluations and steps compile the model, which takes minutes")
     with explain_out_of_memory():
         result = train(accelerator, recipe, model, run_folder, start)
         recipe.evaluate_test(model)
@@ -180,9 +184,9 @@ def parameters(model: PreTrainedModel) -> str:
 
 
 def run_flops(recipe: Recipe, batch: dict[str, torch.Tensor]) -> float:
-    """FLOPs of the whole run, estimated from the size of its first batch."""
+    """FLOPs of the run for each graph that would be compiled, estimated from the size of the first batch."""
     num_batches = recipe.arguments.max_steps * recipe.arguments.gradient_accumulation_steps
-    return recipe.flops_per_token * batch["input_ids"].numel() * num_batches
+    return recipe.flops_per_token * batch["input_ids"].numel() * num_batches / recipe.num_graphs
 
 
 def hardware(accelerator: Accelerator, precision: str) -> str:

@@ -172,7 +172,7 @@ def test_the_options_on_the_command_line_are_known(tmp_path):
     [
         (UserError("pass \x1b another"), 2, "program.py: error: pass � another\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "program.py: error: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ],
 )
 def test_errors_of_the_user_are_one_line_and_an_exit_code(error, code, message, monkeypatch, capsys):

@@ -87,6 +87,7 @@ def test_a_mistake_is_an_error(run, tmp_path):
         (["--columns", "a", "b"], "--columns is for files: standard input is read line by line"),
         (["--input", ""], "--input is empty: pass a file, or - for standard input"),
         (["--input", "nothing.csv"], "nothing.csv: no such file or directory"),
+        (["--dataset", "a.csv"], "unrecognized arguments: --dataset a.csv: did you mean --input?"),
         (["--input", str(run / "metrics.jsonl"), "--text_column", "words"], "has no 'words'; it has"),
     ):
         with pytest.raises(UserError, match=message):

@@ -306,6 +306,16 @@ def test_the_first_command_on_a_tiny_text(size, tmp_path, capsys):
     assert f"Only {int(held_out) - 1} tokens are held out: a larger --validation_fraction" in printed
 
 
+@pytest.mark.parametrize(("steps", "is_many"), [(3, False), (500, True)])
+def test_more_steps_than_a_short_text_is_good_for(steps, is_many, book, tmp_path, capsys):
+    words = ["--dataset", book, *SMALL, "--max_steps", str(steps), "--prepare_only", "--output_dir", str(tmp_path)]
+    pretrain.main(words)
+    printed = capsys.readouterr().out
+    (windows,) = re.findall(r"epochs of (\S+) windows", printed)
+    fewer = math.ceil(3 * int(windows) / 4)  # of batches of 4 rows
+    assert (f"is memorized: for 3 epochs, pass --max_steps {fewer:,}\n" in printed) == is_many
+
+
 def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(book, tmp_path, capsys):
     folder = tmp_path / "words"
     pretrain.main(["--dataset", book, *SMALL, "--max_steps", "1", "--tokenizer", "word", "--output_dir", str(folder)])

@@ -46,6 +46,8 @@ def find_start(accelerator: Accelerator, arguments: EngineArguments, run_folder:
     check_processes(accelerator, {"code": code_version(), "checkpoint to resume from": step, **options})
     model = run_folder.path / "config.json"
     if not found:
+        if arguments.resume and not model.exists():
+            accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         return Start(settings, is_finished=arguments.resume and model.exists())
     path, state = found
     defaults = {name: value for name, value in vars(type(arguments)()).items() if name in names}

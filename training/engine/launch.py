@@ -28,7 +28,7 @@ RESUMABLE_TRACKERS = {"wandb": "id", "trackio": "name"}  # and the argument of t
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # and their names in Accelerate
 FLEX_HEADS = range(16, 129)  # dimensions, for its kernels; larger ones do not fit into the shared memory of many GPUs
 SHORT = 256  # positions, with which the attention on CPUs was measured
-COMPILE_SECONDS = 60  # of the graphs for training and evaluation
+COMPILE_SECONDS = 60  # of a graph for training and one for evaluation
 COMPILE_SAVES = 0.2  # of the time of a step, about, in bfloat16 on a CPU; more on a GPU
 UTILIZATION = 0.25  # of the device's peak, about, by a step that is not compiled
 # For the others, while one process prepares the data or writes a checkpoint; a process that ends is noticed at once.
@@ -158,6 +158,7 @@ def choose_compiler(accelerator: Accelerator, asked: str, run_flops: float, earl
     """Let Accelerate compile the model: if its config says so, with `--torch_compile true`, or with `auto` if it saves time.
 
     Args:
+        run_flops: of the run, for each graph that would be compiled.
         earlier: the `chosen_settings` of the run to resume.
 
     Raises:

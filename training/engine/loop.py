@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,15 @@ class GracefulShutdown:
         self.received = True
         if signal.SIGINT in self.previous:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextmanager
+    def output(self) -> Iterator[None]:
+        """Within this context, errors are ignored after a signal, which may also have ended what reads the output."""
+        try:
+            yield
+        except OSError:
+            if not self.received:
+                raise
 
     def requested(self) -> bool:
         """True if any process has received a signal; all processes must call it, and get the same answer."""

@@ -15,6 +15,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -112,7 +113,8 @@ class _Run(Generic[Metrics]):
         self.optimizers = build_optimizers(self.arguments, model)
         self.frozen = weights_digest(model, lambda parameter: not parameter.requires_grad)
         self.prepared_model, *self.prepared_optimizers = accelerator.prepare(model, *self.optimizers)
-        self.step, self.saved_at = 0, time.monotonic()
+        self.step = self.saved_step = 0
+        self.saved_at = time.monotonic()
         self.losses: list[float] = []  # held-out, of each evaluation
         self.notes: list[str] = []  # for the card
         self.evaluated: tuple[Metrics, list[str]] | None = None  # metrics and preview of the current weights
@@ -129,8 +131,6 @@ class _Run(Generic[Metrics]):
             self._load(*found)
             if self.start.changes:
                 self._note(f"from step {self.step:,} with {', '.join(self.start.changes)}")
-        elif arguments.resume:
-            self.accelerator.print(f"{run_folder.checkpoints} has no checkpoint: starting from the first step")
         last_kept = self.step if found else -1  # of the metrics; without a checkpoint the evaluation of step 0 is repeated
         run_folder.open(last_kept if arguments.resume else None)
         if arguments.early_stopping_patience:
@@ -152,7 +152,8 @@ class _Run(Generic[Metrics]):
             ProgressBar(arguments.max_steps, self.accelerator, self.task.flops_per_token, peak, self.step) as bar,
             GracefulShutdown(self.accelerator) as shutdown,
         ):
-            for step in self._steps():
+            stop_requested = False
+            for step in self._steps(shutdown):
                 self.step, self.evaluated = step.number, None
                 bar.log(step)
                 self.run_folder.log_step(step)
@@ -165,16 +166,26 @@ class _Run(Generic[Metrics]):
                 if is_last or stop_requested or self._is_best() or step.number % arguments.save_steps == 0 or self._is_old():
                     self._save()
                 if self.evaluated:  # after saving, since what reads the output may have ended
-                    bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
+                    with shutdown.output():
+                        bar.print(f"step {step.number}: {metrics}\n\n{_lines(preview if is_last else preview[:1])}")
                 if is_last:
                     return
                 if stop_requested:
-                    bar.print(f"Stopped after step {step.number:,}. To continue, run the same command with --resume.")
-                    self.accelerator.end_training()
-                    sys.exit(130)
+                    break
+            if not stop_requested and not shutdown.received:  # all steps were done before
+                return
+            if self.step > self.saved_step:
+                self._save()
+            with shutdown.output():
+                bar.print(f"Stopped after step {self.step:,}. To continue, run the same command with --resume.")
+            self.accelerator.end_training()
+            sys.exit(130)
 
-    def _steps(self) -> Iterator[Step]:
-        """Steps after the current one. If a batch does not fit into memory, smaller ones are accumulated to the same step."""
+    def _steps(self, shutdown: GracefulShutdown) -> Iterator[Step]:
+        """Steps after the current one, also until a signal ends the compiler of the next one.
+
+        If a batch does not fit into memory, smaller ones are accumulated to the same step.
+        """
         while True:
             arguments = self.task.arguments
             batches = shard_dataloader(self.accelerator, self.task.train_dataloader())
@@ -184,8 +195,10 @@ class _Run(Generic[Metrics]):
                 yield from training_steps(self.accelerator, *prepared, batches, arguments, self.step + 1)
                 return
             except RuntimeError as error:
-                # The other processes of a run would wait for this one.
-                if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
+                is_alone = self.accelerator.num_processes == 1  # else the other processes would wait for this one
+                if is_alone and shutdown.received and isinstance(error, TorchDynamoException):
+                    return  # Ctrl-C in a terminal also ends the compiler's processes
+                if not is_alone or not is_out_of_memory(error):
                     raise
                 if arguments.batch_size == 1:
                     remedy = "lower --context_length, pass --gradient_checkpointing, or choose a smaller model"
@@ -250,13 +263,14 @@ class _Run(Generic[Metrics]):
         directory, limit = self.run_folder.checkpoints, self.arguments.save_total_limit
         save_model = partial(self.task.save_model, self.model)
         save_checkpoint(directory, self.accelerator, self.model, self.optimizers, state, limit, save_model)
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _load(self, path: Any, state: dict[str, Any]) -> None:
         load_checkpoint(path, state, self.model, self.optimizers)
         if self.accelerator.scaler and state.get("loss_scale"):  # none if the run had another precision
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
-        self.step, self.evaluated = state["step"], None
+        self.step = self.saved_step = state["step"]
+        self.evaluated = None
         self.losses, self.notes = self.losses or state["eval_losses"], self.notes or state["notes"]
 
     def _note(self, text: str) -> None:

@@ -125,10 +125,10 @@ def model_files(directory: Path, trust_remote_code: bool, config: str = CONFIG) 
 
 
 def prepare_card(directory: Path, repository: str, base_model: str, license: str) -> bytes:
-    """Fill in the Hub ids of the model and of its base, and the licence if one is given.
+    """Fill in the Hub ids of the model and of its base, and the license if one is given.
 
     Raises:
-        UserError: the card is missing, its metadata is invalid, or it names no licence or no base on the Hub.
+        UserError: the card is missing, its metadata is invalid, or it names no license or no base on the Hub.
     """
     path = directory / CARD
     if not path.is_file():
@@ -140,7 +140,7 @@ def prepare_card(directory: Path, repository: str, base_model: str, license: str
         if license:
             card.data["license"] = license
         if not card.data.get("license"):
-            raise UserError(f"{path} names no licence: pass --license apache-2.0, or another.")
+            raise UserError(f"{path} names no license: pass --license apache-2.0, or another.")
         if base := base_model or card.data.get("base_model"):
             check_repo_id(base, f"{path}: base_model", "upload the base model and pass --base_model USER/NAME")
             card.data["base_model"] = base
@@ -162,7 +162,7 @@ def add_page(card: Any, usage: str, repository: str, directory: str) -> bytes:
 
 
 def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
-    """The edited card on the Hub, but with the new card's metrics, base and, if given, licence, and its part about the page."""
+    """The edited card on the Hub, but with the new card's metrics, base and, if given, license, and its part about the page."""
     with explain_errors("the card on the Hub cannot be read", remedy=": correct it there, or replace it with --overwrite"):
         card, old = (ModelCard(text.decode("utf-8-sig"), ignore_metadata_errors=True) for text in (new, edited))
         for name, value in old.data.to_dict().items():

@@ -3,6 +3,8 @@
 import gc
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_scratchgpt import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -237,6 +240,33 @@ def test_only_a_model_that_was_evaluated_is_the_best(tmp_path):
     result, resumed, _ = run(tmp_path, RandomTask(losses=[6.6], resume=True, early_stopping_patience=9, **options))
     assert not any("restored" in note for note in result.notes)
     assert all(torch.equal(one, two) for one, two in zip(resumed.parameters(), model.parameters(), strict=True))
+
+
+class CompilerEnds(RandomTask):
+    """A signal arrives in the fourth step, and ends the compiler, too, as Ctrl-C in a terminal does."""
+
+    calls = 0
+
+    def build_model(self) -> ScratchGPTForCausalLM:
+        model = super().build_model()
+        model.register_forward_pre_hook(self.fail)
+        return model
+
+    def fail(self, model, inputs) -> None:
+        self.calls += model.training
+        if self.calls == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise TorchDynamoException("g++ was killed")
+
+
+def test_a_signal_that_also_ends_the_compiler(tmp_path, capsys):
+    _, straight, _ = run(tmp_path / "straight", RandomTask())
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path / "out", CompilerEnds(save_steps=100))
+    assert "Stopped after step 3. To continue, run the same command with --resume." in capsys.readouterr().out
+    gc.collect()
+    _, resumed, _ = run(tmp_path / "out", RandomTask(save_steps=100, resume=True))
+    assert all(torch.equal(one, two) for one, two in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
 def make_checkpoint(directory: Path, change: Callable[[dict[str, Any]], object], **options: Any) -> None:

@@ -29,7 +29,7 @@ def hub():
 
 @pytest.fixture
 def model(run, tmp_path) -> Path:
-    """The directory of a finished run with a licence, and with files that must not be uploaded."""
+    """The directory of a finished run with a license, and with files that must not be uploaded."""
     directory = shutil.copytree(run, tmp_path / "book")
     edit_card(directory, "---\n", "---\nlicense: apache-2.0\n")
     (directory / ".env").write_text("KEY=1")

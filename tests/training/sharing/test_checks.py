@@ -55,7 +55,7 @@ def write_nan(directory: Path) -> None:
         (write_nan, "model.norm.weight has values that are not finite"),
         (remove("README.md"), "README.md is missing: write a model card"),
         (write("README.md", "---\nlicense: [\n---\n"), "README.md: its metadata is not that of a model card"),
-        (write("README.md", "---\nlicense:\n---\n"), "README.md names no licence: pass --license apache-2.0"),
+        (write("README.md", "---\nlicense:\n---\n"), "README.md names no license: pass --license apache-2.0"),
         (write("README.md", "---\nlicense: mit\nbase_model: gpt\n---\n"), "README.md: base_model 'gpt' is not a Hub id"),
         (append("metrics.jsonl", '{"key": "hf_' + "a" * 34 + '"}'), "metrics.jsonl contains what looks like a token or a key"),
         (append("README.md", "my-own-secret-value"), r"README.md contains the value of \$WANDB_API_KEY, in line"),

@@ -194,7 +194,7 @@ def test_private_model_is_not_sent_to_a_public_repository(hub, model, upload):
     assert not any("commit/" in request for request in hub.requests[requests:])
 
 
-def test_licence_unknown_to_the_hub(hub, model, upload):
+def test_license_unknown_to_the_hub(hub, model, upload):
     edit_card(model, "license: apache-2.0\n", "")
     with pytest.raises(UserError, match=r"the Hub rejected ann/book \(.*\"license\" must be one of mit, apache-2.0"):
         upload(model, "ann/book", "--license", "apache")
