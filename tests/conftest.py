@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from typing import Any, TypeVar
 
 import pytest
 from packaging.version import Version
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; the tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 IS_CURRENT = Version(version("transformers")) >= Version("5.23")  # older versions lack what some tests need
