@@ -169,7 +169,9 @@ def merge_card(new: bytes, edited: bytes, license: str) -> bytes:
             if name not in SET_BY_UPLOAD and not (license and name == "license"):
                 card.data[name] = value
         page = PAGE.search(card.text)
-        card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != PAGE_TAG] + [PAGE_TAG] * bool(page)
+        tags = card.data.get("tags") or []
+        if page or PAGE_TAG in tags:
+            card.data["tags"] = [tag for tag in tags if tag != PAGE_TAG] + [PAGE_TAG] * bool(page)
         if old.text.strip():
             text = PAGE.sub("\n\n", old.text)
             card.text = f"{text.rstrip()}\n\n{page[0].strip()}\n" if page else text

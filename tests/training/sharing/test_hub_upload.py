@@ -312,6 +312,12 @@ def test_a_card_that_was_edited_gets_the_page(hub, model, upload):
         assert page.count("env.remotePathTemplate = ") == 1
 
 
+def test_an_edited_card_without_tags_gets_none():
+    edited = b"---\nlicense: mit\ntags:\n---\n\nMy words.\n"
+    merged = ModelCard(checks.merge_card(b"---\nlicense: mit\n---\n\n# book\n", edited, "").decode())
+    assert (merged.data.tags, merged.text) == (None, "\nMy words.\n")
+
+
 def test_the_page_in_an_edited_card_is_that_of_the_upload(hub, model, upload, tmp_path):
     """Its size in 8 bits, too; an upload without the page deletes it."""
     upload(model, "ann/book", "--space")
